@@ -1,0 +1,315 @@
+"""What an evaluation writes: the published text log, `episodes.jsonl` and `results.json`.
+
+`episodes.jsonl` is the record: one line per finished episode, appended as it happens, the basis of resuming and of every
+statistic. The text log repeats the published lines, derived from the same records in (task, episode) order, so that
+parsers written for published logs keep working.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from craft_experiments.common_utils.statistics import wilson_interval
+
+
+class EpisodeStatus(str, Enum):
+    """Outcome of an episode. An exception is an error, never a failure of the policy."""
+
+    SUCCESS = "success"
+    FAILURE = "failure"
+    ERROR = "error"
+
+
+EpisodeKey = tuple[int, int]  # (task_id, init_idx); everything else is fixed by the run's fingerprint
+
+
+@dataclass(frozen=True)
+class EpisodeRecord:
+    """One line of `episodes.jsonl`.
+
+    Fields: fingerprint (hash of everything that decides the outcome besides task and initial state); steps (policy
+    actions executed, without waiting steps); n_queries (policy calls); attempts (2 after a retry); error (text of the
+    exception, of the last attempt when status is error, of the retried one otherwise); wall_s (seconds of the last
+    attempt, with reset); video (path or None); versions (package -> version).
+    """
+
+    run_id: str
+    fingerprint: str
+    checkpoint: str
+    suite: str
+    control: str
+    task_id: int
+    task_name: str
+    instruction: str
+    init_idx: int
+    seed: int
+    status: EpisodeStatus
+    steps: int
+    n_queries: int
+    wall_s: float
+    render_mode: str
+    attempts: int = 1
+    error: str | None = None
+    video: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> EpisodeKey:
+        """What makes the line unique within a results folder."""
+        return self.task_id, self.init_idx
+
+    @property
+    def success(self) -> bool:
+        """True for status success only."""
+        return self.status is EpisodeStatus.SUCCESS
+
+    def to_json(self) -> str:
+        """One line without line end."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str, where: str) -> EpisodeRecord:
+        """Parse one line.
+
+        Raises:
+            ValueError: not a JSON object, a field is missing or unknown, or the status is unknown; names `where`.
+        """
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: expected one JSON object, found {line[:60]!r} ({error.msg})") from None
+        names = {item.name for item in fields(cls)}
+        if not isinstance(data, dict) or set(data) != names:
+            found = sorted(set(data) ^ names) if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"{where}: expected the fields of an episode record, difference: {found}")
+        return cls(**{**data, "status": EpisodeStatus(data["status"])})
+
+
+class EpisodeStore:
+    """Append-only `episodes.jsonl`.
+
+    A finished episode is never overwritten; an errored one may be superseded by a later line with the same key. An
+    unterminated last line (the process was killed while writing) is cut off on opening and reported in `dropped`.
+
+    Args:
+        path: the file; created when absent.
+        fingerprint: of the run about to write.
+
+    Raises:
+        ValueError: a corrupt line, a repeated finished episode, or a line of a run with other settings.
+    """
+
+    def __init__(self, path: str | os.PathLike, fingerprint: str) -> None:
+        self.path, self.fingerprint = Path(path), fingerprint
+        self.dropped: str | None = None
+        self.records: dict[EpisodeKey, EpisodeRecord] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        data = self.path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            self.dropped = data[end:].decode("utf-8", "replace")
+            with open(self.path, "r+b") as file:
+                file.truncate(end)
+        for number, line in enumerate(data[:end].decode("utf-8").splitlines(), start=1):
+            self._admit(EpisodeRecord.from_json(line, f"{self.path}:{number}"), f"{self.path}:{number}")
+
+    def _admit(self, record: EpisodeRecord, where: str) -> None:
+        if record.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"{where}: fingerprint: expected {self.fingerprint} (this run), found {record.fingerprint}: the folder "
+                "holds episodes of another checkpoint or other settings; use another --results_dir"
+            )
+        previous = self.records.get(record.key)
+        if previous is not None and previous.status is not EpisodeStatus.ERROR:
+            raise ValueError(f"{where}: (task_id, init_idx) = {record.key} is recorded twice")
+        self.records[record.key] = record
+
+    def append(self, record: EpisodeRecord) -> None:
+        """Write one line and flush it to the operating system."""
+        self._admit(record, str(self.path))
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(record.to_json() + "\n")
+
+    def finished(self) -> dict[EpisodeKey, EpisodeRecord]:
+        """Records that need not be run again: successes and failures."""
+        return {key: record for key, record in self.records.items() if record.status is not EpisodeStatus.ERROR}
+
+
+@dataclass(frozen=True)
+class PlannedEpisode:
+    """One trial. init_idx: index of the initial state; number: position in the whole run from 1, None when the trial is
+    skipped because the expert demonstration behind its initial state failed."""
+
+    init_idx: int
+    number: int | None
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """The trials of one task, in order."""
+
+    task_id: int
+    name: str
+    instruction: str
+    episodes: tuple[PlannedEpisode, ...]
+
+
+class OrderedTextLog:
+    """Emits the published log lines in (task, episode) order, whatever order the records arrive in.
+
+    Args:
+        plans: tasks in log order.
+        initial_states: `DEFAULT` or the path of the initial-state file.
+        sink: receives each line (without line end; some lines are empty).
+    """
+
+    def __init__(self, plans: Sequence[TaskPlan], initial_states: str, sink: Callable[[str], None]) -> None:
+        self._sink = sink
+        self._states_line = (
+            "Using default initial states"
+            if initial_states == "DEFAULT"
+            else f"Using initial states from {initial_states}"
+        )
+        self._waiting: dict[EpisodeKey, EpisodeRecord] = {}
+        self._plans = list(plans)
+        self._task = self._episode = 0  # position of the next episode to print
+        self.episodes = self.successes = self._task_episodes = self._task_successes = 0
+        self._announced = False
+
+    def begin(self, suite: str) -> None:
+        """First line, and whatever needs no record."""
+        self._sink(f"Task suite: {suite}")
+        self._advance()
+
+    def add(self, record: EpisodeRecord) -> None:
+        """Accept one record; prints it and those that waited for it."""
+        self._waiting[record.key] = record
+        self._advance()
+
+    def finish(self) -> None:
+        """Final block.
+
+        Raises:
+            RuntimeError: episodes are missing.
+        """
+        if self._task < len(self._plans):
+            plan = self._plans[self._task]
+            raise RuntimeError(f"text log: no record of task {plan.task_id}, episode index {self._episode}")
+        rate = self.successes / self.episodes if self.episodes else 0.0
+        self._sink("Final results:")
+        self._sink(f"Total episodes: {self.episodes}")
+        self._sink(f"Total successes: {self.successes}")
+        self._sink(f"Overall success rate: {rate:.4f} ({rate * 100:.1f}%)")
+
+    def _advance(self) -> None:
+        while self._task < len(self._plans):
+            plan = self._plans[self._task]
+            if not self._announced:
+                self._sink(self._states_line)
+                self._announced = True
+            if self._episode == len(plan.episodes):
+                self._end_task()
+            elif not self._print_next(plan):
+                return
+
+    def _print_next(self, plan: TaskPlan) -> bool:
+        planned = plan.episodes[self._episode]
+        record = self._waiting.pop((plan.task_id, planned.init_idx), None)
+        if planned.number is not None and record is None:
+            return False
+        self._sink("")
+        self._sink(f"Task: {plan.instruction}")
+        if record is None:
+            self._sink(f"Skipping task {plan.task_id} episode {planned.init_idx} due to failed expert demo!")
+        else:
+            self._print_record(record)
+        self._episode += 1
+        return True
+
+    def _print_record(self, record: EpisodeRecord) -> None:
+        self._sink(f"Starting episode {self._task_episodes + 1}...")
+        if record.status is EpisodeStatus.ERROR:
+            self._sink(f"Episode error: {record.error}")
+        if record.video:
+            self._sink(f"Saved rollout MP4 at path {record.video}")
+        self._task_episodes += 1
+        self.episodes += 1
+        self._task_successes += record.success
+        self.successes += record.success
+        self._sink(f"Success: {record.success}")
+        self._sink(f"# episodes completed so far: {self.episodes}")
+        self._sink(f"# successes: {self.successes} ({self.successes / self.episodes * 100:.1f}%)")
+
+    def _end_task(self) -> None:
+        task_rate = self._task_successes / self._task_episodes if self._task_episodes else 0
+        total_rate = self.successes / self.episodes if self.episodes else 0
+        self._sink(f"Current task success rate: {task_rate}")
+        self._sink(f"Current total success rate: {total_rate}")
+        self._task += 1
+        self._episode = self._task_episodes = self._task_successes = 0
+        self._announced = False
+
+
+def summarize(records: Iterable[EpisodeRecord]) -> dict[str, Any]:
+    """Counts, rate and interval of a group of episodes.
+
+    Returns:
+        dict with successes, failures, errors, trials (= successes + failures; errors are no trials), success_rate and
+        wilson_95 [low, high] (None without trials), mean_steps, mean_queries, mean_wall_s (over the trials, None
+        without).
+    """
+    records = list(records)
+    trials = [record for record in records if record.status is not EpisodeStatus.ERROR]
+    successes, count = sum(record.success for record in trials), len(trials)
+
+    def mean(values: Iterable[float]) -> float | None:
+        return sum(values) / count if count else None
+
+    return {
+        "successes": successes,
+        "failures": count - successes,
+        "errors": len(records) - count,
+        "trials": count,
+        "success_rate": successes / count if count else None,
+        "wilson_95": list(wilson_interval(successes, count)) if count else None,
+        "mean_steps": mean(record.steps for record in trials),
+        "mean_queries": mean(record.n_queries for record in trials),
+        "mean_wall_s": mean(record.wall_s for record in trials),
+    }
+
+
+def summarize_run(plans: Sequence[TaskPlan], records: dict[EpisodeKey, EpisodeRecord]) -> dict[str, Any]:
+    """`per_task` and `overall` of results.json, with `complete` (every planned episode has a record) and `valid`
+    (complete, and none of them is an error)."""
+    per_task, planned_records, missing = [], [], 0
+    for plan in plans:
+        wanted = [(plan.task_id, planned.init_idx) for planned in plan.episodes if planned.number is not None]
+        found = [records[key] for key in wanted if key in records]
+        missing += len(wanted) - len(found)
+        planned_records += found
+        head = {"task_id": plan.task_id, "task_name": plan.name, "instruction": plan.instruction}
+        per_task.append(head | summarize(found) | {"skipped": len(plan.episodes) - len(wanted)})
+    rates = [task["success_rate"] for task in per_task if task["success_rate"] is not None]
+    overall = summarize(planned_records)
+    overall["macro_success_rate"] = sum(rates) / len(rates) if rates else None
+    valid = missing == 0 and overall["errors"] == 0
+    return {"valid": valid, "complete": missing == 0, "missing": missing, "per_task": per_task, "overall": overall}
+
+
+def write_json(path: str | os.PathLike, data: Any) -> None:
+    """Write indented JSON to a temporary name and rename it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,112 @@
+"""Rollout videos: the published file name, the choice of episodes, and an atomic MP4 writer (imageio-ffmpeg)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from enum import Enum
+
+import numpy as np
+
+PUBLISHED_FPS = 30.0
+
+
+class SaveVideos(str, Enum):
+    """Which episodes are written as video."""
+
+    NONE = "none"
+    FAILURES = "failures"
+    FIRST = "first"
+    ALL = "all"
+
+
+class VideoBudget:
+    """Decides per episode of one task whether to record it and whether to keep the recording.
+
+    Args:
+        choice: which episodes.
+        limit: most videos to keep; None: no limit, except one for `first`.
+    """
+
+    def __init__(self, choice: SaveVideos, limit: int | None = None) -> None:
+        self.choice = choice
+        self.remaining = 1 if limit is None and choice is SaveVideos.FIRST else limit
+
+    def should_record(self) -> bool:
+        """True when the coming episode's frames may be needed."""
+        return self.choice is not SaveVideos.NONE and self.remaining != 0
+
+    def take(self, success: bool) -> bool:
+        """True when the finished, recorded episode is to be written; counts it."""
+        if not self.should_record() or (self.choice is SaveVideos.FAILURES and success):
+            return False
+        if self.remaining is not None:
+            self.remaining -= 1
+        return True
+
+
+def rollout_path(folder: str, date_time: str, episode: int, success: bool, task: str) -> str:
+    """Published video path `<folder>/<date>/<date_time>--episode=N--success=B--task=T.mp4`.
+
+    Args:
+        folder: e.g. `./rollouts/vla-adapter`.
+        date_time: start of the run, `YYYY_MM_DD-HH_MM_SS`; the date folder is its first half.
+        episode: number of the episode in the whole run, from 1.
+        success: outcome.
+        task: instruction; lower-cased, blanks, line ends and dots become underscores, 50 characters are kept.
+    """
+    name = task.lower().replace(" ", "_").replace("\n", "_").replace(".", "_")[:50]
+    date = date_time.split("-")[0]
+    return f"{folder}/{date}/{date_time}--episode={episode}--success={success}--task={name}.mp4"
+
+
+def require_encoder() -> None:
+    """Fail early, before an hour of simulation.
+
+    Raises:
+        ModuleNotFoundError: imageio-ffmpeg is not installed.
+    """
+    try:
+        import imageio_ffmpeg  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "imageio-ffmpeg writes the rollout videos and is not installed: install the `libero` extra, "
+            "or pass --save_videos none"
+        ) from error
+
+
+def write_video(path: str, frames: Sequence[np.ndarray], fps: float = PUBLISHED_FPS) -> None:
+    """Write an H.264 MP4; the file appears under its name only when complete.
+
+    Args:
+        path: target; its folder is created.
+        frames: n >= 1 images (H, W, 3) uint8, all of one size, H and W even.
+        fps: frames per second of the video.
+
+    Raises:
+        ValueError: no frames, or a frame of another shape or dtype.
+    """
+    import imageio_ffmpeg
+
+    if not frames:
+        raise ValueError(f"{path}: expected at least one frame, found none")
+    shape = frames[0].shape
+    for index, frame in enumerate(frames):
+        if frame.dtype != np.uint8 or frame.shape != shape or frame.ndim != 3 or frame.shape[2] != 3:
+            raise ValueError(f"{path}: frame {index}: expected uint8 {shape}, found {frame.dtype} {frame.shape}")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    partial = f"{path}.{os.getpid()}.partial.mp4"
+    # macro_block_size 2: the default of 16 would silently rescale sizes such as 100 x 100.
+    writer = imageio_ffmpeg.write_frames(
+        partial, (shape[1], shape[0]), fps=fps, codec="libx264", macro_block_size=2, ffmpeg_log_level="error"
+    )
+    try:
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+        os.replace(partial, path)
+    finally:
+        writer.close()
+        if os.path.exists(partial):
+            os.remove(partial)

@@ -1,0 +1,67 @@
+"""A trained checkpoint as a policy: camera images, robot state and instruction in, a chunk of actions out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from prismatic.training.checkpoints import LoadedCheckpoint, load_checkpoint
+from prismatic.vla.action_spec import ActionSpec
+from prismatic.vla.datasets.collator import VLACollator
+from prismatic.vla.images import ImageSpec, prepare_eval_image
+from prismatic.vla.normalization import Normalizer, resolve_statistics_key
+
+
+class VLAPolicy:
+    """Open-loop chunk policy. Preprocessing, prompt and normalisation are those stored in the checkpoint.
+
+    Args:
+        checkpoint: a loaded checkpoint.
+        device: torch device of the forward pass.
+        unnorm_key: data set whose statistics are used; `{suite}` also finds `{suite}_no_noops`, None needs a single one.
+    """
+
+    def __init__(self, checkpoint: LoadedCheckpoint, device: str = "cpu", unnorm_key: str | None = None) -> None:
+        manifest = checkpoint.manifest
+        self.metadata = manifest | {"path": str(checkpoint.path)}
+        self.action_spec = ActionSpec.from_dict(manifest["action_spec"])
+        self.image_spec = ImageSpec.from_dict(manifest["image_spec"])
+        self.unnorm_key = resolve_statistics_key(checkpoint.statistics, unnorm_key)
+        self._normalizer = Normalizer(checkpoint.statistics[self.unnorm_key], self.action_spec)
+        self._model = checkpoint.model.to(device).eval()
+        self._device = device
+        self._num_images = manifest["num_images"]
+        self._collate = VLACollator(
+            checkpoint.processor.tokenizer, checkpoint.processor.image_processor, self._model.num_action_queries
+        )
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str = "cpu", unnorm_key: str | None = None) -> VLAPolicy:
+        """Read a checkpoint folder; errors name the file that is missing or does not fit."""
+        return cls(load_checkpoint(path), device, unnorm_key)
+
+    @torch.inference_mode()
+    def predict(self, image: np.ndarray, wrist_image: np.ndarray, state: np.ndarray, instruction: str) -> np.ndarray:
+        """Actions of the next chunk: (K, A) float64, un-normalised, gripper in [0, 1] with 1 = open.
+
+        Args:
+            image: third-person view (H, W, 3) uint8, upright (already rotated by 180 degrees).
+            wrist_image: wrist view, the same; not used by one-image models.
+            state: end-effector position (m), axis-angle (rad), gripper joint positions (m): (8,).
+            instruction: the task in words.
+        """
+        images = [image, wrist_image][: self._num_images]
+        sample = {
+            "images": np.stack([prepare_eval_image(i, self.image_spec) for i in images]),
+            "proprio": self._normalizer.normalize_proprio(np.asarray(state, dtype=np.float32)),
+            "actions": np.zeros((self.action_spec.chunk_len, self.action_spec.action_dim), dtype=np.float32),
+            "instruction": instruction,
+            "dataset_name": self.unnorm_key,
+            "sample_id": (0, 0),
+        }
+        batch = self._collate([sample])
+        batch = {k: v.to(self._device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        actions = self._model(batch).actions[0].float().cpu().numpy()
+        return self._normalizer.unnormalize_action(actions.astype(np.float64))

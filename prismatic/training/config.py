@@ -1,0 +1,175 @@
+"""Command line of `vla-scripts/finetune.py`: one dataclass, checked once, translated once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+
+from prismatic.training.craft_utils import CRaFTConfig
+
+# Flags of the published script that this code base does not implement: a value other than the default is an error,
+# not a silent no-op.
+_UNSUPPORTED = {
+    "use_l1_regression": (True, "only the L1-regression head is implemented"),
+    "use_diffusion": (False, "diffusion action heads are not implemented"),
+    "use_film": (False, "FiLM conditioning is not implemented"),
+    "use_val_set": (False, "validation during training is not implemented yet"),
+    "merge_lora_during_training": (False, "merging LoRA weights is not implemented yet; evaluation loads adapters"),
+    "vlm_path": ("", "native Prismatic weights cannot be read yet; pass a checkpoint folder as --config_file_path"),
+}
+
+
+class TuningMode(str, Enum):
+    """Which weights are trained. The head, the proprio projector and the action queries always are."""
+
+    LORA = "lora"
+    FULL = "full"
+    FROZEN = "frozen"
+
+
+class LRSchedule(str, Enum):
+    """Learning rate after warm-up."""
+
+    STEP = "step"  # x 0.1 once, after num_steps_before_decay: the published rule
+    COSINE = "cosine"  # to zero at max_steps
+    CONSTANT = "constant"
+
+
+@dataclass
+class FinetuneConfig:
+    """Flags of `finetune.py`. Published flags keep their names; None means "as the start model says"."""
+
+    # --- start model and data
+    config_file_path: str = "pretrained_models/configs"  # checkpoint folder, or a preset: tiny, qwen25-0_5b
+    vlm_path: str = ""  # native Prismatic VLM
+    use_minivlm: bool = True  # Qwen chat prompt, the only one implemented
+    resum_vla_path: str = ""  # checkpoint folder to resume from; empty: found from run_root_dir and the run id
+    data_root_dir: str = "datasets/rlds"
+    dataset_name: str = "libero_spatial_no_noops"  # several, separated by commas, are trained on together
+    run_root_dir: str = "runs"
+    shuffle_buffer_size: int = 100_000  # accepted for compatibility; sampling is a true permutation
+    n_shot_episodes: int | None = None  # keep N demonstrations per instruction
+    frame_stride: int = 1  # use every n-th frame as the start of a sample
+
+    # --- model
+    use_l1_regression: bool = True
+    use_diffusion: bool = False
+    use_film: bool = False
+    num_images_in_input: int | None = None
+    use_proprio: bool | None = None
+    use_pro_version: bool | None = None
+    phase: str = "Training"
+
+    # --- optimisation
+    batch_size: int = 8  # per process and micro-batch
+    learning_rate: float = 5e-4
+    lr_warmup_steps: float = 0  # steps; below 1 a share of max_steps
+    num_steps_before_decay: int = 100_000
+    lr_schedule: LRSchedule = LRSchedule.STEP
+    weight_decay: float = 0.01
+    max_grad_norm: float | None = None  # None: no clipping, as published
+    grad_accumulation_steps: int = 1
+    max_steps: int = 200_000
+    seed: int = 7
+    use_val_set: bool = False
+    image_aug: bool = True
+    num_data_workers: int = 0
+    device: str = "auto"  # auto: cuda when there is one
+
+    # --- saving
+    save_freq: int = 10_000
+    save_latest_checkpoint_only: bool = False
+    save_training_state: bool = True  # optimizer, RNG, data position: needed to resume
+    resume: bool = False
+    resume_step: int | None = None
+
+    # --- which weights
+    use_lora: bool = False
+    lora_rank: int = 32
+    lora_dropout: float = 0.0
+    merge_lora_during_training: bool = False
+    use_fz: bool = False  # freeze the whole VLM
+
+    # --- CRaFT
+    use_craft: bool = False
+    craft_retention_weight: float = 1.0
+    craft_retention_budget: float = 0.1
+    craft_dual_lr: float = 0.01
+    craft_projection_eps: float = 1e-8
+    craft_enable_projection: bool = True
+    craft_enable_dual: bool = True
+    craft_fixed_lambda: float = 0.1
+    craft_anchor_type: str = "concat"
+    craft_anchor_layer_idx: int | None = None
+    craft_cr_token_mode: str = "vision_only"
+    craft_use_mean_pooling: bool = True
+    craft_log_freq: int = 10
+
+    # --- tracking
+    use_wandb: bool = False
+    wandb_entity: str | None = None
+    wandb_project: str = "craft-vla"
+    wandb_log_freq: int = 10
+    run_id_note: str | None = None
+    run_id_override: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for flags that contradict each other, are out of range or not implemented."""
+        for name, (supported, reason) in _UNSUPPORTED.items():
+            if getattr(self, name) != supported:
+                raise ValueError(f"--{name} {getattr(self, name)}: {reason}")
+        if not self.use_minivlm:
+            raise ValueError("--use_minivlm False: only the Qwen chat prompt is implemented")
+        if self.use_lora and self.use_fz:
+            raise ValueError("--use_lora True and --use_fz True exclude each other")
+        for name in ("batch_size", "grad_accumulation_steps", "max_steps", "save_freq", "lora_rank", "craft_log_freq"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}, expected at least 1")
+        if not self.learning_rate > 0:
+            raise ValueError(f"--learning_rate is {self.learning_rate}, expected more than 0")
+        self.craft_config()  # validates the values even when unused
+
+    @property
+    def tuning_mode(self) -> TuningMode:
+        """The published booleans as one choice."""
+        if self.use_lora:
+            return TuningMode.LORA
+        return TuningMode.FROZEN if self.use_fz else TuningMode.FULL
+
+    @property
+    def run_id(self) -> str:
+        """Folder name of the run: the override, or one made of the main settings."""
+        if self.run_id_override is not None:
+            return self.run_id_override
+        start = self.config_file_path.rstrip("/").split("/")[-1]
+        effective = self.batch_size * self.grad_accumulation_steps
+        run_id = f"{start}+{self.dataset_name.replace(',', '+')}+b{effective}+lr-{self.learning_rate}"
+        if self.use_lora:
+            run_id += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout}"
+        run_id += "+frozen" * self.use_fz + "--image_aug" * self.image_aug + "--craft" * self.use_craft
+        if self.n_shot_episodes is not None:
+            run_id += f"--{self.n_shot_episodes}shot"
+        return run_id if self.run_id_note is None else f"{run_id}--{self.run_id_note}"
+
+    def craft_config(self) -> CRaFTConfig:
+        """The `craft_*` flags as the algorithm's settings."""
+        names = {f.name for f in fields(CRaFTConfig)}
+        flags = {f.name.removeprefix("craft_"): getattr(self, f.name) for f in fields(self)}
+        return CRaFTConfig(**{name: flags[name] for name in names})
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of optimizer step `step` (0-based): linear warm-up from 10 %, then the schedule."""
+        warmup = self.lr_warmup_steps
+        warmup = round(warmup * self.max_steps) if warmup < 1 else int(warmup)
+        factor = min(1.0, 0.1 + 0.9 * (step + 1) / warmup) if warmup else 1.0
+        if self.lr_schedule is LRSchedule.STEP and step >= self.num_steps_before_decay:
+            factor *= 0.1
+        elif self.lr_schedule is LRSchedule.COSINE and step >= warmup:
+            progress = (step - warmup) / max(1, self.max_steps - warmup)
+            factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.learning_rate * factor
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON."""
+        return {k: v.value if isinstance(v, Enum) else v for k, v in asdict(self).items()}

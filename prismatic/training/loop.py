@@ -1,0 +1,194 @@
+"""The training loop: batches in, checkpoints and metrics out. All periodic work counts optimizer steps."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from prismatic.training.checkpoints import TrainingState, checkpoint_path, restore_training_state, save_checkpoint
+from prismatic.training.config import FinetuneConfig
+from prismatic.training.craft_utils import CRaFTConstraint
+from prismatic.training.setup import TrainingSetup
+from prismatic.training.step import StepContext, craft_request, optimizer_step
+from prismatic.training.tracking import Tracker
+from prismatic.vla.datasets.collator import VLACollator
+from prismatic.vla.datasets.sampler import EpochSampler
+
+
+class Trainer:
+    """Fine-tunes a policy. `fit()` runs to `max_steps`; everything else is one step of it.
+
+    Args:
+        cfg: the flags.
+        setup: model, processor, data set and action specification of the run.
+        accelerator: device, processes and mixed precision.
+    """
+
+    def __init__(self, cfg: FinetuneConfig, setup: TrainingSetup, accelerator: Accelerator) -> None:
+        self.cfg, self.setup, self.accelerator = cfg, setup, accelerator
+        self.bare_model = setup.model
+        self.model = accelerator.prepare(setup.model)
+        # After `prepare`: DDP has broadcast rank 0's weights, so the snapshot is the same on every rank.
+        self.craft = self._build_constraint() if cfg.use_craft else None
+        self.optimizer = self._build_optimizer()
+        self.sampler = EpochSampler(
+            setup.dataset, seed=cfg.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
+        )
+        self.step = 0
+        seed_everything(cfg.seed + accelerator.process_index)
+        if cfg.resume:
+            self._resume()
+        self.tracker = self._build_tracker() if accelerator.is_main_process else None
+
+    def fit(self) -> None:
+        """Train from the current step to `max_steps`, logging and saving on the way and at the end."""
+        self._announce()
+        self.model.train()
+        batches = self._batches()
+        progress = tqdm(range(self.step, self.cfg.max_steps), disable=None, desc="fine-tuning", unit="step")
+        started = time.perf_counter()
+        try:
+            for _ in progress:
+                metrics = self._train_one_step(batches)
+                self._log(metrics, time.perf_counter() - started)
+                started = time.perf_counter()
+                if self.step % self.cfg.save_freq == 0 or self.step == self.cfg.max_steps:
+                    self.save()
+        finally:
+            if self.tracker is not None:
+                self.tracker.close()
+
+    def _train_one_step(self, batches: Iterator[dict]) -> dict[str, float]:
+        learning_rate = self.cfg.learning_rate_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        context = StepContext(
+            model=self.model,
+            optimizer=self.optimizer,
+            craft=self.craft,
+            max_grad_norm=self.cfg.max_grad_norm,
+            no_sync=lambda: self.accelerator.no_sync(self.model),
+            autocast=self.accelerator.autocast,
+            reduce_mean=self._reduce_mean if self.accelerator.num_processes > 1 else None,
+        )
+        metrics = optimizer_step(context, list(islice(batches, self.cfg.grad_accumulation_steps)), self.step)
+        self.step += 1
+        return metrics | {"VLA Train/Learning Rate": learning_rate}
+
+    def save(self) -> None:
+        """Write the checkpoint of the current step (main process)."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        state = TrainingState(self.step, self.samples_seen, self.optimizer, self.craft)
+        folder = save_checkpoint(self.cfg, self.setup, state)
+        self.tracker.message(f"Saved checkpoint at step {self.step}: {folder}")
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples used so far by all processes."""
+        cfg = self.cfg
+        return self.step * cfg.batch_size * cfg.grad_accumulation_steps * self.accelerator.num_processes
+
+    def _resume(self) -> None:
+        folder = self.cfg.resum_vla_path or checkpoint_path(self.cfg, self.cfg.resume_step)
+        self.step = restore_training_state(folder, self.bare_model, self.optimizer, self.craft)
+        self.sampler.start_at(self.samples_seen // self.accelerator.num_processes)
+
+    def _build_constraint(self) -> CRaFTConstraint:
+        def compute_features(bare, batch: dict):
+            request = craft_request(self.craft)
+            with self.accelerator.autocast():
+                return bare.anchor_features(batch, request)
+
+        return CRaFTConstraint(self.model, self.cfg.craft_config(), compute_features)
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        trainable = [p for p in self.bare_model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(
+            trainable, lr=self.cfg.learning_rate, weight_decay=self.cfg.weight_decay, fused=True
+        )
+
+    def _build_tracker(self) -> Tracker:
+        cfg, wandb_settings = self.cfg, None
+        if cfg.use_wandb:
+            wandb_settings = {
+                "project": cfg.wandb_project,
+                "entity": cfg.wandb_entity,
+                "name": f"ft+{cfg.run_id}",
+                "config": cfg.to_dict(),
+            }
+        return Tracker(self.setup.run_dir, self.step, wandb_settings)
+
+    def _batches(self) -> Iterator[dict]:
+        collate = VLACollator(
+            self.setup.processor.tokenizer, self.setup.processor.image_processor, self.setup.num_action_queries
+        )
+        loader = DataLoader(
+            self.setup.dataset,
+            batch_size=self.cfg.batch_size,
+            sampler=self.sampler,
+            num_workers=self.cfg.num_data_workers,
+            collate_fn=collate,
+            pin_memory=self.accelerator.device.type == "cuda",
+            # Its own generator: the loader draws a seed when it starts, which would shift the model's noise at resume.
+            generator=torch.Generator().manual_seed(self.cfg.seed),
+        )
+        for batch in loader:
+            yield {
+                k: v.to(self.accelerator.device, non_blocking=True) if isinstance(v, Tensor) else v
+                for k, v in batch.items()
+            }
+
+    def _reduce_mean(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="mean")
+
+    def _log(self, metrics: dict[str, float], seconds: float) -> None:
+        every = self.cfg.wandb_log_freq if self.craft is None else self.cfg.craft_log_freq
+        due = self.step % every == 0 or self.step in (1, self.cfg.max_steps)
+        if self.tracker is None or not due:
+            return
+        samples = self.cfg.batch_size * self.cfg.grad_accumulation_steps * self.accelerator.num_processes
+        metrics = {**metrics, "samples_seen": self.samples_seen, "samples_per_second": samples / seconds}
+        # A metrics line describes the step that used the weights before it: step indices are 0-based.
+        self.tracker.log(self.step - 1, metrics)
+        line = f"step {self.step:>6}  loss {metrics['VLA Train/Loss']:.4f}  {metrics['samples_per_second']:.1f} samples/s"
+        if self.craft is not None:
+            line += (
+                f"  L_ret {metrics['CRaFT/Retention Loss']:.3e}  lambda {metrics['CRaFT/Lambda']:.3f}"
+                f"  conflict {metrics['CRaFT/Conflict Ratio']:.2f}"
+            )
+        self.tracker.message(line)
+
+    def _announce(self) -> None:
+        if self.tracker is None:
+            return
+        trainable = sum(p.numel() for p in self.bare_model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.bare_model.parameters())
+        self.tracker.message(
+            f"Run {self.cfg.run_id}: {trainable:,} of {total:,} parameters trainable ({self.cfg.tuning_mode.value}), "
+            f"{len(self.setup.dataset):,} samples, from step {self.step} to {self.cfg.max_steps}"
+        )
+        if self.craft is not None:
+            craft = self.craft.config
+            self.tracker.message(
+                f"CRaFT: saved {self.craft.weights.num_parameters:,} initial trainable parameters; "
+                f"retention budget eps = {craft.retention_budget}, dual learning rate = {craft.dual_lr}, "
+                f"projection {'enabled' if craft.enable_projection else 'disabled'}"
+            )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - libraries draw from the global generator
+    torch.manual_seed(seed)

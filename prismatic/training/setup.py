@@ -1,0 +1,169 @@
+"""From flags to the objects of a run: start model, trainable weights, data set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+from prismatic.models.presets import PRESETS, build_processor, build_vla, image_spec_of
+from prismatic.models.vla_policy import VLAPolicyModel
+from prismatic.training.checkpoints import load_checkpoint
+from prismatic.training.config import FinetuneConfig, TuningMode
+from prismatic.vla.action_spec import ActionSpec, get_action_spec
+from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
+from prismatic.vla.images import ImageSpec
+
+
+@dataclass
+class StartModel:
+    """A policy to start from, with the objects that travel with it. `path` is None for a preset."""
+
+    model: VLAPolicyModel
+    processor: PrismaticProcessor
+    action_spec: ActionSpec
+    image_spec: ImageSpec
+    path: Path | None
+
+
+@dataclass
+class TrainingSetup:
+    """Everything a run holds fixed."""
+
+    model: VLAPolicyModel
+    processor: PrismaticProcessor
+    dataset: VLADataset
+    action_spec: ActionSpec
+    image_spec: ImageSpec
+    dataset_metadata: dict
+    base_path: Path | None
+    run_dir: Path
+
+    @property
+    def num_images(self) -> int:
+        """Camera images per sample."""
+        return self.model.num_images
+
+    @property
+    def num_action_queries(self) -> int:
+        """Action-query slots at the end of every prompt."""
+        return self.model.num_action_queries
+
+
+def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
+    """Load or make the start model, choose its trainable weights and open the data set.
+
+    Raises ValueError when a flag contradicts the start model, FileNotFoundError for missing files.
+    """
+    start = load_start_model(cfg)
+    _check_flags(cfg, start)
+    apply_tuning(start.model, cfg)
+    settings = DatasetSettings(
+        action_spec=start.action_spec,
+        image_spec=start.image_spec,
+        num_images=start.model.num_images,
+        image_aug=cfg.image_aug,
+        seed=cfg.seed,
+        n_shot_episodes=cfg.n_shot_episodes,
+        frame_stride=cfg.frame_stride,
+    )
+    dataset = VLADataset(cfg.data_root_dir, cfg.dataset_name, settings)
+    return TrainingSetup(
+        model=start.model,
+        processor=start.processor,
+        dataset=dataset,
+        action_spec=start.action_spec,
+        image_spec=start.image_spec,
+        dataset_metadata=dataset.metadata,
+        base_path=start.path,
+        run_dir=Path(cfg.run_root_dir) / cfg.run_id,
+    )
+
+
+def load_start_model(cfg: FinetuneConfig) -> StartModel:
+    """The model named by `--config_file_path`: one of our checkpoint folders, or a preset with random weights."""
+    source = cfg.config_file_path.rstrip("/")
+    if source in PRESETS:
+        vla, head, projector = build_vla(source, seed=cfg.seed)
+        model = VLAPolicyModel(vla, head, projector, legacy_slices=False)
+        return StartModel(model, build_processor(source), get_action_spec("libero"), image_spec_of(source), None)
+    if not Path(source).is_dir():
+        raise FileNotFoundError(
+            f"--config_file_path {source}: neither a folder nor a preset ({', '.join(sorted(PRESETS))})"
+        )
+    loaded = load_checkpoint(source)
+    action_spec = ActionSpec.from_dict(loaded.manifest["action_spec"])
+    image_spec = ImageSpec.from_dict(loaded.manifest["image_spec"])
+    return StartModel(loaded.model, loaded.processor, action_spec, image_spec, Path(source))
+
+
+def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
+    """Set `requires_grad` (and add LoRA adapters, in place) as the tuning mode says.
+
+    The action queries, the head and the proprio projector are trained in every mode.
+    """
+    model.requires_grad_(True)
+    if cfg.tuning_mode is TuningMode.FULL:
+        _freeze_unreached(model.vla)
+        return
+    model.vla.requires_grad_(False)
+    queries = model.vla.action_queries
+    if cfg.tuning_mode is TuningMode.LORA:
+        lora = LoraConfig(
+            r=cfg.lora_rank,
+            lora_alpha=2 * cfg.lora_rank,
+            lora_dropout=cfg.lora_dropout,
+            target_modules=lora_targets(model.vla),
+            init_lora_weights="gaussian",
+        )
+        model.vla = get_peft_model(model.vla, lora)
+    queries.requires_grad_(True)
+
+
+def lora_targets(vla: OpenVLAForActionPrediction) -> list[str]:
+    """Names of all linear and convolution layers that the forward pass runs.
+
+    The language-model head, the attention pools and the last block of each vision tower are never executed: adapters
+    there would get no gradient.
+    """
+    unused = tuple(vla.unreached_module_names())
+    kinds = (nn.Linear, nn.Conv2d)
+    return [n for n, m in vla.named_modules() if isinstance(m, kinds) and not n.startswith(unused)]
+
+
+def _freeze_unreached(vla: OpenVLAForActionPrediction) -> None:
+    # Parameters without gradient would make DDP wait for them, and weight decay would shrink them. A tied head is the
+    # embedding table, which is reached.
+    embeddings = vla.get_input_embeddings().weight
+    for name in vla.unreached_module_names():
+        for parameter in vla.get_submodule(name).parameters():
+            if parameter is not embeddings:
+                parameter.requires_grad_(False)
+
+
+def _check_flags(cfg: FinetuneConfig, start: StartModel) -> None:
+    found = {
+        "num_images_in_input": start.model.num_images,
+        "use_proprio": start.model.proprio_projector is not None,
+        "use_pro_version": start.model.action_head.use_pro_version,
+    }
+    for name, value in found.items():
+        wanted = getattr(cfg, name)
+        if wanted is not None and wanted != value:
+            raise ValueError(f"--{name} {wanted}: the start model {cfg.config_file_path} was made with {value}")
+    if cfg.tuning_mode is TuningMode.LORA and start.path is None:
+        raise ValueError(
+            f"--use_lora True needs a checkpoint folder as --config_file_path: preset {cfg.config_file_path!r} has "
+            "random weights, and adapters could not be loaded again without them"
+        )
+
+
+def dataset_metadata(directory: Path) -> dict:
+    """How a data set was made (renderer, image size ...), from `craft_metadata.json` beside it; {} when absent."""
+    file = directory / "craft_metadata.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

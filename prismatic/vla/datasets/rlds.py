@@ -1,0 +1,378 @@
+"""Robot episodes in the tensorflow_datasets RLDS layout, read and written without TensorFlow.
+
+Layout: `<root>/<folder>/<version>/{features.json, dataset_info.json, <name>-<split>.tfrecord-NNNNN-of-MMMMM}`, one
+`tf.train.Example` per episode with flat keys `steps/...`. `<name>` may differ from `<folder>`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from prismatic.vla.datasets.example_proto import build_example, parse_example
+from prismatic.vla.datasets.rlds_features import FeatureSpec, MissingFeatureError, libero_features, read_features
+from prismatic.vla.datasets.tfrecord import (
+    CorruptRecordError,
+    RecordSpan,
+    index_records,
+    read_record,
+    write_records,
+)
+
+__all__ = [
+    "CorruptRecordError",
+    "Episode",
+    "MissingFeatureError",
+    "RLDSReader",
+    "find_version_directory",
+    "list_data_sets",
+    "write_rlds",
+]
+
+METADATA_FILE = "craft_metadata.json"
+_DEFAULT_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_IMAGE_PREFIX = "steps/observation/"
+_ACTION, _STATE, _JOINTS = "steps/action", "steps/observation/state", "steps/observation/joint_state"
+_INSTRUCTION, _FILE_PATH = "steps/language_instruction", "episode_metadata/file_path"
+_REQUIRED = (_ACTION, _STATE, _INSTRUCTION)
+
+
+@dataclass(eq=False)
+class Episode:
+    """One demonstration of T steps, as stored (no standardisation, no normalisation).
+
+    actions (T, A) float32, gripper -1 = open, +1 = close for LIBERO. state (T, S) float32. joint_state (T, J) float32
+    or None. images: {camera key: T JPEG strings}, LIBERO cameras `image` and `wrist_image`, already rotated upright.
+    reward, discount (T,) float32 and is_first, is_last, is_terminal (T,) bool; the writer fills missing ones with
+    reward 1 on the last step, discount 1 and the first/last flags. file_path: source of the episode, free text.
+    """
+
+    index: int
+    instruction: str
+    actions: np.ndarray
+    state: np.ndarray
+    images: dict[str, list[bytes]]
+    joint_state: np.ndarray | None = None
+    file_path: str = ""
+    reward: np.ndarray | None = None
+    discount: np.ndarray | None = None
+    is_first: np.ndarray | None = None
+    is_last: np.ndarray | None = None
+    is_terminal: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+def list_data_sets(data_root: str | os.PathLike) -> list[str]:
+    """Names of the folders below `data_root` that hold a version directory, sorted."""
+    root = Path(data_root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data root {root} is not a directory")
+    return sorted(child.name for child in root.iterdir() if child.is_dir() and _versions(child))
+
+
+def find_version_directory(data_root: str | os.PathLike, name: str) -> Path:
+    """`<data_root>/<name>/<highest version>`; FileNotFoundError lists the data sets that are there."""
+    root = Path(data_root)
+    available = list_data_sets(root)
+    versions = _versions(root / name)
+    if not versions:
+        raise FileNotFoundError(
+            f"data set {name!r} not found below {root}: expected {root / name}/<x.y.z>/dataset_info.json, "
+            f"found data sets {available or 'none'}"
+        )
+    return versions[-1]
+
+
+def _versions(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    found = [
+        child
+        for child in folder.iterdir()
+        if _VERSION.fullmatch(child.name) and (child / "dataset_info.json").is_file()
+    ]
+    return sorted(found, key=lambda path: tuple(int(part) for part in path.name.split(".")))
+
+
+class RLDSReader:
+    """Random access to the episodes of one split of a version directory.
+
+    Opening reads the two JSON files and the record headers: a missing shard raises FileNotFoundError, a truncated one
+    CorruptRecordError, a record count other than the declared one ValueError, a missing split ValueError, an
+    undeclared required feature MissingFeatureError; each names the file. Payload checksums are checked on reading.
+    """
+
+    def __init__(self, directory: str | os.PathLike, split: str = "train"):
+        self.directory = Path(directory)
+        for file_name in ("features.json", "dataset_info.json"):
+            if not (self.directory / file_name).is_file():
+                raise FileNotFoundError(f"{self.directory / file_name} is missing")
+        self.features_path = self.directory / "features.json"
+        self.features = read_features(self.features_path)
+        for name in _REQUIRED:
+            self.require(name)
+        info = json.loads((self.directory / "dataset_info.json").read_text())
+        self.name: str = info["name"]
+        self.shard_lengths, self.shard_paths = self._shards(info, split)
+        self._records = self._index()
+
+    @property
+    def num_episodes(self) -> int:
+        """Number of episodes of the split."""
+        return len(self._records)
+
+    @property
+    def camera_keys(self) -> tuple[str, ...]:
+        """Declared image observations, e.g. ('image', 'wrist_image')."""
+        return tuple(
+            name.removeprefix(_IMAGE_PREFIX)
+            for name, spec in self.features.items()
+            if spec.kind == "image" and name.startswith(_IMAGE_PREFIX)
+        )
+
+    @property
+    def metadata(self) -> dict | None:
+        """Content of `craft_metadata.json` (how the data were collected), None when there is none."""
+        path = self.directory / METADATA_FILE
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def require(self, name: str) -> FeatureSpec:
+        """Declaration of feature `name`; MissingFeatureError with the declared names otherwise."""
+        if name not in self.features:
+            raise MissingFeatureError(f"{self.features_path}: no feature {name!r}, found {sorted(self.features)}")
+        return self.features[name]
+
+    def require_camera(self, key: str) -> FeatureSpec:
+        """Declaration of image observation `key`; MissingFeatureError otherwise."""
+        return self.require(f"{_IMAGE_PREFIX}{key}")
+
+    def episode(self, index: int) -> Episode:
+        """Episode `index` in file order (0 <= index < num_episodes)."""
+        if not 0 <= index < self.num_episodes:
+            raise IndexError(f"episode {index} of {self.directory}: expected 0 <= index < {self.num_episodes}")
+        path, span = self._records[index]
+        where = f"{path}: record {span.number} at offset {span.offset}"
+        try:
+            values = parse_example(read_record(path, span))
+        except CorruptRecordError:
+            raise
+        except ValueError as error:
+            raise CorruptRecordError(f"{where}: {error}") from error
+        return self._build_episode(index, values, where)
+
+    def __iter__(self) -> Iterator[Episode]:
+        return (self.episode(index) for index in range(self.num_episodes))
+
+    def __len__(self) -> int:
+        return self.num_episodes
+
+    def _shards(self, info: dict, split: str) -> tuple[list[int], list[Path]]:
+        splits = {entry["name"]: entry for entry in info.get("splits", ())}
+        if split not in splits:
+            raise ValueError(
+                f"{self.directory / 'dataset_info.json'}: no split {split!r}, found splits {sorted(splits)}"
+            )
+        lengths = [int(length) for length in splits[split]["shardLengths"]]
+        template = splits[split].get("filepathTemplate", _DEFAULT_TEMPLATE)
+        paths = []
+        for shard in range(len(lengths)):
+            fields = {
+                "DATASET": self.name,
+                "SPLIT": split,
+                "FILEFORMAT": info.get("fileFormat", "tfrecord"),
+                "SHARD_X_OF_Y": f"{shard:05d}-of-{len(lengths):05d}",
+            }
+            paths.append(self.directory / template.format(**fields))
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            present = sorted(path.name for path in self.directory.glob("*tfrecord*"))
+            raise FileNotFoundError(f"{self.directory}: missing shards {missing}, found {present or 'none'}")
+        return lengths, paths
+
+    def _index(self) -> list[tuple[Path, RecordSpan]]:
+        records = []
+        for path, declared in zip(self.shard_paths, self.shard_lengths, strict=True):
+            spans = index_records(path)
+            if len(spans) != declared:
+                raise ValueError(f"{path}: {len(spans)} records, dataset_info.json declares {declared}")
+            records.extend((path, span) for span in spans)
+        return records
+
+    def _build_episode(self, index: int, values: Mapping, where: str) -> Episode:
+        length = len(_get(values, _INSTRUCTION, where))
+        if length == 0:
+            raise CorruptRecordError(f"{where}: {_INSTRUCTION} is empty, expected one text per step")
+
+        def steps(name: str, required: bool = False) -> np.ndarray | None:
+            if not required and (name not in self.features or name not in values):
+                return None
+            return _step_array(_get(values, name, where), self.require(name), length, where)
+
+        images = {}
+        for key in self.camera_keys:
+            images[key] = _get(values, f"{_IMAGE_PREFIX}{key}", where)
+            if len(images[key]) != length:
+                raise CorruptRecordError(f"{where}: {_IMAGE_PREFIX}{key} has {len(images[key])} steps, not {length}")
+        instructions = set(_get(values, _INSTRUCTION, where))
+        if len(instructions) != 1:
+            raise ValueError(f"{where}: {_INSTRUCTION} changes within the episode: {sorted(instructions)}")
+        file_path = values.get(_FILE_PATH) or [b""]
+        return Episode(
+            index=index,
+            instruction=instructions.pop().decode("utf-8"),
+            actions=steps(_ACTION, required=True),
+            state=steps(_STATE, required=True),
+            joint_state=steps(_JOINTS),
+            images=images,
+            file_path=file_path[0].decode("utf-8"),
+            **{name: steps(f"steps/{name}") for name in ("reward", "discount", "is_first", "is_last", "is_terminal")},
+        )
+
+
+def _get(values: Mapping, name: str, where: str):
+    if name not in values:
+        raise MissingFeatureError(f"{where}: no feature {name!r}, found {sorted(values)}")
+    return values[name]
+
+
+def _step_array(value, spec: FeatureSpec, length: int, where: str) -> np.ndarray:
+    expected = (length, *spec.shape)
+    if not isinstance(value, np.ndarray) or value.size != int(np.prod(expected)):
+        found = value.size if isinstance(value, np.ndarray) else f"{len(value)} byte strings"
+        raise CorruptRecordError(f"{where}: {spec.name} holds {found} values, expected shape {expected}")
+    return value.reshape(expected).astype(np.dtype(spec.dtype), copy=False)
+
+
+def write_rlds(
+    directory: str | os.PathLike,
+    name: str,
+    episodes: Iterable[Episode],
+    shards: int = 1,
+    image_shape: tuple[int, int, int] = (256, 256, 3),
+    metadata: dict | None = None,
+) -> Path:
+    """Write LIBERO-layout episodes as the version directory `directory` (`<root>/<name>/<x.y.z>`).
+
+    Everything is written to a hidden directory beside it, which is renamed at the end: an exception (also one raised
+    by `episodes`) leaves nothing behind. Episodes are distributed over `shards` files in order. `image_shape` is
+    (H, W, 3) of both cameras; `metadata` goes to `craft_metadata.json`.
+
+    Raises FileExistsError when `directory` exists, ValueError for a name that is not a version or for episodes that
+    do not have the LIBERO layout (actions (T,7), state (T,8), joint_state (T,7), cameras image and wrist_image).
+    """
+    directory = Path(directory)
+    if not _VERSION.fullmatch(directory.name):
+        raise ValueError(f"{directory}: the last part must be a version x.y.z")
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists already")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        spool = temporary / "spool"
+        spans = write_records(spool, (_episode_payload(episode, image_shape) for episode in episodes))
+        lengths = _write_shards(temporary, name, spool, spans, shards)
+        _write_json(temporary / "features.json", libero_features(image_shape))
+        info = _dataset_info(name, directory.name, lengths, sum(span.length for span in spans))
+        _write_json(temporary / "dataset_info.json", info)
+        if metadata is not None:
+            _write_json(temporary / METADATA_FILE, metadata)
+        os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def _write_shards(directory: Path, name: str, spool: Path, spans: list[RecordSpan], shards: int) -> list[int]:
+    if not 1 <= shards <= len(spans):
+        raise ValueError(f"{shards} shards for {len(spans)} episodes: every shard needs at least one episode")
+    bounds = [round(len(spans) * shard / shards) for shard in range(shards + 1)]
+    for shard in range(shards):
+        path = directory / f"{name}-train.tfrecord-{shard:05d}-of-{shards:05d}"
+        write_records(path, (read_record(spool, span) for span in spans[bounds[shard] : bounds[shard + 1]]))
+    spool.unlink()
+    return [bounds[shard + 1] - bounds[shard] for shard in range(shards)]
+
+
+def _episode_payload(episode: Episode, image_shape: tuple[int, int, int]) -> bytes:
+    length = len(episode)
+    where = f"episode {episode.index} ({episode.instruction!r})"
+    if length == 0:
+        raise ValueError(f"{where} has no steps")
+    first, last = np.zeros(length, dtype=bool), np.zeros(length, dtype=bool)
+    first[0], last[-1] = True, True
+
+    def given(value: np.ndarray | None, default: np.ndarray) -> np.ndarray:
+        return default if value is None else value
+
+    arrays = {
+        _ACTION: (episode.actions, (length, 7)),
+        _STATE: (episode.state, (length, 8)),
+        _JOINTS: (episode.joint_state, (length, 7)),
+        "steps/reward": (given(episode.reward, last.astype(np.float32)), (length,)),
+        "steps/discount": (given(episode.discount, np.ones(length, dtype=np.float32)), (length,)),
+        "steps/is_first": (given(episode.is_first, first), (length,)),
+        "steps/is_last": (given(episode.is_last, last), (length,)),
+        "steps/is_terminal": (given(episode.is_terminal, last), (length,)),
+    }
+    features: dict = {
+        _INSTRUCTION: [episode.instruction.encode("utf-8")] * length,
+        _FILE_PATH: [episode.file_path.encode("utf-8")],
+    }
+    for name, (value, shape) in arrays.items():
+        if np.shape(value) != shape:
+            raise ValueError(f"{where}: {name} has shape {np.shape(value)}, expected {shape}")
+        if not np.all(np.isfinite(value)):
+            raise ValueError(f"{where}: {name} holds values that are not finite")
+        features[name] = np.asarray(value)
+    features.update(_image_features(episode, image_shape, where))
+    return build_example(features)
+
+
+def _image_features(episode: Episode, image_shape: tuple[int, int, int], where: str) -> dict[str, list[bytes]]:
+    features = {}
+    for key in ("image", "wrist_image"):
+        frames = episode.images.get(key, [])
+        if len(frames) != len(episode):
+            raise ValueError(f"{where}: camera {key!r} has {len(frames)} images, expected {len(episode)}")
+        for step, frame in enumerate(frames):
+            with Image.open(io.BytesIO(frame)) as image:
+                found = (image.format, image.height, image.width, len(image.getbands()))
+            if found != ("JPEG", *image_shape):
+                raise ValueError(f"{where}: {key} at step {step} is {found}, expected {('JPEG', *image_shape)}")
+        features[f"{_IMAGE_PREFIX}{key}"] = frames
+    return features
+
+
+def _dataset_info(name: str, version: str, shard_lengths: list[int], num_bytes: int) -> dict:
+    split = {
+        "filepathTemplate": _DEFAULT_TEMPLATE,
+        "name": "train",
+        "numBytes": str(num_bytes),
+        "shardLengths": [str(length) for length in shard_lengths],
+    }
+    return {
+        "description": "Robot demonstrations in the LIBERO RLDS layout.",
+        "fileFormat": "tfrecord",
+        "moduleName": "prismatic.vla.datasets.rlds",
+        "name": name,
+        "releaseNotes": {version: "Initial release."},
+        "splits": [split],
+        "version": version,
+    }
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

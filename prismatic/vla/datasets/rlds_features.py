@@ -1,0 +1,124 @@
+"""`features.json` of a tensorflow_datasets folder: reading any tree, writing the LIBERO one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+_PREFIX = "tensorflow_datasets.core.features"
+
+
+class MissingFeatureError(KeyError):
+    """A feature that the data set does not declare or a record does not hold."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """One leaf of the feature tree.
+
+    name: flat key in the Example, e.g. `steps/observation/image`. kind: `image`, `tensor` or `text`.
+    dtype: declared tfds dtype (`string` for text). shape: without the step axis; -1 = unknown. per_step: below a
+    sequence, i.e. one value per time step.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    per_step: bool
+
+
+def read_features(path: Path) -> dict[str, FeatureSpec]:
+    """Leaves of a `features.json`, by flat name.
+
+    Raises FileNotFoundError for a missing file and ValueError (with the file) for JSON or feature types that this
+    reader does not know.
+    """
+    try:
+        tree = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    leaves: dict[str, FeatureSpec] = {}
+    try:
+        _collect(tree, "", False, leaves)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: unsupported feature description: {error}") from error
+    return leaves
+
+
+def _collect(node: dict, name: str, per_step: bool, leaves: dict[str, FeatureSpec]) -> None:
+    if "featuresDict" in node:
+        for key, child in node["featuresDict"]["features"].items():
+            _collect(child, f"{name}/{key}" if name else key, per_step, leaves)
+    elif "sequence" in node:
+        _collect(node["sequence"]["feature"], name, True, leaves)
+    elif "image" in node:
+        spec = node["image"]
+        leaves[name] = FeatureSpec(name, "image", spec.get("dtype", "uint8"), _shape(spec), per_step)
+    elif "tensor" in node:
+        spec = node["tensor"]
+        encoding = spec.get("encoding", "none")
+        if encoding not in ("none", ""):
+            raise ValueError(f"{name} has tensor encoding {encoding!r}, expected 'none'")
+        leaves[name] = FeatureSpec(name, "tensor", spec["dtype"], _shape(spec), per_step)
+    elif "text" in node:
+        leaves[name] = FeatureSpec(name, "text", "string", (), per_step)
+    else:
+        raise ValueError(f"{name or 'root'} has type {node.get('pythonClassName', sorted(node))!r}")
+
+
+def _shape(spec: dict) -> tuple[int, ...]:
+    return tuple(int(size) for size in spec.get("shape", {}).get("dimensions", ()))
+
+
+def libero_features(image_shape: tuple[int, int, int]) -> dict:
+    """`features.json` content of the LIBERO RLDS layout for images of `image_shape` (H, W, 3)."""
+    observation = {
+        "image": _image(image_shape, "Main camera RGB observation."),
+        "wrist_image": _image(image_shape, "Wrist camera RGB observation."),
+        "state": _tensor((8,), "Robot EEF state (6D pose, 2D gripper)."),
+        "joint_state": _tensor((7,), "Robot joint angles."),
+    }
+    step = {
+        "observation": _features_dict(observation),
+        "action": _tensor((7,), "Robot EEF action."),
+        "discount": _scalar("float32", "Discount if provided, default to 1."),
+        "reward": _scalar("float32", "Reward if provided, 1 on final step for demos."),
+        "is_first": _scalar("bool", "True on first step of the episode."),
+        "is_last": _scalar("bool", "True on last step of the episode."),
+        "is_terminal": _scalar("bool", "True on last step of the episode if it is a terminal step, True for demos."),
+        "language_instruction": _text("Language Instruction."),
+    }
+    steps = {
+        "pythonClassName": f"{_PREFIX}.dataset_feature.Dataset",
+        "sequence": {"feature": _features_dict(step), "length": "-1"},
+    }
+    metadata = _features_dict({"file_path": _text("Path to the original data file.")})
+    return _features_dict({"steps": steps, "episode_metadata": metadata})
+
+
+def _features_dict(features: dict) -> dict:
+    return {"pythonClassName": f"{_PREFIX}.features_dict.FeaturesDict", "featuresDict": {"features": features}}
+
+
+def _image(shape: tuple[int, int, int], description: str) -> dict:
+    image = {"shape": {"dimensions": [str(size) for size in shape]}, "dtype": "uint8", "encodingFormat": "jpeg"}
+    return {"pythonClassName": f"{_PREFIX}.image_feature.Image", "image": image, "description": description}
+
+
+def _tensor(shape: tuple[int, ...], description: str) -> dict:
+    tensor = {"shape": {"dimensions": [str(size) for size in shape]}, "dtype": "float32", "encoding": "none"}
+    return {"pythonClassName": f"{_PREFIX}.tensor_feature.Tensor", "tensor": tensor, "description": description}
+
+
+def _scalar(dtype: str, description: str) -> dict:
+    tensor = {"shape": {}, "dtype": dtype, "encoding": "none"}
+    return {"pythonClassName": f"{_PREFIX}.scalar.Scalar", "tensor": tensor, "description": description}
+
+
+def _text(description: str) -> dict:
+    return {"pythonClassName": f"{_PREFIX}.text_feature.Text", "text": {}, "description": description}

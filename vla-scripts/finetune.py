@@ -1,0 +1,33 @@
+"""Fine-tune a vision-language-action policy, plain or under the CRaFT constraint.
+
+python vla-scripts/finetune.py --config_file_path CHECKPOINT_OR_PRESET --dataset_name NAME --use_craft True
+torchrun --standalone --nproc-per-node N vla-scripts/finetune.py ...
+"""
+
+import draccus
+import torch
+from accelerate import Accelerator
+from transformers.utils import logging as transformers_logging
+
+from prismatic.training.config import FinetuneConfig
+from prismatic.training.loop import Trainer, seed_everything
+from prismatic.training.setup import build_setup
+
+
+@draccus.wrap()
+def finetune(cfg: FinetuneConfig) -> None:
+    """Parse, build, fit."""
+    transformers_logging.set_verbosity_error()
+    accelerator = build_accelerator(cfg)
+    seed_everything(cfg.seed)
+    Trainer(cfg, build_setup(cfg), accelerator).fit()
+
+
+def build_accelerator(cfg: FinetuneConfig) -> Accelerator:
+    """Device, processes and precision: bf16 autocast on CUDA, fp32 on the CPU (where bf16 is several times slower)."""
+    use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    return Accelerator(cpu=not use_cuda, mixed_precision="bf16" if use_cuda else "no")
+
+
+if __name__ == "__main__":
+    finetune()
