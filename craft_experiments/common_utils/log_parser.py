@@ -103,7 +103,7 @@ _EVENTS = re.compile(
             r"\bTask suite: (?P<suite>\S+)",
             # The name ends at the next message; a date, a level or a bracket opens one.
             r"(?<![\w=])Task: (?P<task>.+?)(?= (?:\d{2,4}[-/]\d\d|\[|INFO\b|Starting episode|Skipping task|#)|$)",
-            r"(?P<error>\bEpisode error:|\bCaught exception:)",
+            r"(?P<error>\bEpisode error:|(?<!Episode error: )\bCaught exception:)",
             r"--success=(?P<video>True|False)--task=",
             r"(?<![\w=])Success: (?P<success>True|False)",
             rf"\bCurrent task success rate: (?P<task_rate>{_NUMBER})",
@@ -123,6 +123,13 @@ def _undecorated_words(text: str) -> str:
 def _events(text: str) -> Iterator[tuple[str, str]]:
     for match in _EVENTS.finditer(_undecorated_words(text)):
         yield match.lastgroup, match.group(match.lastgroup)
+
+
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    # Tee-Object of Windows PowerShell writes UTF-16 with a byte order mark.
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+    return data.decode(encoding, errors="replace")
 
 
 class _LogState:
@@ -161,7 +168,8 @@ def parse_eval_log(path: str | os.PathLike) -> EvalLog:
     """Parse an evaluation log, plain or captured from a console of any width that does not break a number.
 
     Args:
-        path: UTF-8 text file; undecodable bytes are kept as replacement characters (progress bars may be cut).
+        path: UTF-8 text file, or UTF-16 with a byte order mark. Undecodable bytes become replacement characters:
+            progress bars may be cut.
 
     Returns:
         The log's figures. Without a final line the result is partial and ``complete`` is False.
@@ -174,7 +182,7 @@ def parse_eval_log(path: str | os.PathLike) -> EvalLog:
     if not path.is_file():
         raise FileNotFoundError(f"evaluation log not found: {path}")
     state = _LogState()
-    for kind, value in _events(path.read_text(encoding="utf-8", errors="replace")):
+    for kind, value in _events(_read_text(path)):
         state.feed(kind, value)
     counted = [outcome for task in state.tasks for outcome in task.outcomes]
     stated = state.stated
@@ -344,6 +352,37 @@ def format_results_table(
     return "\n".join(lines) + "\n"
 
 
+def format_comparison_table(columns: dict[str, dict[str, float | FailureCode]], title: str) -> str:
+    """Markdown table with a row per suite and a column per method.
+
+    Args:
+        columns: method -> results as of :func:`parse_all_results`. A suite a method did not run is shown as ``-``.
+        title: heading.
+
+    Returns:
+        Markdown text ending in a newline. The averages are taken over the suites for which every method has a number,
+        so that the columns can be compared; a line says which suites those are when some are left out.
+
+    Raises:
+        ValueError: no column, or no suite.
+    """
+    suites = sorted({suite for results in columns.values() for suite in results})
+    if not suites:
+        raise ValueError("columns: found no results, expected at least one method with one suite")
+    lines = [f"# {title}", "", "| Task Suite | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for suite in suites:
+        cells = [format_rate(results[suite]) if suite in results else "-" for results in columns.values()]
+        lines.append(f"| {suite} | " + " | ".join(cells) + " |")
+    common = [s for s in suites if all(isinstance(r.get(s), float) for r in columns.values())]
+    averages = [average_rate({s: results[s] for s in common}) for results in columns.values()]
+    cells = ["n/a" if average is None else format_rate(average) for average in averages]
+    lines.append("| **Average** | " + " | ".join(f"**{cell}**" for cell in cells) + " |")
+    if len(common) < len(suites):
+        named = ", ".join(common) or "none"
+        lines += ["", f"Average over the {len(common)} of {len(suites)} suites with a number in every column: {named}."]
+    return "\n".join(lines) + "\n"
+
+
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     """Write UTF-8 text under a temporary name, then rename: a reader never sees half a file."""
     path = Path(path)
@@ -358,6 +397,8 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
 
 def _command_rate(args: argparse.Namespace) -> int:
     log = parse_eval_log(args.log)
+    if log.num_episode_errors:
+        print(f"{args.log}: {log.num_episode_errors} episodes ended in an error and count as failures", file=sys.stderr)
     if log.complete:
         print(f"{log.overall_success_rate:.4f}")
         return 0
@@ -373,11 +414,24 @@ def _command_episodes(args: argparse.Namespace) -> int:
 
 def _command_table(args: argparse.Namespace) -> int:
     keywords = {} if args.title is None else {"title": args.title}
-    text = format_results_table(parse_all_results(args.results), **keywords)
-    if args.output is None:
+    return _deliver(format_results_table(parse_all_results(args.results), **keywords), args.output)
+
+
+def _command_compare(args: argparse.Namespace) -> int:
+    columns = {}
+    for pair in args.columns:
+        name, separator, path = pair.partition("=")
+        if not separator or name in columns:
+            raise ValueError(f"compare: found {pair!r}, expected NAME=FILE with each name once")
+        columns[name] = parse_all_results(path)
+    return _deliver(format_comparison_table(columns, args.title), args.output)
+
+
+def _deliver(text: str, output: str | None) -> int:
+    if output is None:
         print(text, end="")
     else:
-        write_text_atomic(args.output, text)
+        write_text_atomic(output, text)
     return 0
 
 
@@ -404,6 +458,11 @@ def _argument_parser() -> argparse.ArgumentParser:
     table.add_argument("--output", help="file to write; standard output when absent")
     table.add_argument("--title")
     table.set_defaults(run=_command_table)
+    compare = commands.add_parser("compare", help="result lists of several methods -> one Markdown table")
+    compare.add_argument("columns", nargs="+", metavar="NAME=FILE")
+    compare.add_argument("--output", help="file to write; standard output when absent")
+    compare.add_argument("--title", default="Table 1: Main results on LIBERO")
+    compare.set_defaults(run=_command_compare)
     checkpoint = commands.add_parser("checkpoint", help="newest checkpoint folder by step number; exit 3 when none")
     checkpoint.add_argument("run_root_dir")
     checkpoint.add_argument("run_id")

@@ -1,7 +1,7 @@
 """Statistics of success counts: Wilson score interval and exact McNemar test. Standard library only.
 
-An evaluation is a set of Bernoulli trials, so a bare rate says little: 17 successes of 20 is compatible with a true rate
-between 0.64 and 0.95. Two policies evaluated on the same (task, initial state) pairs are compared by their discordant
+An evaluation is a set of Bernoulli trials, so a bare rate says little: 17 successes of 20 is compatible with true rates
+from 0.64 to 0.95. Two policies evaluated on the same (task, initial state) pairs are compared by their discordant
 pairs, which is more sensitive than comparing two intervals.
 """
 

@@ -331,9 +331,9 @@ class CRaFTConstraint:
         `autograd.grad` leaves `p.grad` and DDP's hooks alone; the graph is kept for the action loss's backward pass.
         """
         loss = compute_retention_loss(features, anchor)
-        gradients = torch.autograd.grad(loss * share, self._parameters, retain_graph=True, allow_unused=True)
-        if all(g is None for g in gradients):
+        if not loss.requires_grad:
             raise ValueError("no trainable parameter reaches the anchored features: CRaFT has nothing to constrain")
+        gradients = torch.autograd.grad(loss * share, self._parameters, retain_graph=True, allow_unused=True)
         for i, g in enumerate(gradients):
             if g is not None:
                 previous = self._g_ret[i]

@@ -41,7 +41,7 @@ class Trainer:
         self.craft = self._build_constraint() if cfg.use_craft else None
         self.optimizer = self._build_optimizer()
         self.sampler = EpochSampler(
-            setup.dataset, seed=cfg.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
+            len(setup.dataset), seed=cfg.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
         )
         self.step = 0
         seed_everything(cfg.seed + accelerator.process_index)
@@ -71,7 +71,15 @@ class Trainer:
         learning_rate = self.cfg.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        context = StepContext(
+        metrics = optimizer_step(
+            self.step_context(), list(islice(batches, self.cfg.grad_accumulation_steps)), self.step
+        )
+        self.step += 1
+        return metrics | {"VLA Train/Learning Rate": learning_rate}
+
+    def step_context(self) -> StepContext:
+        """The objects of one optimizer step."""
+        return StepContext(
             model=self.model,
             optimizer=self.optimizer,
             craft=self.craft,
@@ -80,9 +88,6 @@ class Trainer:
             autocast=self.accelerator.autocast,
             reduce_mean=self._reduce_mean if self.accelerator.num_processes > 1 else None,
         )
-        metrics = optimizer_step(context, list(islice(batches, self.cfg.grad_accumulation_steps)), self.step)
-        self.step += 1
-        return metrics | {"VLA Train/Learning Rate": learning_rate}
 
     def save(self) -> None:
         """Write the checkpoint of the current step (main process)."""

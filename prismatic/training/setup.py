@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,9 +106,8 @@ def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
 
     The action queries, the head and the proprio projector are trained in every mode.
     """
-    model.requires_grad_(True)
+    _freeze_unreached(model.vla)
     if cfg.tuning_mode is TuningMode.FULL:
-        _freeze_unreached(model.vla)
         return
     model.vla.requires_grad_(False)
     queries = model.vla.action_queries
@@ -131,9 +129,9 @@ def lora_targets(vla: OpenVLAForActionPrediction) -> list[str]:
     The language-model head, the attention pools and the last block of each vision tower are never executed: adapters
     there would get no gradient.
     """
-    unused = tuple(vla.unreached_module_names())
+    unreached = tuple(vla.unreached_module_names())
     kinds = (nn.Linear, nn.Conv2d)
-    return [n for n, m in vla.named_modules() if isinstance(m, kinds) and not n.startswith(unused)]
+    return [n for n, m in vla.named_modules() if isinstance(m, kinds) and not n.startswith(unreached)]
 
 
 def _freeze_unreached(vla: OpenVLAForActionPrediction) -> None:
@@ -161,9 +159,3 @@ def _check_flags(cfg: FinetuneConfig, start: StartModel) -> None:
             f"--use_lora True needs a checkpoint folder as --config_file_path: preset {cfg.config_file_path!r} has "
             "random weights, and adapters could not be loaded again without them"
         )
-
-
-def dataset_metadata(directory: Path) -> dict:
-    """How a data set was made (renderer, image size ...), from `craft_metadata.json` beside it; {} when absent."""
-    file = directory / "craft_metadata.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -56,11 +56,11 @@ def optimizer_step(context: StepContext, micro_batches: Sequence[dict], step: in
             (loss * share).backward()
         for name, value in parts.items():
             metrics[name] = metrics.get(name, 0.0) + value * share
-    _require_finite("action loss", metrics["VLA Train/Loss"], step)
+    _require_finite("action loss", metrics["VLA Train/Loss"], step, micro_batches)
     if context.craft is not None:
         metrics |= context.craft.combine_(context.reduce_mean)
     norm = _gradient_norm(context)
-    _require_finite("gradient norm", norm, step)
+    _require_finite("gradient norm", norm, step, micro_batches)
     context.optimizer.step()
     context.optimizer.zero_grad(set_to_none=True)
     return {name: float(value) for name, value in metrics.items()} | {"VLA Train/Gradient Norm": float(norm)}
@@ -117,6 +117,17 @@ def _gradient_norm(context: StepContext) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters])
 
 
-def _require_finite(what: str, value: Tensor | float, step: int) -> None:
-    if not torch.isfinite(torch.as_tensor(value)):
-        raise NonFiniteLossError(f"{what} is {float(value)} at optimizer step {step}; the weights were not changed")
+def _require_finite(what: str, value: Tensor | float, step: int, micro_batches: Sequence[dict]) -> None:
+    if torch.isfinite(torch.as_tensor(value)):
+        return
+    suspects = [s for batch in micro_batches for s in _non_finite_samples(batch)]
+    where = f"non-finite input in samples {suspects}" if suspects else "all inputs are finite: the model diverged"
+    raise NonFiniteLossError(f"{what} is {float(value)} at optimizer step {step}; {where}. The weights were not changed")
+
+
+def _non_finite_samples(batch: dict) -> list[tuple]:
+    """(data set, (episode, step)) of the samples with a NaN or infinity among their numbers."""
+    bad = torch.zeros(len(batch["sample_ids"]), dtype=torch.bool)
+    for name in ("actions", "proprio", "pixel_values"):
+        bad |= ~batch[name].isfinite().flatten(1).all(dim=1).cpu()
+    return [(batch["dataset_names"][i], batch["sample_ids"][i]) for i in bad.nonzero().flatten().tolist()]

@@ -38,7 +38,8 @@ def plain_messages(tasks=TASKS):
             yield f"Starting episode {number + 1}..."
             done.append(success)
             name = task.replace(" ", "_")[:50]
-            yield f"Saved rollout MP4 at path ./rollouts/x/d--episode={len(done)}--success={bool(success)}--task={name}.mp4"
+            video = f"d--episode={len(done)}--success={bool(success)}--task={name}.mp4"
+            yield f"Saved rollout MP4 at path ./rollouts/x/{video}"
             yield f"Success: {bool(success)}"
             yield f"# episodes completed so far: {len(done)}"
             yield f"# successes: {sum(done)} ({sum(done) / len(done) * 100:.1f}%)"
@@ -270,3 +271,21 @@ def test_command_line_failures_have_exit_codes_and_no_output(tmp_path):
     ):
         done = run_command(*arguments)
         assert (done.returncode, done.stdout) == (code, "") and done.stderr
+
+
+def test_comparison_averages_only_what_every_method_has(tmp_path):
+    (tmp_path / "plain").write_text("libero_10: 0.5000\nlibero_goal: 0.7000\n")
+    (tmp_path / "craft").write_text("libero_10: 0.6000\nlibero_goal: EVAL_FAILED\n")
+    done = run_command("compare", f"plain={tmp_path / 'plain'}", f"CRaFT={tmp_path / 'craft'}", "--title", "T")
+    assert done.stdout == (
+        "# T\n\n| Task Suite | plain | CRaFT |\n|---|---|---|\n"
+        "| libero_10 | 0.5000 (50.0%) | 0.6000 (60.0%) |\n| libero_goal | 0.7000 (70.0%) | EVAL_FAILED |\n"
+        "| **Average** | **0.5000 (50.0%)** | **0.6000 (60.0%)** |\n"
+        "\nAverage over the 1 of 2 suites with a number in every column: libero_10.\n"
+    )
+    assert run_command("compare", str(tmp_path / "plain")).returncode == 2
+
+
+def test_utf16_capture_of_windows_powershell(tmp_path):
+    (tmp_path / "log").write_text("\r\n".join(plain_messages()), encoding="utf-16", newline="")
+    assert_is_the_synthetic_run(parse_eval_log(tmp_path / "log"))

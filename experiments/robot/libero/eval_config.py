@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
 
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.simulator import SUITE_MAX_STEPS, RenderMode, ResetMode
@@ -56,8 +55,8 @@ class EvalConfig:
     num_trials_per_task: int = 50
     # DEFAULT: the benchmark's own; or a JSON {task_with_underscores: {demo_i: {success, initial_state}}}.
     initial_states_path: str = DEFAULT_INITIAL_STATES
-    # Pixels, square, of the rendered cameras.
-    env_img_res: int = 256
+    # Pixels, square, of the rendered cameras. None: as in the checkpoint's training data where recorded, else 256.
+    env_img_res: int | None = None
 
     # --- Output (published flags) ---
     run_id_note: str | None = None
@@ -83,7 +82,7 @@ class EvalConfig:
     worker_timeout_s: float = 3600.0
     # Give up after this many errors in a row: a broken renderer would otherwise grind through all episodes.
     max_consecutive_errors: int = 10
-    # None: the mode recorded in the checkpoint, or `published` when it records none.
+    # None: as in the checkpoint's training data where recorded, else `published`.
     render_mode: RenderMode | None = None
     # `hard` rebuilds the simulation model before every episode, as published; `soft` reuses it.
     reset_mode: ResetMode = ResetMode.HARD
@@ -138,7 +137,8 @@ class EvalConfig:
         ids = sorted(int(word) for word in words)
         if ids[-1] >= num_tasks or len(set(ids)) != len(ids):
             raise EvalInputError(
-                f"--task_ids: {self.task_suite_name} has tasks 0..{num_tasks - 1}, each at most once; found {self.task_ids!r}"
+                f"--task_ids: expected distinct tasks of {self.task_suite_name} (0..{num_tasks - 1}), "
+                f"found {self.task_ids!r}"
             )
         return ids
 
@@ -207,49 +207,3 @@ def _check_paths(cfg: EvalConfig) -> None:
         )
     if cfg.initial_states_path != DEFAULT_INITIAL_STATES and not os.path.isfile(cfg.initial_states_path):
         raise EvalInputError(f"--initial_states_path: no such file: {cfg.initial_states_path}")
-
-
-def check_flags_against_policy(cfg: EvalConfig, policy: Any) -> None:
-    """Refuse flags that contradict the checkpoint; a flag left at None follows it.
-
-    Args:
-        cfg: the command line.
-        policy: object with `metadata` (dict; keys `num_images_in_input`, `use_proprio`, `use_pro_version` where known),
-            `image_spec.center_crop` and `action_spec.chunk_len`. What a policy does not state is not compared.
-
-    Raises:
-        EvalInputError: naming the flag, its value and the checkpoint's.
-    """
-    metadata = getattr(policy, "metadata", None) or {}
-    stated = {name: metadata.get(name) for name in ("num_images_in_input", "use_proprio", "use_pro_version")}
-    stated["center_crop"] = getattr(getattr(policy, "image_spec", None), "center_crop", None)
-    for name, found in stated.items():
-        wanted = getattr(cfg, name)
-        if wanted is not None and found is not None and wanted != found:
-            raise EvalInputError(f"--{name} {wanted}: the checkpoint {cfg.pretrained_checkpoint} has {name} = {found}")
-    chunk = getattr(getattr(policy, "action_spec", None), "chunk_len", None)
-    if chunk is not None and cfg.num_open_loop_steps > chunk:
-        raise EvalInputError(
-            f"--num_open_loop_steps {cfg.num_open_loop_steps}: the checkpoint {cfg.pretrained_checkpoint} predicts "
-            f"chunks of {chunk} actions"
-        )
-
-
-def resolve_render_mode(cfg: EvalConfig, metadata: dict[str, Any]) -> RenderMode:
-    """The flag, else `metadata["render_mode"]` of the checkpoint, else published.
-
-    Raises:
-        EvalInputError: the checkpoint names an unknown mode.
-    """
-    if cfg.render_mode is not None:
-        return cfg.render_mode
-    recorded = metadata.get("render_mode")
-    if recorded is None:
-        return RenderMode.PUBLISHED
-    try:
-        return RenderMode(getattr(recorded, "value", recorded))
-    except ValueError:
-        known = [mode.value for mode in RenderMode]
-        raise EvalInputError(
-            f"checkpoint {cfg.pretrained_checkpoint}: render_mode: expected one of {known}, found {recorded!r}"
-        ) from None

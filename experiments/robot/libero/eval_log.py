@@ -1,7 +1,7 @@
 """What an evaluation writes: the published text log, `episodes.jsonl` and `results.json`.
 
-`episodes.jsonl` is the record: one line per finished episode, appended as it happens, the basis of resuming and of every
-statistic. The text log repeats the published lines, derived from the same records in (task, episode) order, so that
+`episodes.jsonl` is the record: one line per finished episode, appended as it happens, the basis of resuming and of all
+statistics. The text log repeats the published lines, derived from the same records in (task, episode) order, so that
 parsers written for published logs keep working.
 """
 

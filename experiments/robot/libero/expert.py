@@ -55,7 +55,7 @@ class ExpertSettings:
     rim_margin: float = 0.012
     close_steps: int = 9  # the fingers need 8 steps from fully open to fully closed
     phase_limit: int = 60
-    attempts: int = 2
+    attempts: int = 1
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,8 @@ class PickPlaceExpert:
             goal[2] = self._funnel_height(grasp.position, self._settings.hover + grasp.top - grasp.position[2])
             position, rotation = self._pose()
             turned = np.linalg.norm(_rotation_vector(self._target_rotation(grasp.yaw) @ rotation.T)) < 0.12
-            if np.linalg.norm(position - grasp.position) < 0.006 and turned:
+            error = np.abs(position - grasp.position)
+            if np.linalg.norm(error[:2]) < 0.008 and error[2] < 0.006 and turned:
                 return
             yield self._toward(goal, grasp.yaw, OPEN, "approach")
 
@@ -305,15 +306,15 @@ class PickPlaceExpert:
 
     def _lift(self, grasp: Grasp, body: str, target: str) -> Iterator[Command]:
         """Raise the object above everything it will pass; slow for the first centimetre."""
-        support = self._support_height(target)
         start = self._pose()[0].copy()
+        bottom = self._geometry.vertices(body)[:, 2].min()
+        height = max(self._support_height(target) + self._settings.clearance + start[2] - bottom, start[2] + 0.05)
         for _ in range(self._settings.phase_limit):
-            position = self._pose()[0]
-            below = position[2] - self._geometry.vertices(body)[:, 2].min()
-            height = max(support + self._settings.clearance + below, start[2] + 0.05)
-            if position[2] > height - 0.02:
+            raised = self._pose()[0][2] - start[2]
+            lost = raised - (self._geometry.vertices(body)[:, 2].min() - bottom) > 0.04
+            if self._pose()[0][2] > height - 0.02 or lost:
                 return
-            limit = 0.4 if position[2] - start[2] < 0.01 else MAX_ACTION
+            limit = 0.4 if raised < 0.01 else MAX_ACTION
             yield self._toward(np.array([*start[:2], height + 0.02]), grasp.yaw, CLOSE, "lift", limit=limit)
 
     def _place(self, grasp: Grasp, body: str, target: str) -> Iterator[Command]:
@@ -359,7 +360,13 @@ class PickPlaceExpert:
         return np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]]) @ self._upright
 
     def _toward(
-        self, goal: np.ndarray, yaw: float, gripper: float, phase: str, limit: float = MAX_ACTION, noise_scale: float = 1.0
+        self,
+        goal: np.ndarray,
+        yaw: float,
+        gripper: float,
+        phase: str,
+        limit: float = MAX_ACTION,
+        noise_scale: float = 1.0,
     ) -> Command:
         """Proportional step towards a pose; direction is kept when the step is limited."""
         settings = self._settings
@@ -382,7 +389,10 @@ class PickPlaceExpert:
             points = self._geometry.vertices(owner.root_body)
             middle = (points[:, :2].min(0) + points[:, :2].max(0)) / 2
             return np.array([*middle, points[:, 2].max()])
-        return np.array(self._env.sim.data.get_site_xpos(target))
+        spot = np.array(self._env.sim.data.get_site_xpos(target))
+        if "contain" in target:
+            spot[2] -= 0.5 * float(domain.object_sites_dict[target].size[2])  # half way into the container
+        return spot
 
     def _support_height(self, target: str) -> float:
         """Height the object must clear before it is above its target: the walls of a container, else the support."""

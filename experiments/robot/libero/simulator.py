@@ -187,7 +187,6 @@ class LiberoEnv:
         self.reset_mode = ResetMode(reset_mode)
         self._render = render
         self._context: Any = None
-        self._context_sim: Any = None
         self._last: dict[str, np.ndarray] | None = None
         self._random_state = np.random.RandomState(0).get_state()  # noqa: NPY002 - robosuite draws from numpy's global generator
         self._env = self._build()
@@ -236,6 +235,8 @@ class LiberoEnv:
         """
         if seed is not None:
             self._random_state = np.random.RandomState(seed).get_state()  # noqa: NPY002
+        if self.reset_mode is ResetMode.HARD:
+            self._drop_context()  # its model is about to be rebuilt
         self._set_joint_noise(START_JOINT_STD if init_state is None else 0.0)
         with _quiet(), self._own_random_state():
             self._last = self._env.reset()
@@ -301,8 +302,7 @@ class LiberoEnv:
 
     def close(self) -> None:
         """Free the renderer and the simulation (most of the memory stays with the process)."""
-        self._context = None
-        self._context_sim = None
+        self._drop_context()
         self._env.close()
 
     @staticmethod
@@ -322,9 +322,8 @@ class LiberoEnv:
         import mujoco
 
         sim = self.sim
-        if self._context is None or self._context_sim is not sim:
+        if self._context is None:
             self._context = self._new_context(sim)
-            self._context_sim = sim
         camera = sim.model.camera_name2id(name)
         self._context.gl_ctx.make_current()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context.con)
@@ -341,6 +340,14 @@ class LiberoEnv:
         context.vopt.geomgroup[1] = 1
         context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         return context
+
+    def _drop_context(self) -> None:
+        """Free the LAZY renderer.  It must be the current one then: freeing it later would free a newer one's buffers."""
+        if self._context is None:
+            return
+        self._context.gl_ctx.make_current()
+        self._context.sim._render_context_offscreen = None
+        self._context = None
 
     @contextlib.contextmanager
     def _own_random_state(self) -> Iterator[None]:

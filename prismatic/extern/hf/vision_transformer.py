@@ -142,7 +142,7 @@ class VisionTransformer(nn.Module):
     """One vision tower. `forward` returns un-normed patch features of the second to last block.
 
     The last block, the final norm and the pooling head exist for key compatibility and are never executed
-    (see `unused_parameter_prefixes`).
+    (see `unreached_module_names`).
     """
 
     def __init__(self, spec: VisionTowerSpec) -> None:
@@ -165,9 +165,9 @@ class VisionTransformer(nn.Module):
             self.attn_pool = AttentionPool(spec)
 
     @property
-    def unused_parameter_prefixes(self) -> tuple[str, ...]:
-        """Name prefixes of parameters that never influence the features."""
-        return (f"blocks.{self.spec.depth - 1}.", "norm.", "attn_pool.")
+    def unreached_module_names(self) -> list[str]:
+        """Submodules that never influence the features."""
+        return [f"blocks.{self.spec.depth - 1}", "norm"] + (["attn_pool"] if self.spec.attention_pool else [])
 
     def reset_embeddings(self, std: float) -> None:
         """Draw class, register and position embeddings from N(0, std)."""

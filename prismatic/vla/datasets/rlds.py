@@ -123,9 +123,7 @@ class RLDSReader:
         self.features = read_features(self.features_path)
         for name in _REQUIRED:
             self.require(name)
-        info = json.loads((self.directory / "dataset_info.json").read_text())
-        self.name: str = info["name"]
-        self.shard_lengths, self.shard_paths = self._shards(info, split)
+        self.name, self.shard_lengths, self.shard_paths = self._shards(split)
         self._records = self._index()
 
     @property
@@ -178,18 +176,23 @@ class RLDSReader:
     def __len__(self) -> int:
         return self.num_episodes
 
-    def _shards(self, info: dict, split: str) -> tuple[list[int], list[Path]]:
-        splits = {entry["name"]: entry for entry in info.get("splits", ())}
-        if split not in splits:
+    def _shards(self, split: str) -> tuple[str, list[int], list[Path]]:
+        path = self.directory / "dataset_info.json"
+        try:
+            info = json.loads(path.read_text())
+            name, splits = info["name"], {entry["name"]: entry for entry in info["splits"]}
+            lengths = [int(length) for length in splits.get(split, {"shardLengths": []})["shardLengths"]]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.directory / 'dataset_info.json'}: no split {split!r}, found splits {sorted(splits)}"
-            )
-        lengths = [int(length) for length in splits[split]["shardLengths"]]
+                f"{path}: expected JSON with name and splits of name and shardLengths: {error!r}"
+            ) from error
+        if split not in splits:
+            raise ValueError(f"{path}: no split {split!r}, found splits {sorted(splits)}")
         template = splits[split].get("filepathTemplate", _DEFAULT_TEMPLATE)
         paths = []
         for shard in range(len(lengths)):
             fields = {
-                "DATASET": self.name,
+                "DATASET": name,
                 "SPLIT": split,
                 "FILEFORMAT": info.get("fileFormat", "tfrecord"),
                 "SHARD_X_OF_Y": f"{shard:05d}-of-{len(lengths):05d}",
@@ -199,7 +202,7 @@ class RLDSReader:
         if missing:
             present = sorted(path.name for path in self.directory.glob("*tfrecord*"))
             raise FileNotFoundError(f"{self.directory}: missing shards {missing}, found {present or 'none'}")
-        return lengths, paths
+        return name, lengths, paths
 
     def _index(self) -> list[tuple[Path, RecordSpan]]:
         records = []

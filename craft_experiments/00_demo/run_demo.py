@@ -1,0 +1,222 @@
+"""The whole loop on a laptop CPU: fine-tune plain and with CRaFT, evaluate both in LIBERO, write the report.
+
+Jobs run two at a time, one core each. A job whose result file exists is skipped, so an interrupted demo continues.
+`--full True` trains longer and evaluates more initial states (see README.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import draccus
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORT_SCRIPT = Path(__file__).with_name("make_report.py")
+
+
+@dataclass
+class DemoConfig:
+    """Sizes of the demo. The defaults fit in half an hour on two cores."""
+
+    start: str = "pretrained_models/tiny-libero-object"
+    data_root_dir: str = "datasets/rlds"
+    dataset_name: str = "libero_spatial_scripted_no_noops"
+    suite: str = "libero_spatial"
+    task_id: int = 0
+    retention_suite: str = "libero_object"
+    retention_task_id: int = 3
+    max_steps: int = 1000
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    trials: int = 10
+    first_initial_state: int = 0
+    seed: int = 7
+    work_dir: str = "runs/demo"
+    results_dir: str = "results/demo"
+
+
+@dataclass
+class Job:
+    """A command, the file that shows it is done, and the jobs it waits for."""
+
+    name: str
+    command: list[str]
+    result: Path
+    after: list[str] = field(default_factory=list)
+
+
+def main() -> None:
+    """Plan, run, report; exits with an error when a job failed."""
+    cfg = draccus.parse(DemoConfig)
+    os.chdir(ROOT)
+    jobs = plan(cfg)
+    seconds = run_jobs(jobs, Path(cfg.work_dir) / "logs", slots=2)
+    write_manifest(cfg, jobs, seconds)
+    subprocess.run([sys.executable, str(REPORT_SCRIPT), cfg.results_dir], check=True)
+
+
+def plan(cfg: DemoConfig) -> list[Job]:
+    """All jobs of the demo: two runs, six evaluations, two controls."""
+    runs = {"plain": [], "craft": ["--use_craft", "True"]}
+    jobs = [training_job(cfg, name, flags) for name, flags in runs.items()]
+    for name in ("start", "plain", "craft"):
+        checkpoint = cfg.start if name == "start" else str(final_checkpoint(cfg, name))
+        after = [] if name == "start" else [f"train-{name}"]
+        for column in ("target", "retention"):
+            jobs.append(evaluation_job(cfg, f"{name}-{column}", checkpoint, column, after))
+    grey = ["--control", "grey_images"]
+    jobs.append(evaluation_job(cfg, "grey-target", str(final_checkpoint(cfg, "plain")), "target", ["train-plain"], grey))
+    dataset = next(Path(cfg.data_root_dir, cfg.dataset_name).glob("[0-9]*"))
+    replay = ["--control", "replay", "--replay_dataset", str(dataset)]
+    jobs.append(evaluation_job(cfg, "replay-target", "", "target", [], replay))
+    return jobs
+
+
+def training_job(cfg: DemoConfig, name: str, flags: list[str]) -> Job:
+    """Fine-tuning of the start checkpoint on the target task."""
+    settings = {
+        "config_file_path": cfg.start,
+        "data_root_dir": cfg.data_root_dir,
+        "dataset_name": cfg.dataset_name,
+        "run_root_dir": cfg.work_dir,
+        "run_id_override": name,
+        "batch_size": cfg.batch_size,
+        "learning_rate": cfg.learning_rate,
+        "max_steps": cfg.max_steps,
+        "save_freq": cfg.max_steps,
+        "lr_schedule": "COSINE",
+        "lr_warmup_steps": 0.05,
+        "max_grad_norm": 1.0,
+        "seed": cfg.seed,
+    }
+    command = [sys.executable, "vla-scripts/finetune.py", *as_flags(settings), *flags]
+    return Job(f"train-{name}", command, final_checkpoint(cfg, name) / "craft_checkpoint.json")
+
+
+def evaluation_job(
+    cfg: DemoConfig, name: str, checkpoint: str, column: str, after: list[str], flags: list[str] | None = None
+) -> Job:
+    """Evaluation on initial states that no demonstration used."""
+    target = column == "target"
+    folder = Path(cfg.results_dir) / "evaluations" / name
+    settings = {
+        "pretrained_checkpoint": checkpoint,
+        "task_suite_name": cfg.suite if target else cfg.retention_suite,
+        "task_ids": cfg.task_id if target else cfg.retention_task_id,
+        "num_trials_per_task": cfg.trials,
+        "initial_state_offset": cfg.first_initial_state,
+        "save_videos": "FIRST" if name == "craft-target" else "NONE",
+        "rollout_dir": str(Path(cfg.results_dir) / "videos"),
+        "local_log_dir": str(folder),
+        "results_dir": str(folder),
+        "resume": (folder / "episodes.jsonl").exists(),
+    }
+    settings = {k: v for k, v in settings.items() if v != ""}
+    command = [sys.executable, "experiments/robot/libero/run_libero_eval.py", *as_flags(settings), *(flags or [])]
+    return Job(f"eval-{name}", command, folder / "results.json", after)
+
+
+def final_checkpoint(cfg: DemoConfig, run: str) -> Path:
+    """Folder of the last checkpoint of a run."""
+    return Path(cfg.work_dir) / f"{run}--{cfg.max_steps}_chkpt"
+
+
+def as_flags(settings: dict) -> list[str]:
+    """{"a": 1} -> ["--a", "1"]."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def run_jobs(jobs: list[Job], log_dir: Path, slots: int) -> dict[str, float]:
+    """Run every job once its predecessors are done, `slots` at a time; returns seconds per job run now.
+
+    A failed job stops the demo after the running ones ended; its log's last lines are shown.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    waiting, done, running, seconds = list(jobs), set(), {}, {}
+    stop = threading.Event()
+    with ThreadPoolExecutor(slots) as pool:
+        while waiting or running:
+            ready = [j for j in waiting if set(j.after) <= done] if not stop.is_set() else []
+            for job in ready[: slots - len(running)]:
+                waiting.remove(job)
+                running[pool.submit(run_job, job, log_dir)] = job
+            if not running:
+                break
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                job = running.pop(future)
+                collect(job, future, done, seconds, stop)
+    if stop.is_set():
+        sys.exit(1)
+    return seconds
+
+
+def collect(job: Job, future: Future, done: set[str], seconds: dict[str, float], stop: threading.Event) -> None:
+    """Note a finished job, or stop the demo when it failed."""
+    error = future.exception()
+    if error is not None:
+        print(f"FAILED {job.name}: {error}", file=sys.stderr)
+        stop.set()
+        return
+    done.add(job.name)
+    if future.result() > 0:
+        seconds[job.name] = future.result()
+
+
+def run_job(job: Job, log_dir: Path) -> float:
+    """Run one command with one thread; seconds, or 0 when its result was there. RuntimeError with the log's tail."""
+    if job.result.exists():
+        print(f"[{time.strftime('%H:%M:%S')}] {job.name}: already done", flush=True)
+        return 0.0
+    log = log_dir / f"{job.name}.log"
+    print(f"[{time.strftime('%H:%M:%S')}] {job.name}: {shlex.join(job.command)}\n    log: {log}", flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    started = time.time()
+    with log.open("w", encoding="utf-8") as stream:
+        code = subprocess.run(job.command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
+    if code != 0 or not job.result.exists():
+        tail = "\n    ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"exit code {code}, see {log}:\n    {tail}")
+    print(f"[{time.strftime('%H:%M:%S')}] {job.name}: done in {time.time() - started:.0f} s", flush=True)
+    return time.time() - started
+
+
+def write_manifest(cfg: DemoConfig, jobs: list[Job], seconds: dict[str, float]) -> None:
+    """What the report is made of. Seconds of jobs that were skipped are kept from the earlier manifest."""
+    results = Path(cfg.results_dir)
+    file = results / "manifest.json"
+    earlier = json.loads(file.read_text(encoding="utf-8")).get("seconds", {}) if file.exists() else {}
+    (results / "metrics").mkdir(parents=True, exist_ok=True)
+    runs = []
+    for name in ("plain", "craft"):
+        metrics = results / "metrics" / f"{name}.jsonl"
+        metrics.write_bytes((Path(cfg.work_dir) / name / "metrics.jsonl").read_bytes())
+        runs.append({"name": name, "metrics": f"metrics/{name}.jsonl"})
+    evaluations = []
+    for job in jobs:
+        if job.name.startswith("eval-"):
+            row, column = job.name.removeprefix("eval-").rsplit("-", 1)
+            evaluations.append({"row": row, "column": column, "results_dir": f"evaluations/{row}-{column}"})
+    manifest = {
+        "settings": cfg.__dict__,
+        "runs": runs,
+        "evaluations": evaluations,
+        "seconds": earlier | {k: round(v, 1) for k, v in seconds.items()},
+        "commands": {job.name: shlex.join(["python", *job.command[1:]]) for job in jobs},
+    }
+    temporary = file.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Reads what training and evaluation leave on disk: metric files and evaluation folders. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from craft_experiments.common_utils.statistics import mcnemar_exact, wilson_interval
+
+STATUSES = ("success", "failure", "error")
+EpisodeKey = tuple[str, int, int]  # suite, task_id, init_idx
+
+
+class ResultFormatError(ValueError):
+    """A result file with a missing field, an unreadable line or figures that contradict each other."""
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file, in order.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ResultFormatError: a line that is no JSON object; names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"result file not found: {path}")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ResultFormatError(f"{path}: line {number}: {error.msg}, found {line[:60]!r}") from None
+        if not isinstance(row, dict):
+            raise ResultFormatError(f"{path}: line {number}: expected an object, found {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class TrainingMetrics:
+    """Metrics of one run, a dict per logged optimizer step; steps ascend."""
+
+    name: str
+    rows: list[dict[str, Any]]
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of the rows that carry `key`; two empty lists when none does."""
+        found = [(row["step"], float(row[key])) for row in self.rows if row.get(key) is not None]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def tail_mean(self, key: str, share: float = 0.1) -> float | None:
+        """Mean of `key` over the last `share` of its logged values (at least one); None when it was never logged."""
+        _, values = self.series(key)
+        tail = values[-max(1, round(share * len(values))) :]
+        return sum(tail) / len(tail) if tail else None
+
+
+def read_metrics(name: str, path: str | os.PathLike) -> TrainingMetrics:
+    """Metrics of a run from its JSONL file.
+
+    Raises:
+        FileNotFoundError, ResultFormatError: see :func:`read_jsonl`; also an empty file, a row without `step`, or steps
+            that do not ascend.
+    """
+    rows = read_jsonl(path)
+    if not rows:
+        raise ResultFormatError(f"{path}: found no row, expected one per logged step")
+    last = -1
+    for number, row in enumerate(rows, start=1):
+        step = row.get("step")
+        if not isinstance(step, int) or step <= last:
+            raise ResultFormatError(f"{path}: line {number}: step: found {step!r}, expected an integer above {last}")
+        last = step
+    return TrainingMetrics(name, rows)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Outcome of one evaluation folder.
+
+    ``outcomes`` holds every finished episode (success or failure); ``errors`` counts the episodes that crashed, which
+    are no trials. ``facts`` is results.json.
+    """
+
+    folder: str
+    outcomes: dict[EpisodeKey, bool]
+    errors: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trials(self) -> int:
+        """Finished episodes."""
+        return len(self.outcomes)
+
+    @property
+    def successes(self) -> int:
+        """Successful episodes."""
+        return sum(self.outcomes.values())
+
+    @property
+    def rate(self) -> float:
+        """Success rate in [0, 1]."""
+        return self.successes / self.trials
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval."""
+        return wilson_interval(self.successes, self.trials)
+
+    @property
+    def tasks(self) -> list[tuple[str, int]]:
+        """(suite, task_id) of the finished episodes, sorted."""
+        return sorted({key[:2] for key in self.outcomes})
+
+
+def read_evaluation(folder: str | os.PathLike) -> Evaluation:
+    """Episodes of `episodes.jsonl`, with `results.json` beside it as a cross-check and for the facts of the run.
+
+    An errored episode that a later line of the same (suite, task_id, init_idx) supersedes does not count.
+
+    Raises:
+        FileNotFoundError: no `episodes.jsonl`.
+        ResultFormatError: a missing field, an unknown status, a finished episode recorded twice, not one finished
+            episode, or counts that differ from those in results.json.
+    """
+    folder = Path(folder)
+    path = folder / "episodes.jsonl"
+    statuses: dict[EpisodeKey, str] = {}
+    for number, row in enumerate(read_jsonl(path), start=1):
+        where = f"{path}: line {number}"
+        missing = {"suite", "task_id", "init_idx", "status"} - row.keys()
+        if missing:
+            raise ResultFormatError(f"{where}: missing fields {sorted(missing)}")
+        if row["status"] not in STATUSES:
+            raise ResultFormatError(f"{where}: status: found {row['status']!r}, expected one of {STATUSES}")
+        key = (row["suite"], row["task_id"], row["init_idx"])
+        if statuses.get(key, "error") != "error":
+            raise ResultFormatError(f"{where}: (suite, task_id, init_idx) = {key} is recorded twice")
+        statuses[key] = row["status"]
+    outcomes = {key: status == "success" for key, status in statuses.items() if status != "error"}
+    if not outcomes:
+        raise ResultFormatError(f"{path}: found no finished episode")
+    facts_path = folder / "results.json"
+    facts = json.loads(facts_path.read_text(encoding="utf-8")) if facts_path.is_file() else {}
+    evaluation = Evaluation(str(folder), outcomes, len(statuses) - len(outcomes), facts)
+    overall = facts.get("overall", {})
+    for name, found in (("successes", evaluation.successes), ("trials", evaluation.trials)):
+        if overall.get(name, found) != found:
+            raise ResultFormatError(f"{facts_path}: {name}: found {overall[name]}, episodes.jsonl gives {found}")
+    return evaluation
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Two evaluations on the same episodes: pairs, discordant pairs, exact two-sided McNemar p."""
+
+    pairs: int
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def compare_paired(first: Evaluation, second: Evaluation) -> PairedComparison | None:
+    """Compare on the (suite, task_id, init_idx) both have; None when they share none."""
+    common = first.outcomes.keys() & second.outcomes.keys()
+    if not common:
+        return None
+    only_first = sum(first.outcomes[key] and not second.outcomes[key] for key in common)
+    only_second = sum(second.outcomes[key] and not first.outcomes[key] for key in common)
+    return PairedComparison(len(common), only_first, only_second, mcnemar_exact(only_first, only_second))

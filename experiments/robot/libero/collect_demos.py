@@ -1,0 +1,456 @@
+"""Collect scripted LIBERO demonstrations into a data set with the layout of the published ones.
+
+    python -m experiments.robot.libero.collect_demos --task_suite_name libero_object --task_ids 0,3,7,9 \
+        --episodes_per_task 40 --output_dir data --dataset_name libero_object_scripted_no_noops
+
+By default every episode starts from a placement *sampled* from the task's regions, so that the 50 standard initial
+states used by the evaluation stay unseen.  Only successful episodes are kept.  Every episode is saved as soon as it is
+finished (`<output_dir>/.scratch/<dataset_name>/`); starting the same command again continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.robot.libero.expert import (
+    Command,
+    ExpertFailedError,
+    NoiseProcess,
+    UnsupportedGoalError,
+    describe_expert,
+    expert_commands,
+    is_noop,
+)
+from experiments.robot.libero.simulator import (
+    LiberoEnv,
+    LiberoTask,
+    RenderMode,
+    ResetMode,
+    load_task,
+    max_episode_steps,
+    simulator_versions,
+    task_count,
+)
+from prismatic.vla.datasets.rlds import Episode, write_rlds
+from prismatic.vla.images import encode_jpeg
+
+REPORT_FILE = "collection_report.json"
+VERSION = "1.0.0"
+MEGABYTE = 1_000_000
+
+
+class CollectionError(RuntimeError):
+    """A collecting process died, or a task yielded no episode."""
+
+
+@dataclass(frozen=True)
+class CollectSettings:
+    """One collection run.  Everything that decides the content of an episode is part of the scratch fingerprint."""
+
+    task_suite_name: str
+    task_ids: tuple[int, ...]
+    output_dir: str
+    dataset_name: str
+    episodes_per_task: int = 40
+    image_size: int = 96
+    jpeg_quality: int = 95
+    num_workers: int = 2
+    seed: int = 0
+    noise_std: float = 0.0
+    noise_fraction: float = 0.5
+    initial_states: str = "sampled"
+    render_mode: RenderMode = RenderMode.LAZY
+    max_attempts: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("episodes_per_task", "image_size", "num_workers", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if not 0.0 <= self.noise_fraction <= 1.0:
+            raise ValueError(f"noise_fraction: expected a share in [0, 1], found {self.noise_fraction}")
+        if self.noise_std < 0.0:
+            raise ValueError(f"noise_std: expected a non-negative standard deviation, found {self.noise_std}")
+        if not re.fullmatch(r"[A-Za-z0-9_]+", self.dataset_name):
+            raise ValueError(f"dataset_name: letters, digits and underscores only, found {self.dataset_name!r}")
+        standard_states(self.initial_states)
+
+    @property
+    def scratch(self) -> Path:
+        """Directory of finished episodes."""
+        return Path(self.output_dir) / ".scratch" / self.dataset_name
+
+    @property
+    def target(self) -> Path:
+        """Version directory of the finished data set."""
+        return Path(self.output_dir) / self.dataset_name / VERSION
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What two runs must share to continue each other (not the number of episodes, tasks or workers)."""
+        content = asdict(self) | {"render_mode": self.render_mode.value, "expert": describe_expert()}
+        for name in ("task_ids", "output_dir", "dataset_name", "episodes_per_task", "num_workers"):
+            del content[name]
+        return content
+
+
+@dataclass(frozen=True)
+class Start:
+    """How an episode begins: seed of the placement and of the noise, row of the standard states (None: sampled)."""
+
+    seed: int
+    standard_state: int | None
+    noise_std: float
+
+
+@dataclass(frozen=True)
+class Share:
+    """Episodes of one task that one process collects: `offset`, `offset + stride`, ..."""
+
+    task_id: int
+    offset: int
+    stride: int
+
+
+def standard_states(text: str) -> range | None:
+    """`sampled` -> None, `standard:0-29` -> range(0, 30).  Raises ValueError for anything else."""
+    if text == "sampled":
+        return None
+    match = re.fullmatch(r"standard:(\d+)-(\d+)", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise ValueError(f"initial_states: expected 'sampled' or 'standard:FIRST-LAST', found {text!r}")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
+def is_noisy(episode: int, fraction: float) -> bool:
+    """Spread `fraction` of the episodes evenly over the episode numbers."""
+    return int((episode + 1) * fraction) > int(episode * fraction)
+
+
+def episode_start(settings: CollectSettings, task_id: int, episode: int, attempt: int) -> Start:
+    """The start of one attempt; depends on nothing but the arguments, so that resumed runs agree with complete ones."""
+    sequence = np.random.SeedSequence([settings.seed, task_id, episode, attempt])
+    states = standard_states(settings.initial_states)
+    standard = None if states is None else states[episode % len(states)]
+    std = settings.noise_std if is_noisy(episode, settings.noise_fraction) else 0.0
+    return Start(int(sequence.generate_state(1)[0]), standard, std)
+
+
+class EpisodeRecorder:
+    """Collects the frames of one episode; images are compressed at once."""
+
+    def __init__(self, jpeg_quality: int) -> None:
+        self._quality = jpeg_quality
+        self._rows: dict[str, list[Any]] = {k: [] for k in ("actions", "state", "joint_state", "image", "wrist_image")}
+
+    def add(self, env: LiberoEnv, action: np.ndarray) -> None:
+        """Record what the environment shows now and the clean action (7,) chosen for it."""
+        seen = env.observe()
+        rows = self._rows
+        rows["image"].append(encode_jpeg(seen.image, self._quality))
+        rows["wrist_image"].append(encode_jpeg(seen.wrist_image, self._quality))
+        rows["state"].append(seen.state)
+        rows["joint_state"].append(env.joint_state())
+        rows["actions"].append(action)
+
+    def __len__(self) -> int:
+        return len(self._rows["actions"])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Arrays for an npz file: float32 (T, 7), (T, 8), (T, 7) and per camera the joined JPEG bytes and lengths."""
+        found = {k: np.asarray(self._rows[k], dtype=np.float32) for k in ("actions", "state", "joint_state")}
+        for camera in ("image", "wrist_image"):
+            strings = self._rows[camera]
+            found[camera] = np.frombuffer(b"".join(strings), dtype=np.uint8)
+            found[camera + "_lengths"] = np.array([len(s) for s in strings], dtype=np.int64)
+        return found
+
+
+def run_expert(env: LiberoEnv, commands: Iterator[Command], noise: NoiseProcess | None, record: Any, limit: int) -> bool:
+    """Execute the expert until the goal holds, it gives up, or `limit` actions were executed.
+
+    record(env, action) is called before every executed action (None: nothing is recorded).  Idle actions are neither
+    executed nor recorded.  Returns whether the goal was reached.
+    """
+    previous: float | None = None
+    executed = 0
+    try:
+        for command in commands:
+            if is_noop(command.action, previous):
+                continue
+            if executed == limit:
+                return False
+            if record is not None:
+                record(env, command.action)
+            previous = command.action[6]
+            action = command.action if noise is None else noise.disturb(command.action, command.noise_scale)
+            executed += 1
+            if env.step(action):
+                return True
+    except ExpertFailedError:
+        return False
+    return False
+
+
+def collect_episode(env: LiberoEnv, settings: CollectSettings, start: Start) -> EpisodeRecorder | None:
+    """One attempt: reset, settle, run the expert.  Returns the record of a success, else None."""
+    states = env.task.init_states
+    env.reset(None if start.standard_state is None else states[start.standard_state], seed=start.seed)
+    env.settle()
+    if env.check_success():
+        return None
+    noise = NoiseProcess(start.noise_std, np.random.default_rng(start.seed)) if start.noise_std > 0 else None
+    recorder = EpisodeRecorder(settings.jpeg_quality)
+    limit = max_episode_steps(settings.task_suite_name)
+    return recorder if run_expert(env, expert_commands(env), noise, recorder.add, limit) else None
+
+
+def episode_path(scratch: Path, task_id: int, episode: int) -> Path:
+    """Scratch file of one finished episode."""
+    return scratch / f"task_{task_id:03d}" / f"episode_{episode:05d}.npz"
+
+
+def collect_share(settings: CollectSettings, share: Share) -> None:
+    """Collect the missing episodes of one share (runs in its own process)."""
+    numbers = range(share.offset, settings.episodes_per_task, share.stride)
+    missing = [n for n in numbers if not _is_settled(episode_path(settings.scratch, share.task_id, n))]
+    if not missing:
+        return
+    task = load_task(settings.task_suite_name, share.task_id)
+    env = LiberoEnv(task, settings.image_size, settings.render_mode, reset_mode=ResetMode.SOFT)
+    for number in missing:
+        begun = time.time()
+        outcome = _collect_number(env, settings, number)
+        print(f"{task.name} episode {number}: {outcome}, {time.time() - begun:.1f} s", flush=True)
+    env.close()
+
+
+def _collect_number(env: LiberoEnv, settings: CollectSettings, number: int) -> str:
+    path = episode_path(settings.scratch, env.task.task_id, number)
+    for attempt in range(settings.max_attempts):
+        start = episode_start(settings, env.task.task_id, number, attempt)
+        try:
+            recorder = collect_episode(env, settings, start)
+        except UnsupportedGoalError as error:
+            _write_text(path.with_suffix(".failed.json"), json.dumps({"attempts": 0, "reason": str(error)}))
+            return str(error)
+        if recorder is not None:
+            header = _episode_header(env.task, start, attempt + 1)
+            _write_npz(path, recorder.arrays() | {"header": np.array(json.dumps(header))})
+            return f"{len(recorder)} steps, attempt {attempt + 1}"
+    _write_text(path.with_suffix(".failed.json"), json.dumps({"attempts": settings.max_attempts}))
+    return f"failed {settings.max_attempts} times"
+
+
+def _episode_header(task: LiberoTask, start: Start, attempts: int) -> dict[str, Any]:
+    return {
+        "instruction": task.language,
+        "file_path": f"{task.suite}/{task.name}/{start.seed}",
+        "attempts": attempts,
+        **asdict(start),
+    }
+
+
+def load_episode(path: Path, index: int) -> Episode:
+    """Read a scratch file back.  Raises ValueError naming the file when it is incomplete."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {key: stored[key] for key in stored.files}
+        header = json.loads(str(arrays["header"]))
+        images = {camera: _split(arrays[camera], arrays[camera + "_lengths"]) for camera in ("image", "wrist_image")}
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(f"scratch episode {path} cannot be read: {error}; delete it and collect again") from error
+    return Episode(
+        index=index,
+        instruction=header["instruction"],
+        actions=arrays["actions"],
+        state=arrays["state"],
+        images=images,
+        joint_state=arrays["joint_state"],
+        file_path=header["file_path"],
+    )
+
+
+def finished_episodes(settings: CollectSettings) -> list[Path]:
+    """Scratch files that belong to the run, ordered by task and number."""
+    wanted = itertools.product(settings.task_ids, range(settings.episodes_per_task))
+    paths = [episode_path(settings.scratch, task, number) for task, number in wanted]
+    return [path for path in paths if path.is_file()]
+
+
+def collection_report(settings: CollectSettings) -> dict[str, Any]:
+    """Counts per task: episodes kept, attempts, first-attempt successes, steps, unsolved episodes."""
+    return {str(task): _task_report(settings, task) for task in settings.task_ids}
+
+
+def _task_report(settings: CollectSettings, task_id: int) -> dict[str, Any]:
+    headers, lengths, sizes, failed = [], [], [], []
+    for number in range(settings.episodes_per_task):
+        path = episode_path(settings.scratch, task_id, number)
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as stored:
+                headers.append(json.loads(str(stored["header"])))
+                lengths.append(len(stored["actions"]))
+                sizes.append(stored["image"].size + stored["wrist_image"].size)
+        elif path.with_suffix(".failed.json").is_file():
+            failed.append(json.loads(path.with_suffix(".failed.json").read_text()))
+    return {
+        "episodes": len(headers),
+        "unsolved": len(failed),
+        "attempts": sum(h["attempts"] for h in headers) + sum(f["attempts"] for f in failed),
+        "first_attempt_successes": sum(h["attempts"] == 1 for h in headers),
+        "noisy_episodes": sum(h["noise_std"] > 0 for h in headers),
+        "steps_min_median_max": [int(f(lengths)) for f in (min, np.median, max)] if lengths else None,
+        "jpeg_megabytes": round(sum(sizes) / MEGABYTE, 3),
+        "seeds": [h["seed"] for h in headers],
+        "instruction": headers[0]["instruction"] if headers else None,
+        "reasons": sorted({f["reason"] for f in failed if "reason" in f}),
+    }
+
+
+def run_shares(settings: CollectSettings) -> list[Share]:
+    """Split the work so that `num_workers` processes are busy, one task per process."""
+    parts = max(1, -(-settings.num_workers // len(settings.task_ids)))
+    return [Share(task, part, parts) for task in settings.task_ids for part in range(parts)]
+
+
+def collect(settings: CollectSettings) -> Path:
+    """Collect everything that is missing, then write the data set.  Returns the version directory.
+
+    Raises FileExistsError when the data set exists, ValueError when the scratch files come from other settings or a
+    task id is outside the suite, CollectionError when a process died or a task has no episode at all.
+    """
+    if settings.target.exists():
+        raise FileExistsError(f"{settings.target} exists already")
+    _check_task_ids(settings)
+    _check_fingerprint(settings)
+    _run_processes(settings)
+    report = collection_report(settings)
+    _write_text(settings.scratch / REPORT_FILE, json.dumps(report, indent=2))
+    empty = [task for task, counts in report.items() if not counts["episodes"]]
+    if empty:
+        raise CollectionError(f"no episode of task {', '.join(empty)}; see {settings.scratch / REPORT_FILE}")
+    metadata = settings.fingerprint() | {"versions": simulator_versions(), "tasks": report}
+    episodes = (load_episode(path, index) for index, path in enumerate(finished_episodes(settings)))
+    shape = (settings.image_size, settings.image_size, 3)
+    written = write_rlds(settings.target, settings.dataset_name, episodes, image_shape=shape, metadata=metadata)
+    _write_text(written.parent / REPORT_FILE, json.dumps(report, indent=2))
+    return written
+
+
+def _check_task_ids(settings: CollectSettings) -> None:
+    count = task_count(settings.task_suite_name)
+    wrong = [task for task in settings.task_ids if not 0 <= task < count]
+    if wrong or not settings.task_ids:
+        raise ValueError(f"task_ids: {settings.task_suite_name} has tasks 0..{count - 1}, found {settings.task_ids}")
+
+
+def _check_fingerprint(settings: CollectSettings) -> None:
+    path = settings.scratch / "settings.json"
+    wanted = json.loads(json.dumps(settings.fingerprint()))
+    if not path.is_file():
+        _write_text(path, json.dumps(wanted, indent=2))
+        return
+    found = json.loads(path.read_text())
+    different = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+    if different:
+        raise ValueError(
+            f"{settings.scratch} holds episodes collected with other settings ({', '.join(different)}); "
+            "use another dataset_name or delete the folder"
+        )
+
+
+def _run_processes(settings: CollectSettings) -> None:
+    """Run all shares, `num_workers` at a time, each in a fresh process (memory is returned only by ending it)."""
+    context = multiprocessing.get_context("spawn")
+    waiting = run_shares(settings)
+    running: list[tuple[Share, Any]] = []
+    failures: list[str] = []
+    while waiting or running:
+        while waiting and len(running) < settings.num_workers:
+            share = waiting.pop(0)
+            process = context.Process(target=collect_share, args=(settings, share))
+            process.start()
+            running.append((share, process))
+        running[0][1].join(timeout=1.0)
+        for share, process in [pair for pair in running if not pair[1].is_alive()]:
+            running.remove((share, process))
+            if process.exitcode != 0:
+                failures.append(f"task {share.task_id} (exit code {process.exitcode})")
+    if failures:
+        raise CollectionError(f"collecting processes died: {'; '.join(failures)}; finished episodes are kept")
+
+
+def _is_settled(path: Path) -> bool:
+    return path.is_file() or path.with_suffix(".failed.json").is_file()
+
+
+def _split(joined: np.ndarray, lengths: np.ndarray) -> list[bytes]:
+    ends = np.cumsum(lengths)
+    if len(ends) == 0 or ends[-1] != joined.size:
+        raise ValueError(f"image bytes: lengths sum to {lengths.sum()}, found {joined.size}")
+    return [joined[end - length : end].tobytes() for end, length in zip(ends, lengths, strict=True)]
+
+
+def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("wb") as stream:
+        np.savez(stream, **arrays)
+    os.replace(temporary, path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, path)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> CollectSettings:
+    """Command line -> settings."""
+    parser = argparse.ArgumentParser(description="Collect scripted LIBERO demonstrations as an RLDS data set.")
+    add = parser.add_argument
+    add("--task_suite_name", required=True)
+    add("--task_ids", required=True, help="comma separated, or 'all'")
+    add("--output_dir", required=True, help="root that holds data sets")
+    add("--dataset_name", required=True)
+    add("--episodes_per_task", type=int, default=40)
+    add("--image_size", type=int, default=96)
+    add("--jpeg_quality", type=int, default=95)
+    add("--num_workers", type=int, default=2)
+    add("--seed", type=int, default=0)
+    add("--noise_std", type=float, default=0.0, help="of the executed arm action; the recorded one stays clean")
+    add("--noise_fraction", type=float, default=0.5, help="share of episodes with noise (if noise_std > 0)")
+    add("--initial_states", default="sampled", help="'sampled' or 'standard:FIRST-LAST'")
+    add("--render_mode", type=RenderMode, choices=list(RenderMode), default=RenderMode.LAZY)
+    add("--max_attempts", type=int, default=4)
+    values = vars(parser.parse_args(argv))
+    text = values.pop("task_ids")
+    count = range(task_count(values["task_suite_name"])) if text == "all" else text.split(",")
+    return CollectSettings(task_ids=tuple(int(task) for task in count), **values)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point.  Returns 0; errors end the process with their message."""
+    settings = parse_arguments(argv)
+    print(f"written: {collect(settings)}")
+    for task, counts in collection_report(settings).items():
+        kept = f"{counts['episodes']}/{settings.episodes_per_task}"
+        print(f"task {task}: {kept} episodes, {counts['attempts']} attempts, steps {counts['steps_min_median_max']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""Evaluation of a policy on a LIBERO suite: plan the episodes, run them, write the log and the results."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from experiments.robot.libero.controls import Control
+from experiments.robot.libero.episode import Backend, EnvSettings, Job, RunInfo
+from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
+from experiments.robot.libero.eval_log import (
+    EpisodeRecord,
+    EpisodeStatus,
+    EpisodeStore,
+    OrderedTextLog,
+    PlannedEpisode,
+    TaskPlan,
+    summarize_run,
+    write_json,
+)
+from experiments.robot.libero.initial_states import read_initial_states
+from experiments.robot.libero.scheduler import CrashReport, Report, SessionReport, WorkerPool, run_in_process
+from experiments.robot.libero.tracking import make_tracker
+from experiments.robot.libero.video import SaveVideos, require_encoder
+
+PINNED_VERSIONS = {"mujoco": "3.3.0", "robosuite": "1.4.0"}
+"""Simulator versions behind the published numbers; others change success rates by up to 86 points on single tasks."""
+
+_HASH_WHOLE_BELOW = 1 << 24
+_HASH_EDGE = 1 << 20
+
+
+class LiberoBackend:
+    """The real policy, data sets and simulator. Imports happen where they are needed."""
+
+    def load_policy(self, cfg: EvalConfig) -> Any:
+        """`VLAPolicy` from the checkpoint directory, on `cfg.device` or the best device there is."""
+        import torch
+
+        from experiments.robot.policy import VLAPolicy
+
+        device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return VLAPolicy.from_checkpoint(cfg.pretrained_checkpoint, device=device, unnorm_key=cfg.statistics_key())
+
+    def open_demonstrations(self, path: str) -> Any:
+        """RLDS reader of one data set directory."""
+        from prismatic.vla.datasets.rlds import RLDSReader
+
+        return RLDSReader(path)
+
+    def task_count(self, suite: str) -> int:
+        """Number of tasks of the suite."""
+        from experiments.robot.libero import simulator
+
+        return simulator.task_count(suite)
+
+    def load_task(self, suite: str, task_id: int) -> Any:
+        """`LiberoTask`."""
+        from experiments.robot.libero import simulator
+
+        return simulator.load_task(suite, task_id)
+
+    def max_steps(self, suite: str) -> int:
+        """Step limit of the suite, or of the suite it is derived from."""
+        from experiments.robot.libero import simulator
+
+        return simulator.max_episode_steps(suite)
+
+    def make_env(self, task: Any, settings: EnvSettings) -> Any:
+        """`LiberoEnv`."""
+        from experiments.robot.libero.simulator import LiberoEnv
+
+        return LiberoEnv(task, settings.image_size, settings.render_mode, settings.render, settings.reset_mode)
+
+    def versions(self) -> dict[str, str]:
+        """Simulator packages, torch, transformers, python and the GL backend."""
+        from importlib.metadata import PackageNotFoundError, version
+
+        from experiments.robot.libero.simulator import simulator_versions
+
+        found = dict(simulator_versions())
+        for name in ("torch", "transformers"):
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                found[name] = "not installed"
+        return found | {"python": ".".join(map(str, sys.version_info[:3]))}
+
+
+def plan_tasks(cfg: EvalConfig, backend: Backend) -> list[TaskPlan]:
+    """The trials of the run in log order: tasks, then initial states ascending, numbered from 1 without the skipped.
+
+    Raises:
+        EvalInputError: unknown suite, task or initial state.
+    """
+    plans, number = [], 0
+    for task_id in cfg.task_id_list(backend.task_count(cfg.task_suite_name)):
+        task = backend.load_task(cfg.task_suite_name, task_id)
+        episodes = []
+        for init_idx, state in read_initial_states(cfg, task).items():
+            number += state is not None
+            episodes.append(PlannedEpisode(init_idx, None if state is None else number))
+        plans.append(TaskPlan(task_id, task.name, task.language, tuple(episodes)))
+    return plans
+
+
+def checkpoint_fingerprint(path: str) -> str:
+    """Hash of a checkpoint directory's files: names, sizes and contents (of files above 16 MB, the first and last MB).
+
+    Raises:
+        EvalInputError: the directory does not exist or is empty.
+    """
+    root = Path(path)
+    files = sorted(item for item in root.rglob("*") if item.is_file()) if root.is_dir() else []
+    if not files:
+        found = "an empty directory" if root.is_dir() else "no such directory"
+        raise EvalInputError(f"--pretrained_checkpoint {path}: expected a checkpoint directory, found {found}")
+    digest = hashlib.sha256()
+    for item in files:
+        size = item.stat().st_size
+        digest.update(f"{item.relative_to(root).as_posix()}:{size}\n".encode())
+        with open(item, "rb") as file:
+            if size <= _HASH_WHOLE_BELOW:
+                digest.update(file.read())
+                continue
+            digest.update(file.read(_HASH_EDGE))
+            file.seek(-_HASH_EDGE, os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def run_fingerprint(cfg: EvalConfig) -> tuple[str, str]:
+    """(fingerprint of all that decides an episode's outcome besides task and initial state, checkpoint identity).
+
+    Two runs with the same fingerprint may share a results folder. Raises EvalInputError for a missing checkpoint.
+    """
+    if cfg.control is Control.REPLAY:
+        checkpoint = f"replay:{cfg.replay_dataset}#{'auto' if cfg.replay_episode is None else cfg.replay_episode}"
+    else:
+        checkpoint = f"{cfg.pretrained_checkpoint}@{checkpoint_fingerprint(cfg.pretrained_checkpoint)}"
+    names = ("task_suite_name", "control", "seed", "num_open_loop_steps", "num_steps_wait", "env_img_res")
+    names += ("initial_states_path", "render_mode", "reset_mode", "unnorm_key")
+    settings = {name: _plain(getattr(cfg, name)) for name in names} | {"checkpoint": checkpoint.rpartition("@")[2]}
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16], checkpoint
+
+
+def evaluate(cfg: EvalConfig, backend: Backend | None = None) -> dict[str, Any]:
+    """Run the evaluation and write its files.
+
+    Args:
+        cfg: command line.
+        backend: where policy and simulator come from; None: the real ones.
+
+    Returns:
+        The content of results.json. `valid` is False when an episode ended in an error.
+
+    Raises:
+        EvalInputError: something in the command line cannot be used; nothing was run.
+        WorkerFailedError: a worker process could not load what it needs.
+    """
+    cfg.validate()
+    backend = backend or LiberoBackend()
+    if cfg.save_videos is not SaveVideos.NONE:
+        require_encoder()
+    fingerprint, checkpoint = run_fingerprint(cfg)
+    plans = plan_tasks(cfg, backend)
+    started = datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
+    note = f"--{cfg.run_id_note}" if cfg.run_id_note else ""
+    run_id = f"EVAL-{cfg.task_suite_name}-{cfg.model_family}-{started}{note}"
+    run = RunInfo(run_id, started, fingerprint, checkpoint)
+    return _Evaluation(cfg, backend, run, plans).execute()
+
+
+class _Evaluation:
+    """State of one run: the store, the text log, and the facts reported by the sessions."""
+
+    def __init__(self, cfg: EvalConfig, backend: Backend, run: RunInfo, plans: list[TaskPlan]) -> None:
+        self.cfg, self.backend, self.run, self.plans = cfg, backend, run, plans
+        folder = Path(cfg.results_dir) if cfg.results_dir else Path(cfg.local_log_dir) / run.run_id
+        self.results_path = folder / "results.json"
+        if not cfg.resume and (folder / "episodes.jsonl").exists():
+            raise EvalInputError(
+                f"--results_dir {folder}: holds the episodes of another run; pass --resume True to continue it, "
+                "or name another folder"
+            )
+        try:
+            self.store = EpisodeStore(folder / "episodes.jsonl", run.fingerprint)
+        except ValueError as error:
+            raise EvalInputError(f"--results_dir: {error}") from error
+        self.facts: dict[str, Any] = {"versions": backend.versions()}
+        self.errors_in_a_row = 0
+        self.new_episodes = 0
+
+    def execute(self) -> dict[str, Any]:
+        log_path = Path(self.cfg.local_log_dir) / f"{self.run.run_id}.txt"
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"Logging to local log file: {log_path}", flush=True)
+        _warn_about_versions(self.facts["versions"])
+        if self.store.dropped is not None:
+            print(f"warning: {self.store.path}: cut off an unfinished last line", file=sys.stderr)
+        started = time.monotonic()
+        tracker = make_tracker(self.cfg, self.run.run_id)
+        with open(log_path, "x", encoding="utf-8") as file:
+            text_log = OrderedTextLog(self.plans, self.cfg.initial_states_path, _Tee(file))
+            try:
+                self._run_all(text_log)
+                text_log.finish()
+            finally:
+                results = self._write_results(time.monotonic() - started)
+        tracker.finish(results, log_path)
+        return results
+
+    def _run_all(self, text_log: OrderedTextLog) -> None:
+        done = self.store.finished()
+        text_log.begin(self.cfg.task_suite_name)
+        for plan in self.plans:
+            for planned in plan.episodes:
+                if (plan.task_id, planned.init_idx) in done:
+                    text_log.add(done[plan.task_id, planned.init_idx])
+        jobs = open_jobs(self.plans, done, self.cfg.max_videos)
+        for record in self._records(jobs):
+            self.store.append(record)
+            text_log.add(record)
+            self.new_episodes += 1
+            self._count_errors(record)
+
+    def _records(self, jobs: list[Job]) -> Iterator[EpisodeRecord]:
+        reports: Iterable[Report]
+        if self.cfg.num_workers == 1:
+            reports = run_in_process(jobs, self.cfg, self.backend, self.run)
+        else:
+            reports = WorkerPool(self.cfg, self.backend, self.run).run(jobs)
+        for report in reports:
+            if isinstance(report, SessionReport):
+                self.facts.update(report.facts)
+            elif isinstance(report, CrashReport):
+                yield self._crash_record(report)
+            else:
+                yield report
+
+    def _crash_record(self, crash: CrashReport) -> EpisodeRecord:
+        plan = next(plan for plan in self.plans if plan.task_id == crash.job.task_id)
+        return EpisodeRecord(
+            run_id=self.run.run_id,
+            fingerprint=self.run.fingerprint,
+            checkpoint=self.run.checkpoint,
+            suite=self.cfg.task_suite_name,
+            control=self.cfg.control.value,
+            task_id=plan.task_id,
+            task_name=plan.name,
+            instruction=plan.instruction,
+            init_idx=crash.planned.init_idx,
+            seed=self.cfg.seed,
+            status=EpisodeStatus.ERROR,
+            steps=0,
+            n_queries=0,
+            wall_s=0.0,
+            render_mode=self.facts.get("render_mode", "unknown"),
+            attempts=2,
+            error=crash.reason,
+            versions=self.facts["versions"],
+        )
+
+    def _count_errors(self, record: EpisodeRecord) -> None:
+        self.errors_in_a_row = self.errors_in_a_row + 1 if record.status is EpisodeStatus.ERROR else 0
+        if self.errors_in_a_row >= self.cfg.max_consecutive_errors:
+            raise RuntimeError(
+                f"{self.errors_in_a_row} episodes in a row ended in an error, the last with: {record.error}; "
+                f"stopped. Continue with --resume True --results_dir {self.results_path.parent}"
+            )
+
+    def _write_results(self, wall_s: float) -> dict[str, Any]:
+        head = {"run_id": self.run.run_id, "suite": self.cfg.task_suite_name, "control": self.cfg.control.value}
+        head |= {"checkpoint": self.run.checkpoint, "fingerprint": self.run.fingerprint} | self.facts
+        summary = summarize_run(self.plans, self.store.records)
+        rate = 60.0 * self.new_episodes / wall_s if wall_s > 0 else None
+        speed = {"wall_s": wall_s, "episodes_run": self.new_episodes, "episodes_per_minute": rate}
+        results = head | summary | speed | {"config": _plain(dataclasses.asdict(self.cfg))}
+        write_json(self.results_path, results)
+        return results
+
+
+def open_jobs(plans: Iterable[TaskPlan], done: Iterable[tuple[int, int]], max_videos: int | None) -> list[Job]:
+    """One job per task with the episodes that are neither skipped nor done."""
+    done = set(done)
+    jobs = []
+    for plan in plans:
+        left = [e for e in plan.episodes if e.number is not None and (plan.task_id, e.init_idx) not in done]
+        if left:
+            jobs.append(Job(plan.task_id, tuple(left), max_videos))
+    return jobs
+
+
+class _Tee:
+    """Writes a line to the log file and to the console."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def __call__(self, line: str) -> None:
+        self.file.write(line + "\n")
+        self.file.flush()
+        print(line, flush=True)
+
+
+def _warn_about_versions(versions: dict[str, str]) -> None:
+    for name, pinned in PINNED_VERSIONS.items():
+        found = versions.get(name)
+        if found is not None and found != pinned:
+            print(
+                f"warning: {name} {found} is installed; published success rates were measured with {pinned} "
+                "and do not carry over",
+                file=sys.stderr,
+            )
+
+
+def _plain(value: Any) -> Any:
+    """Enums to their values, recursively through dicts."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.value if isinstance(value, Enum) else value

@@ -1,0 +1,65 @@
+"""Initial states of the trials: the benchmark's own, or those of a published metainfo JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from experiments.robot.libero.eval_config import DEFAULT_INITIAL_STATES, EvalConfig, EvalInputError
+
+
+def read_initial_states(cfg: EvalConfig, task: Any) -> dict[int, np.ndarray | None]:
+    """Initial states of the requested trials of one task.
+
+    The index is that of the benchmark's initial state, or of `demo_<index>` in the JSON
+    `{task_with_underscores: {demo_<i>: {"success": bool, "initial_state": [...]}}}`.
+
+    Args:
+        cfg: uses initial_states_path, initial_state_offset, num_trials_per_task.
+        task: task with `language` and `init_states` (n, d).
+
+    Returns:
+        {index: (d,) float64, or None for a demonstration that failed (the trial is skipped)} in ascending order.
+
+    Raises:
+        EvalInputError: more trials than there are initial states, or a malformed file.
+    """
+    wanted = range(cfg.initial_state_offset, cfg.initial_state_offset + cfg.num_trials_per_task)
+    if cfg.initial_states_path != DEFAULT_INITIAL_STATES:
+        return _from_json(cfg.initial_states_path, task.language.replace(" ", "_"), wanted)
+    available = len(task.init_states)
+    if wanted.stop > available:
+        raise EvalInputError(
+            f"--num_trials_per_task {cfg.num_trials_per_task} from --initial_state_offset {cfg.initial_state_offset}: "
+            f"{cfg.task_suite_name} task {task.task_id} has {available} initial states (0..{available - 1})"
+        )
+    return {index: np.asarray(task.init_states[index], dtype=np.float64) for index in wanted}
+
+
+def _from_json(path: str, task_key: str, wanted: range) -> dict[int, np.ndarray | None]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            tasks = json.load(file)
+    except json.JSONDecodeError as error:
+        raise EvalInputError(f"--initial_states_path {path}: no valid JSON: {error}") from error
+    if not isinstance(tasks, dict) or task_key not in tasks:
+        found = ", ".join(sorted(tasks)) if isinstance(tasks, dict) else type(tasks).__name__
+        raise EvalInputError(f"--initial_states_path {path}: expected task {task_key!r}, found: {found}")
+    return {index: _one_state(tasks[task_key], f"demo_{index}", f"{path}: {task_key}") for index in wanted}
+
+
+def _one_state(demos: dict[str, Any], key: str, where: str) -> np.ndarray | None:
+    demo = demos.get(key)
+    if not isinstance(demo, dict) or not {"success", "initial_state"} <= set(demo):
+        raise EvalInputError(
+            f"{where}: expected {key} with success and initial_state, found "
+            f"{sorted(demo) if isinstance(demo, dict) else f'{len(demos)} demonstrations without it'}"
+        )
+    if not demo["success"]:
+        return None
+    state = np.asarray(demo["initial_state"], dtype=np.float64)
+    if state.ndim != 1 or not np.isfinite(state).all():
+        raise EvalInputError(f"{where}: {key}: initial_state: expected finite numbers (d,), found shape {state.shape}")
+    return state

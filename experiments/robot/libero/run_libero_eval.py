@@ -1,0 +1,37 @@
+"""Evaluate a checkpoint on a LIBERO suite.
+
+    python experiments/robot/libero/run_libero_eval.py --pretrained_checkpoint runs/...--20000_chkpt \
+        --task_suite_name libero_spatial --num_trials_per_task 50 --num_workers 4
+
+Writes `<local_log_dir>/EVAL-<suite>-<model_family>-<time>.txt`, `episodes.jsonl`, `results.json` and rollout videos.
+Exit code: 0 the result is valid; 1 an episode ended in an error, or the run stopped; 2 the command line is unusable.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Parse the command line, evaluate, report the outcome as exit code."""
+    import draccus
+
+    from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
+    from experiments.robot.libero.evaluation import evaluate
+
+    cfg = draccus.parse(EvalConfig)
+    try:
+        results = evaluate(cfg)
+    except EvalInputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not results["valid"]:
+        print(f"error: {results['overall']['errors']} episodes ended in an error: no valid result", file=sys.stderr)
+        return 1
+    low, high = results["overall"]["wilson_95"] or (0.0, 1.0)
+    print(f"95 % interval of the success rate (Wilson): {low:.4f} - {high:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Named model geometries and how to build them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
+from prismatic.models.action_heads import ActionHeadConfig, ChunkStart, L1RegressionActionHead, RopeMode
+from prismatic.models.projectors import ProprioProjector
+from prismatic.models.tiny_tokenizer import load_tiny_tokenizer
+from prismatic.vla.images import ImageSpec
+
+PROPRIO_DIM = 8
+
+
+def _qwen_config() -> dict[str, Any]:
+    """Published geometry: DINOv2-L + SigLIP-so400m at 224 px and Qwen2.5-0.5B."""
+    text_config = {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+    }
+    return {
+        "vision_backbone_id": "dinosiglip-vit-so-224px",
+        "llm_backbone_id": "qwen25-0_5b-extra",
+        "arch_specifier": "no-align+fused-gelu-mlp",
+        "image_resize_strategy": "resize-naive",
+        "num_images_in_input": 2,
+        "text_config": text_config,
+    }
+
+
+def _tiny_config() -> dict[str, Any]:
+    """2-4 M parameters at 96 px, trainable from scratch on two CPU cores."""
+    tower = {
+        "image_size": 96,
+        "patch_size": 16,
+        "embed_dim": 96,
+        "depth": 3,
+        "num_heads": 4,
+        "mlp_hidden_dim": 288,
+        "stem": "conv",
+    }
+    text_config = {
+        "model_type": "qwen2",
+        "vocab_size": len(load_tiny_tokenizer()),
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return {
+        "vision_backbone_id": "dinosiglip-vit-so-224px",
+        "llm_backbone_id": "qwen25-0_5b-extra",
+        "arch_specifier": "no-align+fused-gelu-mlp",
+        "image_resize_strategy": "resize-naive",
+        "image_sizes": [96, 96],
+        "num_images_in_input": 2,
+        "pad_token_id": 0,
+        "vision_towers": [
+            {**tower, "class_token": True, "reg_tokens": 4, "layer_scale": True, "layer_scale_init": 0.5},
+            tower,
+        ],
+        "projector_hidden_multiplier": 1,
+        "text_config": text_config,
+    }
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named geometry: VLM configuration factory, head options beyond the derived ones, input image size."""
+
+    config: Callable[[], dict[str, Any]]
+    head: dict[str, Any]
+    image_size: int
+
+
+PRESETS: dict[str, Preset] = {
+    # New heads of the published layout; load published ones with rope_mode="legacy" and legacy slices.
+    "qwen25-0_5b": Preset(_qwen_config, {"rope_mode": RopeMode.EXACT, "published_layout": True}, 224),
+    "tiny": Preset(
+        _tiny_config,
+        {"published_layout": False, "chunk_start": ChunkStart.LEARNED, "start_noise_std": 0.0},
+        96,
+    ),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """Preset by name; KeyError listing the known names."""
+    if name not in PRESETS:
+        raise KeyError(f"unknown preset {name!r}; known presets: {sorted(PRESETS)}")
+    return PRESETS[name]
+
+
+def build_config(name: str) -> OpenVLAConfig:
+    """VLM configuration of a preset."""
+    return OpenVLAConfig(**get_preset(name).config())
+
+
+def head_options(name: str, config: OpenVLAConfig, **overrides: Any) -> dict[str, Any]:
+    """Keyword arguments of the preset's action head: geometry from the VLM, then preset, then `overrides`."""
+    options = {
+        "hidden_dim": config.text_config.hidden_size,
+        "num_blocks": config.text_config.num_hidden_layers,
+        "num_task_tokens": config.tower_specs()[0].num_patches * config.num_images_in_input,
+        **get_preset(name).head,
+        **overrides,
+    }
+    return ActionHeadConfig(**options).to_dict()
+
+
+def build_vla(
+    name: str, seed: int = 0, proprio_dim: int = PROPRIO_DIM, **head_overrides: Any
+) -> tuple[OpenVLAForActionPrediction, L1RegressionActionHead, ProprioProjector]:
+    """VLM, action head and proprio projector of a preset with random float32 weights drawn from `seed`.
+
+    The global random state is restored afterwards. Raises KeyError on an unknown preset.
+    """
+    config = build_config(name)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vla = OpenVLAForActionPrediction(config)
+        head = L1RegressionActionHead(**head_options(name, config, **head_overrides))
+        projector = ProprioProjector(vla.llm_dim, proprio_dim)
+    return vla, head, projector
+
+
+def build_processor(name: str, tokenizer_path: str | None = None) -> PrismaticProcessor:
+    """Tokenizer and image processor of a preset.
+
+    `tokenizer_path`: local folder of the tokenizer; the tiny preset ships its own. Raises ValueError when another
+    preset gets none.
+    """
+    size = get_preset(name).image_size
+    image_processor = PrismaticImageProcessor(input_sizes=[[3, size, size]] * 2)
+    if tokenizer_path is not None:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
+    elif name == "tiny":
+        tokenizer = load_tiny_tokenizer()
+    else:
+        raise ValueError(f"preset {name!r} needs `tokenizer_path`, a local folder with the Qwen2.5 tokenizer")
+    return PrismaticProcessor(image_processor, tokenizer)
+
+
+def image_spec_of(name: str) -> ImageSpec:
+    """Input image specification of a preset (size in pixels, evaluation defaults)."""
+    return ImageSpec(size=get_preset(name).image_size)

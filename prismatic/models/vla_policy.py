@@ -1,0 +1,120 @@
+"""The whole policy as one module: VLM, action head and proprio projector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from prismatic.extern.hf.modeling_prismatic import (
+    CrTokenMode,
+    OpenVLAForActionPrediction,
+    PrismaticCausalLMOutputWithPast,
+)
+from prismatic.models.action_heads import L1RegressionActionHead
+from prismatic.models.projectors import ProprioProjector
+
+
+@dataclass(frozen=True)
+class CraftRequest:
+    """Which constraint features a forward pass returns.
+
+    `layer_idx` indexes the hidden states (None = the middle one, negative from the end); `cr_token_mode` is
+    "vision_only" or "vision_plus_prompt".
+    """
+
+    layer_idx: int | None = None
+    cr_token_mode: CrTokenMode | str = CrTokenMode.VISION_ONLY
+
+
+@dataclass
+class PolicyOutput:
+    """Normalised actions (B, K, A) and, on request, C_R (B, T, D), C_AQ (B, Q, D) and the token mask of C_R (B, T)."""
+
+    actions: torch.Tensor
+    raw_latent_features: torch.Tensor | None = None
+    action_query_features: torch.Tensor | None = None
+    raw_latent_mask: torch.Tensor | None = None
+
+
+class VLAPolicyModel(nn.Module):
+    """One module, so that a distributed wrapper sees head and projector gradients in the same forward pass."""
+
+    def __init__(
+        self,
+        vla: OpenVLAForActionPrediction,
+        action_head: L1RegressionActionHead,
+        proprio_projector: ProprioProjector | None = None,
+        legacy_slices: bool = False,
+    ) -> None:
+        """`legacy_slices` True reads the hidden states one position early, as published heads expect.
+
+        Raises ValueError when the head was made for another number of vision tokens or layers.
+        """
+        super().__init__()
+        self.vla = vla
+        self.action_head = action_head
+        self.proprio_projector = proprio_projector
+        self.legacy_slices = legacy_slices
+        tokens = vla.vision_backbone.num_vision_tokens
+        if action_head.geometry.num_task_tokens != tokens:
+            raise ValueError(
+                f"action head was made for {action_head.geometry.num_task_tokens} vision tokens, the model produces "
+                f"{tokens} ({self.num_images} images of {vla.vision_backbone.get_num_patches()} patches)"
+            )
+        layers = vla.config.text_config.num_hidden_layers
+        if action_head.geometry.num_blocks != layers:
+            raise ValueError(f"action head has {action_head.geometry.num_blocks} blocks, the language model {layers} layers")
+
+    @property
+    def num_images(self) -> int:
+        """Images per sample."""
+        return self.vla.vision_backbone.get_num_images_in_input()
+
+    @property
+    def num_action_queries(self) -> int:
+        """Q."""
+        return self.vla.num_action_queries
+
+    def _run_vla(
+        self, batch: dict, craft: CraftRequest | None, output_hidden_states: bool
+    ) -> PrismaticCausalLMOutputWithPast:
+        request = craft or CraftRequest()
+        return self.vla(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            pixel_values=batch["pixel_values"],
+            action_mask=batch["action_mask"],
+            output_hidden_states=output_hidden_states,
+            output_craft_features=craft is not None,
+            craft_layer_idx=request.layer_idx,
+            craft_cr_token_mode=request.cr_token_mode,
+        )
+
+    def forward(self, batch: dict, craft: CraftRequest | None = None) -> PolicyOutput:
+        """Actions of a collated batch.
+
+        Args:
+            batch: input_ids, attention_mask, action_mask (B, L); pixel_values (B, 3*towers*n, H, W); proprio (B, P)
+                normalised, needed iff the policy has a proprio projector.
+            craft: also return the constraint features of the same pass.
+
+        Raises KeyError for a missing batch entry, ValueError for inconsistent shapes.
+        """
+        output = self._run_vla(batch, craft, output_hidden_states=True)
+        states = self.vla.bridge_states(output.hidden_states, batch["action_mask"], self.legacy_slices)
+        features = None
+        if self.proprio_projector is not None:
+            features = self.proprio_projector(batch["proprio"])
+        actions = self.action_head(states, features)
+        return PolicyOutput(
+            actions, output.raw_latent_features, output.action_query_features, output.raw_latent_mask
+        )
+
+    def anchor_features(
+        self, batch: dict, craft: CraftRequest | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """C_R (B, T, D), C_AQ (B, Q, D) and the mask of C_R (None in vision_only mode), without running the head."""
+        output = self._run_vla(batch, craft or CraftRequest(), output_hidden_states=False)
+        return output.raw_latent_features, output.action_query_features, output.raw_latent_mask

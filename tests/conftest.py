@@ -1,0 +1,47 @@
+"""Shared fixtures: where the golden numbers are, one thread per process, small training runs."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+GOLDEN = Path(os.environ.get("CRAFT_GOLDEN_DIR", Path(__file__).parent / "golden"))
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder of reference numbers (environment variable CRAFT_GOLDEN_DIR, default tests/golden)."""
+    return GOLDEN
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """Factory of trainers of the tiny preset on the small RLDS data set: make_trainer(name, **flags)."""
+    from accelerate import Accelerator
+
+    from prismatic.training.config import FinetuneConfig
+    from prismatic.training.loop import Trainer, seed_everything
+    from prismatic.training.setup import build_setup
+
+    def make(name: str, **flags):
+        defaults = {
+            "config_file_path": "tiny",
+            "data_root_dir": str(GOLDEN / "rlds_mini"),
+            "dataset_name": "libero_mini_no_noops",
+            "run_root_dir": str(tmp_path / "runs"),
+            "run_id_override": name,
+            "batch_size": 2,
+            "max_steps": 3,
+            "learning_rate": 1e-3,
+            "wandb_log_freq": 1,
+            "craft_log_freq": 1,
+            "device": "cpu",
+        }
+        cfg = FinetuneConfig(**(defaults | flags))
+        seed_everything(cfg.seed)
+        return Trainer(cfg, build_setup(cfg), Accelerator(cpu=True))
+
+    return make

@@ -1,0 +1,134 @@
+"""Flags: published spellings, validation, agreement with the checkpoint."""
+
+from __future__ import annotations
+
+import draccus
+import pytest
+from fake_libero_world import FakePolicy
+
+from experiments.robot.libero.controls import Control
+from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
+from experiments.robot.libero.policy_facts import (
+    PolicyFacts,
+    check_flags,
+    read_policy_facts,
+    resolve_image_size,
+    resolve_render_mode,
+)
+from experiments.robot.libero.simulator import RenderMode
+
+PUBLISHED_COMMAND = (
+    "--use_proprio True --num_images_in_input 2 --use_film False --pretrained_checkpoint runs/x--20000_chkpt "
+    "--task_suite_name libero_object --use_pro_version True --center_crop True --use_l1_regression True "
+    "--use_minivlm True --num_trials_per_task 50 --save_version vla-adapter --run_id_note note --seed 7"
+)
+
+
+def parse(text: str) -> EvalConfig:
+    return draccus.parse(EvalConfig, args=text.split())
+
+
+def test_published_command_parses_and_validates():
+    cfg = parse(PUBLISHED_COMMAND)
+    cfg.validate()
+    assert (cfg.use_proprio, cfg.num_images_in_input, cfg.center_crop, cfg.use_pro_version) == (True, 2, True, True)
+    assert cfg.num_trials_per_task == 50 and cfg.num_open_loop_steps == 8 and cfg.num_steps_wait == 10
+    assert cfg.local_log_dir == "./experiments/logs" and cfg.initial_states_path == "DEFAULT"
+
+
+def test_new_flags_parse():
+    cfg = parse("--task_ids 0,3 --render_mode lazy --control grey_images --save_videos failures --num_workers 2")
+    assert cfg.task_id_list(10) == [0, 3] and cfg.render_mode is RenderMode.LAZY and cfg.control is Control.GREY_IMAGES
+    assert parse("--task_ids 4").task_id_list(10) == [4] and parse("").task_id_list(3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("text", ["0,a", "10", "1,1", "-1", ","])
+def test_bad_task_ids_are_named(text):
+    with pytest.raises(EvalInputError, match="--task_ids"):
+        EvalConfig(task_ids=text).task_id_list(10)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"use_l1_regression": False},
+        {"use_film": True},
+        {"use_minivlm": False},
+        {"load_in_8bit": True},
+        {"phase": "Training"},
+        {"num_trials_per_task": 0},
+        {"num_open_loop_steps": 0},
+        {"initial_state_offset": -1},
+        {"num_workers": 0},
+        {"replay_dataset": "somewhere"},
+        {"control": Control.REPLAY},
+        {"resume": True},
+        {"pretrained_checkpoint": ""},
+        {"pretrained_checkpoint": "run--image_aug--1_chkpt", "center_crop": False},
+        {"initial_states_path": "no/such.json"},
+    ],
+)
+def test_unusable_flags_are_errors_naming_the_flag(flags):
+    cfg = EvalConfig(**{"pretrained_checkpoint": "x", **flags})
+    with pytest.raises(EvalInputError) as caught:
+        cfg.validate()
+    assert any(f"--{name}" in str(caught.value) for name in [*flags, "control"])
+
+
+METADATA = {"num_images": 2, "use_proprio": True, "action_head": {"use_pro_version": False}, "datasets": {"a": None}}
+FACTS = read_policy_facts(FakePolicy(metadata=METADATA))
+
+
+def test_facts_of_a_policy():
+    assert FACTS == PolicyFacts(2, True, False, True, 8)
+    demos = {"a": {"render_mode": "lazy", "image_size": 96}, "b": {"render_mode": "lazy", "image_size": 128}}
+    facts = read_policy_facts(FakePolicy(metadata={"datasets": demos}))
+    assert facts.render_modes == ("lazy",) and facts.image_sizes == (96, 128)
+    assert read_policy_facts(object()) == PolicyFacts()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_images_in_input", 1), ("use_proprio", False), ("use_pro_version", True), ("center_crop", False)],
+)
+def test_contradicting_the_checkpoint_is_an_error_naming_both(name, value):
+    check_flags(EvalConfig(), FACTS)  # flags left alone follow the checkpoint
+    check_flags(EvalConfig(**{name: getattr(FACTS, name)}), FACTS)
+    with pytest.raises(EvalInputError) as caught:
+        check_flags(EvalConfig(**{name: value}), FACTS)
+    assert f"--{name} {value}" in str(caught.value) and f"{name} = {getattr(FACTS, name)}" in str(caught.value)
+
+
+def test_open_loop_steps_beyond_the_chunk_are_an_error():
+    with pytest.raises(EvalInputError, match="chunks of 8"):
+        check_flags(EvalConfig(num_open_loop_steps=9), FACTS)
+
+
+def test_render_settings_flag_then_training_data_then_published():
+    demos = PolicyFacts(render_modes=("lazy",), image_sizes=(96,))
+    assert resolve_render_mode(EvalConfig(), FACTS) is RenderMode.PUBLISHED
+    assert resolve_render_mode(EvalConfig(), demos) is RenderMode.LAZY
+    assert resolve_render_mode(EvalConfig(render_mode=RenderMode.PUBLISHED), demos) is RenderMode.PUBLISHED
+    assert [resolve_image_size(EvalConfig(), facts) for facts in (FACTS, demos)] == [256, 96]
+    assert resolve_image_size(EvalConfig(env_img_res=256), demos) == 256
+    mixed = PolicyFacts(render_modes=("lazy", "published"), image_sizes=(96, 256))
+    with pytest.raises(EvalInputError, match="--render_mode"):
+        resolve_render_mode(EvalConfig(), mixed)
+    with pytest.raises(EvalInputError, match="--env_img_res"):
+        resolve_image_size(EvalConfig(), mixed)
+    with pytest.raises(EvalInputError, match="cheap"):
+        resolve_render_mode(EvalConfig(), PolicyFacts(render_modes=("cheap",)))
+
+
+@pytest.mark.parametrize(
+    ("suite", "key", "expected"),
+    [
+        ("libero_goal", "", "libero_goal"),
+        ("libero_goal_swap", "", "libero_goal"),
+        ("libero_10_task", "", "libero_10"),
+        ("libero_goal", "mine", "mine"),
+        ("other", "", "other"),
+    ],
+)
+def test_statistics_key(suite, key, expected):
+    assert EvalConfig(task_suite_name=suite, unnorm_key=key).statistics_key() == expected

@@ -1,0 +1,38 @@
+"""Hand-made episodes and data sets, and the place of the golden numbers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from prismatic.vla.datasets.rlds import Episode, write_rlds
+from prismatic.vla.images import encode_jpeg
+
+GOLDEN = Path(os.environ.get("CRAFT_GOLDEN_DIR", Path(__file__).resolve().parents[1] / "golden"))
+GOLDEN_RLDS = GOLDEN / "rlds_mini"
+GOLDEN_NAME = "libero_mini_no_noops"
+
+
+def make_episode(index: int, length: int = 12, instruction: str = "push the plate", side: int = 16) -> Episode:
+    rng = np.random.default_rng(index)
+    actions = rng.uniform(-0.9, 0.9, (length, 7)).astype(np.float32)
+    actions[:, 6] = rng.choice([-1.0, 1.0], length)
+    images = rng.integers(0, 256, (2, length, side, side, 3), dtype=np.uint8)
+    return Episode(
+        index=index,
+        instruction=instruction,
+        actions=actions,
+        state=rng.normal(size=(length, 8)).astype(np.float32),
+        joint_state=rng.normal(size=(length, 7)).astype(np.float32),
+        images={
+            key: [encode_jpeg(frame) for frame in frames]
+            for key, frames in zip(("image", "wrist_image"), images, strict=True)
+        },
+        file_path=f"/somewhere/{index}.hdf5",
+    )
+
+
+def write_data_set(root: Path, name: str, episodes: list[Episode], shards: int = 1, side: int = 16) -> Path:
+    return write_rlds(root / name / "1.0.0", name, episodes, shards, (side, side, 3))
