@@ -74,7 +74,9 @@ def plan(cfg: DemoConfig) -> list[Job]:
         for column in ("target", "retention"):
             jobs.append(evaluation_job(cfg, f"{name}-{column}", checkpoint, column, after))
     grey = ["--control", "grey_images"]
-    jobs.append(evaluation_job(cfg, "grey-target", str(final_checkpoint(cfg, "plain")), "target", ["train-plain"], grey))
+    jobs.append(
+        evaluation_job(cfg, "grey-target", str(final_checkpoint(cfg, "plain")), "target", ["train-plain"], grey)
+    )
     dataset = next(Path(cfg.data_root_dir, cfg.dataset_name).glob("[0-9]*"))
     replay = ["--control", "replay", "--replay_dataset", str(dataset)]
     jobs.append(evaluation_job(cfg, "replay-target", "", "target", [], replay))

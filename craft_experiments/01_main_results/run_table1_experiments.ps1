@@ -30,7 +30,7 @@ switch ($Preset) {
             SUITES = "libero_spatial libero_object libero_goal libero_10"; TASK_IDS = ""; NUM_TRIALS = "50"; NUM_GPUS = "1"
             CONFIG_FILE_PATH = "pretrained_models/configs"; DATA_ROOT_DIR = "data/libero"
             BATCH_SIZE = "8"; MAX_STEPS = "20000"; SAVE_FREQ = "5000"; LORA_RANK = "32"
-            RENDER_MODE = ""; SAVE_VIDEOS = "failures"; MUJOCO_GL = "egl"
+            RENDER_MODE = ""; SAVE_VIDEOS = "failures"; MUJOCO_GL = "egl"; COLLECT_DEMOS = "False"; USE_LORA = "True"
         }
     }
     "tiny" {
@@ -38,7 +38,8 @@ switch ($Preset) {
             SUITES = "libero_spatial"; TASK_IDS = "0"; NUM_TRIALS = "2"; NUM_GPUS = "0"
             CONFIG_FILE_PATH = "tiny"; DATA_ROOT_DIR = "data/tiny"
             BATCH_SIZE = "4"; MAX_STEPS = "20"; SAVE_FREQ = "10"; LORA_RANK = "8"
-            RENDER_MODE = "lazy"; SAVE_VIDEOS = "none"; MUJOCO_GL = "osmesa"
+            RENDER_MODE = "lazy"; SAVE_VIDEOS = "none"; MUJOCO_GL = "osmesa"; COLLECT_DEMOS = "True"
+            USE_LORA = "False" # LoRA needs a start checkpoint; the preset has random weights
         }
     }
     default { Stop-Usage "PRESET: found '$Preset', expected paper or tiny" }
@@ -51,7 +52,6 @@ foreach ($name in @($D.Keys)) { $S[$name] = Setting $name $D[$name] }
 $Methods = (Setting "METHODS" "craft").Split(" ", [StringSplitOptions]::RemoveEmptyEntries)
 $Suites = $S["SUITES"].Split(" ", [StringSplitOptions]::RemoveEmptyEntries)
 $LearningRate = Setting "LEARNING_RATE" "5e-4"
-$UseLora = Setting "USE_LORA" "True"
 $RetentionWeight = Setting "RETENTION_WEIGHT" "1.0"
 $RetentionBudget = Setting "RETENTION_BUDGET" "0.1"
 $DualLr = Setting "DUAL_LR" "0.01"
@@ -64,6 +64,7 @@ $CenterCrop = Setting "CENTER_CROP" "True"
 $NumWorkers = Setting "NUM_WORKERS" "1"
 $ResultsDir = Setting "RESULTS_DIR" $PSScriptRoot
 $RunTag = Setting "RUN_TAG" (Get-Date -Format "yyyyMMdd_HHmmss")
+$NumDemos = Setting "NUM_DEMOS" "3"
 $SkipTraining = Setting "SKIP_TRAINING" "False"
 $ExtraTrainArgs = (Setting "EXTRA_TRAIN_ARGS" "").Split(" ", [StringSplitOptions]::RemoveEmptyEntries)
 $ExtraEvalArgs = (Setting "EXTRA_EVAL_ARGS" "").Split(" ", [StringSplitOptions]::RemoveEmptyEntries)
@@ -126,13 +127,26 @@ function Invoke-LogParser([string[]]$Arguments) {
     & $Python -m craft_experiments.common_utils.log_parser @Arguments
 }
 
+# Scripted demonstrations, when COLLECT_DEMOS is True and the data set is not there. Returns the exit code.
+function Invoke-Collection([string]$Suite) {
+    $name = "$Suite$DatasetSuffix"
+    if ($S["COLLECT_DEMOS"] -ne "True" -or (Test-Path (Join-Path $S["DATA_ROOT_DIR"] $name))) { return 0 }
+    $flags = @(
+        "-m", "experiments.robot.libero.collect_demos",
+        "--task_suite_name", $Suite, "--episodes_per_task", $NumDemos, "--num_workers", $NumWorkers,
+        "--task_ids", $(if ($S["TASK_IDS"]) { $S["TASK_IDS"] } else { "all" }),
+        "--output_dir", $S["DATA_ROOT_DIR"], "--dataset_name", $name
+    )
+    return Invoke-Tee (Join-Path $LogDir "collect_${Suite}_$RunTag.log") $Python $flags
+}
+
 function Invoke-Training([string]$Method, [string]$Suite, [string]$RunId) {
     $flags = @(
         "vla-scripts/finetune.py",
         "--config_file_path", $S["CONFIG_FILE_PATH"], "--data_root_dir", $S["DATA_ROOT_DIR"],
         "--dataset_name", "$Suite$DatasetSuffix", "--run_root_dir", $RunRootDir, "--run_id_override", $RunId,
         "--use_proprio", "True", "--num_images_in_input", $NumImages,
-        "--use_lora", $UseLora, "--lora_rank", $S["LORA_RANK"],
+        "--use_lora", $S["USE_LORA"], "--lora_rank", $S["LORA_RANK"],
         "--batch_size", $S["BATCH_SIZE"], "--learning_rate", $LearningRate,
         "--max_steps", $S["MAX_STEPS"], "--save_freq", $S["SAVE_FREQ"]
     )
@@ -178,7 +192,10 @@ function Get-EvalLog([string]$Method, [string]$Suite) {
 # Returns a rate or a failure code.
 function Invoke-Suite([string]$Method, [string]$Suite) {
     $runId = "table1-$Method-$Suite-$RunTag"
-    if ($SkipTraining -ne "True" -and (Invoke-Training $Method $Suite $runId) -ne 0) { return "TRAINING_FAILED" }
+    if ($SkipTraining -ne "True") {
+        if ((Invoke-Collection $Suite) -ne 0) { return "TRAINING_FAILED" }
+        if ((Invoke-Training $Method $Suite $runId) -ne 0) { return "TRAINING_FAILED" }
+    }
     $checkpoint = Invoke-LogParser @("checkpoint", $RunRootDir, $runId)
     if ($LASTEXITCODE -ne 0) { return "NO_CHECKPOINT" }
     Write-Host "Newest checkpoint: $checkpoint"

@@ -22,6 +22,7 @@ case "$PRESET" in
     : "${CONFIG_FILE_PATH:=pretrained_models/configs}" "${DATA_ROOT_DIR:=data/libero}"
     : "${BATCH_SIZE:=8}" "${MAX_STEPS:=20000}" "${SAVE_FREQ:=5000}" "${LORA_RANK:=32}"
     : "${RENDER_MODE=}" "${SAVE_VIDEOS:=failures}" "${MUJOCO_GL:=egl}"
+    : "${COLLECT_DEMOS:=False}" "${USE_LORA:=True}"
     ;;
   tiny)
     : "${SUITES:=libero_spatial}"
@@ -29,6 +30,7 @@ case "$PRESET" in
     : "${CONFIG_FILE_PATH:=tiny}" "${DATA_ROOT_DIR:=data/tiny}"
     : "${BATCH_SIZE:=4}" "${MAX_STEPS:=20}" "${SAVE_FREQ:=10}" "${LORA_RANK:=8}"
     : "${RENDER_MODE=lazy}" "${SAVE_VIDEOS:=none}" "${MUJOCO_GL:=osmesa}"
+    : "${COLLECT_DEMOS:=True}" "${USE_LORA:=False}" # LoRA needs a start checkpoint; the preset has random weights
     ;;
   *)
     echo "PRESET: found '$PRESET', expected paper or tiny" >&2
@@ -38,7 +40,6 @@ esac
 
 METHODS="${METHODS:-craft}"
 LEARNING_RATE="${LEARNING_RATE:-5e-4}"
-USE_LORA="${USE_LORA:-True}"
 RETENTION_WEIGHT="${RETENTION_WEIGHT:-1.0}"
 RETENTION_BUDGET="${RETENTION_BUDGET:-0.1}"
 DUAL_LR="${DUAL_LR:-0.01}"
@@ -51,6 +52,7 @@ CENTER_CROP="${CENTER_CROP:-True}"
 NUM_WORKERS="${NUM_WORKERS:-1}"
 RESULTS_DIR="${RESULTS_DIR:-$SCRIPT_DIR}"
 RUN_TAG="${RUN_TAG:-$(date +%Y%m%d_%H%M%S)}"
+NUM_DEMOS="${NUM_DEMOS:-3}"
 SKIP_TRAINING="${SKIP_TRAINING:-False}"
 EXTRA_TRAIN_ARGS="${EXTRA_TRAIN_ARGS:-}"
 EXTRA_EVAL_ARGS="${EXTRA_EVAL_ARGS:-}"
@@ -110,6 +112,15 @@ run_and_tee() { # FILE COMMAND...: terminal and file at once; the exit code is t
   return "${PIPESTATUS[0]}"
 }
 
+collect_demos() { # suite: scripted demonstrations, when COLLECT_DEMOS is True and the data set is not there
+  if [ "$COLLECT_DEMOS" != True ] || [ -d "$DATA_ROOT_DIR/$1$DATASET_SUFFIX" ]; then
+    return 0
+  fi
+  local flags=(--task_suite_name "$1" --episodes_per_task "$NUM_DEMOS" --num_workers "$NUM_WORKERS"
+    --task_ids "${TASK_IDS:-all}" --output_dir "$DATA_ROOT_DIR" --dataset_name "$1$DATASET_SUFFIX")
+  run_and_tee "$LOG_DIR/collect_$1_$RUN_TAG.log" "$PYTHON" -m experiments.robot.libero.collect_demos "${flags[@]}"
+}
+
 train() { # method suite run_id
   local launcher=("$PYTHON") flags
   if [ "$NUM_GPUS" -ge 1 ]; then
@@ -166,7 +177,7 @@ newest_eval_log() { # method suite -> the evaluation's own text log, or else the
 
 run_suite() { # method suite: sets OUTCOME to a rate or a failure code
   local run_id="table1-$1-$2-$RUN_TAG" checkpoint
-  if [ "$SKIP_TRAINING" != True ] && ! train "$1" "$2" "$run_id"; then
+  if [ "$SKIP_TRAINING" != True ] && ! { collect_demos "$2" && train "$1" "$2" "$run_id"; }; then
     OUTCOME=TRAINING_FAILED
     return
   fi

@@ -20,7 +20,8 @@ class VLAPolicy:
     Args:
         checkpoint: a loaded checkpoint.
         device: torch device of the forward pass.
-        unnorm_key: data set whose statistics are used; `{suite}` also finds `{suite}_no_noops`, None needs a single one.
+        unnorm_key: data set whose statistics are used; `{suite}` also finds `{suite}_no_noops`, None needs one
+            data set.
     """
 
     def __init__(self, checkpoint: LoadedCheckpoint, device: str = "cpu", unnorm_key: str | None = None) -> None:

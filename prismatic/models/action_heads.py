@@ -218,8 +218,10 @@ class MLPResNet(nn.Module):
         # The start is the same for every sample: embed it once, then expand.
         x = F.relu(self.fc1(self.layer_norm1(self.start(noise))))
         x = x.unsqueeze(0).expand(task.shape[0], -1, -1)
-        for index, block in enumerate(self.mlp_resnet_blocks):
-            x = block(x, condition[:, index + 1], task[:, index + 1], tables)
+        # Unbind once: indexing per block would make backward fill a full-size gradient for every block.
+        layers = zip(condition.unbind(1)[1:], task.unbind(1)[1:], strict=True)
+        for block, (layer_condition, layer_task) in zip(self.mlp_resnet_blocks, layers, strict=True):
+            x = block(x, layer_condition, layer_task, tables)
         return self.fc2(self.layer_norm2(x))
 
 

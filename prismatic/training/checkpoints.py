@@ -90,7 +90,7 @@ def save_checkpoint(cfg: FinetuneConfig, setup, state: TrainingState) -> Path:
     suffix = "latest_checkpoint" if cfg.save_latest_checkpoint_only else f"{state.step}_checkpoint"
     _save_modules(setup.model, temporary, suffix)
     setup.processor.save_pretrained(temporary)
-    _write_json(temporary / "dataset_statistics.json", setup.dataset.statistics)
+    _write_json(temporary / "dataset_statistics.json", setup.statistics)
     _write_json(temporary / MANIFEST, _manifest(cfg, setup, state, suffix))
     if cfg.save_training_state:
         _save_training_state(setup.model, state, temporary / "training_state")
@@ -110,7 +110,9 @@ def _save_modules(model: VLAPolicyModel, folder: Path, suffix: str) -> None:
         model.vla.save_pretrained(folder)
     save_file(_contiguous(model.action_head.state_dict()), folder / f"action_head--{suffix}.safetensors")
     if model.proprio_projector is not None:
-        save_file(_contiguous(model.proprio_projector.state_dict()), folder / f"proprio_projector--{suffix}.safetensors")
+        save_file(
+            _contiguous(model.proprio_projector.state_dict()), folder / f"proprio_projector--{suffix}.safetensors"
+        )
 
 
 def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> dict:

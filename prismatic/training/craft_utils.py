@@ -197,9 +197,7 @@ class CRaFTGradientProjector:
         # A conflict implies ||r|| > 0; where there is none the quotient may be 0/0 and is not used.
         return torch.where(conflict, -dots / (norms + self.config.projection_eps), torch.zeros_like(dots))
 
-    def project_gradients(
-        self, g_act: Sequence[Tensor | None], g_ret: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
+    def project_gradients(self, g_act: Sequence[Tensor | None], g_ret: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Projected action gradients, same order, shapes and dtypes as `g_act`; the inputs are not changed."""
         coefficients = self.coefficients(g_act, g_ret)
         projected: list[Tensor | None] = []

@@ -119,9 +119,7 @@ class Trainer:
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         trainable = [p for p in self.bare_model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(
-            trainable, lr=self.cfg.learning_rate, weight_decay=self.cfg.weight_decay, fused=True
-        )
+        return torch.optim.AdamW(trainable, lr=self.cfg.learning_rate, weight_decay=self.cfg.weight_decay, fused=True)
 
     def _build_tracker(self) -> Tracker:
         cfg, wandb_settings = self.cfg, None
@@ -166,7 +164,9 @@ class Trainer:
         metrics = {**metrics, "samples_seen": self.samples_seen, "samples_per_second": samples / seconds}
         # A metrics line describes the step that used the weights before it: step indices are 0-based.
         self.tracker.log(self.step - 1, metrics)
-        line = f"step {self.step:>6}  loss {metrics['VLA Train/Loss']:.4f}  {metrics['samples_per_second']:.1f} samples/s"
+        line = (
+            f"step {self.step:>6}  loss {metrics['VLA Train/Loss']:.4f}  {metrics['samples_per_second']:.1f} samples/s"
+        )
         if self.craft is not None:
             line += (
                 f"  L_ret {metrics['CRaFT/Retention Loss']:.3e}  lambda {metrics['CRaFT/Lambda']:.3f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
@@ -28,6 +28,8 @@ class StartModel:
     action_spec: ActionSpec
     image_spec: ImageSpec
     path: Path | None
+    statistics: dict = field(default_factory=dict)
+    dataset_metadata: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -40,6 +42,7 @@ class TrainingSetup:
     action_spec: ActionSpec
     image_spec: ImageSpec
     dataset_metadata: dict
+    statistics: dict
     base_path: Path | None
     run_dir: Path
 
@@ -72,13 +75,17 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
         frame_stride=cfg.frame_stride,
     )
     dataset = VLADataset(cfg.data_root_dir, cfg.dataset_name, settings)
+    # Random crops in training go with the centre crop at evaluation: both show 90 % of the image.
+    start.image_spec = replace(start.image_spec, center_crop=cfg.image_aug, **_jpeg_quality(dataset.metadata))
     return TrainingSetup(
         model=start.model,
         processor=start.processor,
         dataset=dataset,
         action_spec=start.action_spec,
         image_spec=start.image_spec,
-        dataset_metadata=dataset.metadata,
+        dataset_metadata=start.dataset_metadata | dataset.metadata,
+        # The start model's statistics stay: its own tasks are still evaluated with them.
+        statistics=start.statistics | dataset.statistics,
         base_path=start.path,
         run_dir=Path(cfg.run_root_dir) / cfg.run_id,
     )
@@ -98,7 +105,15 @@ def load_start_model(cfg: FinetuneConfig) -> StartModel:
     loaded = load_checkpoint(source)
     action_spec = ActionSpec.from_dict(loaded.manifest["action_spec"])
     image_spec = ImageSpec.from_dict(loaded.manifest["image_spec"])
-    return StartModel(loaded.model, loaded.processor, action_spec, image_spec, Path(source))
+    return StartModel(
+        loaded.model,
+        loaded.processor,
+        action_spec,
+        image_spec,
+        Path(source),
+        loaded.statistics,
+        loaded.manifest["datasets"],
+    )
 
 
 def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
@@ -142,6 +157,16 @@ def _freeze_unreached(vla: OpenVLAForActionPrediction) -> None:
         for parameter in vla.get_submodule(name).parameters():
             if parameter is not embeddings:
                 parameter.requires_grad_(False)
+
+
+def _jpeg_quality(metadata: dict[str, dict | None]) -> dict[str, int]:
+    # Evaluation repeats the JPEG round trip of the demonstrations; data sets without a record keep the default.
+    recorded = {data["jpeg_quality"] for data in metadata.values() if data and "jpeg_quality" in data}
+    if len(recorded) > 1:
+        raise ValueError(
+            f"the data sets were encoded with different JPEG qualities {sorted(recorded)}: collect them alike"
+        )
+    return {"jpeg_quality": recorded.pop()} if recorded else {}
 
 
 def _check_flags(cfg: FinetuneConfig, start: StartModel) -> None:

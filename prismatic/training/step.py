@@ -98,7 +98,7 @@ def craft_request(craft: CRaFTConstraint) -> CraftRequest:
 
 
 def action_loss(output: PolicyOutput, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean |predicted - true| over (B, K, A) normalised actions, in fp32; the current action is index 0 of the chunk."""
+    """Mean |predicted - true| over (B, K, A) normalised actions, in fp32; the current action is chunk index 0."""
     error = (output.actions.float() - actions.float()).abs()
     loss = error.mean()
     with torch.no_grad():
@@ -122,7 +122,9 @@ def _require_finite(what: str, value: Tensor | float, step: int, micro_batches: 
         return
     suspects = [s for batch in micro_batches for s in _non_finite_samples(batch)]
     where = f"non-finite input in samples {suspects}" if suspects else "all inputs are finite: the model diverged"
-    raise NonFiniteLossError(f"{what} is {float(value)} at optimizer step {step}; {where}. The weights were not changed")
+    raise NonFiniteLossError(
+        f"{what} is {float(value)} at optimizer step {step}; {where}. The weights were not changed"
+    )
 
 
 def _non_finite_samples(batch: dict) -> list[tuple]:

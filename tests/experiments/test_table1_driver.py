@@ -21,6 +21,8 @@ if args[:1] == ["-m"] and args[1].startswith("craft_experiments"):
 def flag(name): return args[args.index("--" + name) + 1]
 def fails(stage, suite): return suite in os.environ.get("STUB_" + stage, "").split()
 with open(os.environ["STUB_CALLS"], "a") as calls: calls.write(" ".join([Path(sys.argv[0]).name, *args]) + "\\n")
+if "experiments.robot.libero.collect_demos" in args:
+    sys.exit(5 if fails("COLLECT_FAILS", flag("task_suite_name")) else 0)
 if "vla-scripts/finetune.py" in args:
     suite = flag("dataset_name").removesuffix("_no_noops")
     print("training", suite, "PYTHONPATH" in os.environ)
@@ -150,6 +152,23 @@ def test_tiny_preset_is_plain_python_and_overridable(drive):
     assert done.returncode == 0, done.stderr
     assert calls[0].startswith("python-stub vla-scripts/finetune.py --config_file_path tiny ")
     assert "--max_steps 3 " in calls[0] and "--task_ids 1,2" in calls[1] and "--num_trials_per_task 2" in calls[1]
+
+
+def test_tiny_preset_collects_missing_demonstrations(drive, tmp_path):
+    (tmp_path / "data" / "libero_goal_no_noops").mkdir(parents=True)
+    done, calls = drive(
+        PRESET="tiny",
+        SUITES="libero_object libero_goal libero_10",
+        DATA_ROOT_DIR=str(tmp_path / "data"),
+        STUB_COLLECT_FAILS="libero_10",
+    )
+    assert done.returncode == 1
+    collected = [call for call in calls if "collect_demos" in call]
+    assert len(collected) == 2  # libero_goal is there
+    assert "--task_suite_name libero_object --episodes_per_task 3" in collected[0] and "--task_ids 0" in collected[0]
+    assert (drive.out / "table1_results.log").read_text() == (
+        "libero_object: 0.7500\nlibero_goal: 0.7500\nlibero_10: TRAINING_FAILED\n"
+    )
 
 
 def test_extra_arguments_and_evaluation_only(drive, tmp_path):

@@ -121,6 +121,8 @@ class FakeBackend:
         self.policies: list[FakePolicy] = []
 
     def load_policy(self, cfg):
+        if self.load_error == "exit":
+            os._exit(9)
         if self.load_error:
             raise OSError(self.load_error)
         self.policies.append(FakePolicy(self.speed, self.metadata, self.center_crop))

@@ -80,7 +80,7 @@ FACTS = read_policy_facts(FakePolicy(metadata=METADATA))
 
 
 def test_facts_of_a_policy():
-    assert FACTS == PolicyFacts(2, True, False, True, 8)
+    assert PolicyFacts(2, True, False, True, 8) == FACTS
     demos = {"a": {"render_mode": "lazy", "image_size": 96}, "b": {"render_mode": "lazy", "image_size": 128}}
     facts = read_policy_facts(FakePolicy(metadata={"datasets": demos}))
     assert facts.render_modes == ("lazy",) and facts.image_sizes == (96, 128)

@@ -228,6 +228,8 @@ def test_a_dying_or_hanging_worker_costs_one_episode(cfg, action):
 
 @pytest.mark.slow
 def test_a_worker_that_cannot_load_the_checkpoint_stops_the_run(cfg):
+    with pytest.raises(WorkerFailedError, match="exit code 9 while loading"):
+        evaluate(replace(cfg, num_workers=2, run_id_note="a"), FakeBackend(load_error="exit"))
     with pytest.raises(WorkerFailedError, match="weights are missing"):
         evaluate(replace(cfg, num_workers=2), FakeBackend(load_error="weights are missing"))
     with pytest.raises(EvalInputError, match="--use_proprio"):

@@ -13,12 +13,12 @@ def test_dict_round_trip_through_json(platform):
 
 def test_published_platform_numbers():
     bounds, q99 = NormalizationType.BOUNDS, NormalizationType.BOUNDS_Q99
-    assert ACTION_SPECS == {
+    assert {
         "libero": ActionSpec(8, 7, 8, q99),
         "calvin": ActionSpec(8, 7, 8, q99),
         "aloha": ActionSpec(25, 14, 14, bounds),
         "bridge": ActionSpec(5, 7, 7, q99),
-    }
+    } == ACTION_SPECS
 
 
 def test_unknown_platform_lists_known_ones():

@@ -141,9 +141,7 @@ def test_train_image_without_resize_is_the_decoded_frame():
 def test_evaluation_matches_training_frames():
     frame = smooth_images()[0]
     spec = ImageSpec(size=48, jpeg_quality=95, center_crop=False)
-    np.testing.assert_array_equal(
-        prepare_eval_image(frame, spec), prepare_train_image(encode_jpeg(frame, 95), spec)
-    )
+    np.testing.assert_array_equal(prepare_eval_image(frame, spec), prepare_train_image(encode_jpeg(frame, 95), spec))
 
 
 def test_identity_augmentation_is_exact():

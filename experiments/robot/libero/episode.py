@@ -279,11 +279,11 @@ class Session:
 
 
 def limit_threads(threads: int) -> None:
-    """Number of CPU threads of this process for torch and the BLAS libraries not yet loaded."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    import torch
+    """CPU threads of this process for the numerical libraries; an OMP_NUM_THREADS set by the user wins.
 
-    torch.set_num_threads(threads)
+    Effective for libraries imported later, so it comes first in a worker process.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 def _one_line(exception: BaseException) -> str:

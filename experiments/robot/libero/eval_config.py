@@ -1,7 +1,7 @@
-"""Flags of the LIBERO evaluation, their validation, and the comparison with what the checkpoint says about itself.
+"""Flags of the LIBERO evaluation and their validation.
 
 The published flags keep their names. A flag whose value the checkpoint decides (`center_crop`, `use_proprio`, ...)
-defaults to None, "as the checkpoint says"; given explicitly it must agree with the checkpoint.
+defaults to None, "as the checkpoint says"; given explicitly it must agree with the checkpoint (`policy_facts.py`).
 """
 
 from __future__ import annotations

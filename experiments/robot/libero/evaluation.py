@@ -102,8 +102,13 @@ def plan_tasks(cfg: EvalConfig, backend: Backend) -> list[TaskPlan]:
     Raises:
         EvalInputError: unknown suite, task or initial state.
     """
+    try:
+        count = backend.task_count(cfg.task_suite_name)
+        backend.max_steps(cfg.task_suite_name)  # a suite without a step limit cannot be evaluated
+    except ValueError as error:
+        raise EvalInputError(f"--task_suite_name: {error}") from error
     plans, number = [], 0
-    for task_id in cfg.task_id_list(backend.task_count(cfg.task_suite_name)):
+    for task_id in cfg.task_id_list(count):
         task = backend.load_task(cfg.task_suite_name, task_id)
         episodes = []
         for init_idx, state in read_initial_states(cfg, task).items():

@@ -26,8 +26,12 @@ MAX_CRASHES = 2
 """Processes an episode may take down before it counts as an error."""
 
 
+STARTUP_TIMEOUT_S = 1800.0
+"""Patience with a worker that is still loading the policy."""
+
+
 class WorkerFailedError(RuntimeError):
-    """A worker could not start its job (for instance the checkpoint does not load); carries the worker's traceback."""
+    """A worker could not start (for instance the checkpoint does not load); carries the worker's traceback if any."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class _Worker:
     job: Job
     remaining: deque[PlannedEpisode]
     last_report: float = field(default_factory=time.monotonic)
+    ready: bool = False  # has loaded the policy
     finished: bool = False
 
     def assign(self, connection: Connection, job: Job) -> None:
@@ -160,6 +165,7 @@ class WorkerPool:
         if message is None:
             self._next_job(connection, worker)
             return
+        worker.ready = True
         if isinstance(message, EpisodeRecord):
             worker.remaining.popleft()
         yield message
@@ -173,13 +179,15 @@ class WorkerPool:
         self._stop(connection)
 
     def _end_silent(self) -> Iterator[Report]:
-        limit = self._cfg.worker_timeout_s
         for connection, worker in list(self._active.items()):
+            limit = self._cfg.worker_timeout_s if worker.ready else STARTUP_TIMEOUT_S
             if time.monotonic() - worker.last_report >= limit:
                 self._stop(connection)
                 yield from self._after_crash(worker, f"worker process reported nothing for {limit:g} s")
 
     def _after_crash(self, worker: _Worker, reason: str) -> Iterator[Report]:
+        if not worker.ready:
+            raise WorkerFailedError(f"{reason} while loading the policy")
         if worker.remaining:
             planned = worker.remaining[0]
             key = (worker.job.task_id, planned.init_idx)

@@ -1,0 +1,85 @@
+"""The evaluation against the real simulator: a few steps, cheap rendering."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
+from experiments.robot.libero.evaluation import LiberoBackend, evaluate, plan_tasks
+from experiments.robot.libero.simulator import RenderMode, ResetMode
+from experiments.robot.libero.video import SaveVideos
+
+pytestmark = [pytest.mark.simulator, pytest.mark.slow]
+pytest.importorskip("libero")
+
+
+class LookingPolicy:
+    """Moves depending on what it sees, and remembers it."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def predict(self, image, wrist_image, state, instruction):
+        assert image.shape == wrist_image.shape == (64, 64, 3) and instruction.startswith("pick up")
+        self.seen.append((image.copy(), state.copy()))
+        chunk = np.zeros((8, 7))
+        chunk[:, 0] = image.mean() / 255 - 0.5
+        chunk[:, 6] = 1.0
+        return chunk
+
+
+class ShortBackend(LiberoBackend):
+    """The real simulator with episodes of 16 steps."""
+
+    def __init__(self) -> None:
+        self.policy = LookingPolicy()
+
+    def load_policy(self, cfg):
+        return self.policy
+
+    def max_steps(self, suite):
+        return min(16, super().max_steps(suite))
+
+
+def config(folder: Path, **changes) -> EvalConfig:
+    checkpoint = folder / "chkpt"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "x").write_text("x")
+    options = {
+        "pretrained_checkpoint": str(checkpoint),
+        "task_suite_name": "libero_object",
+        "task_ids": "0",
+        "render_mode": RenderMode.LAZY,
+        "reset_mode": ResetMode.SOFT,
+        "env_img_res": 64,
+        "local_log_dir": str(folder / "logs"),
+        "results_dir": str(folder / "results"),
+        "save_videos": SaveVideos.NONE,
+    }
+    return EvalConfig(**{**options, **changes})
+
+
+@pytest.mark.parametrize("reset_mode", list(ResetMode))
+def test_an_episode_is_the_same_alone_and_after_another(tmp_path, reset_mode):
+    both, alone = ShortBackend(), ShortBackend()
+    results = evaluate(config(tmp_path / "a", num_trials_per_task=2, reset_mode=reset_mode), both)
+    evaluate(config(tmp_path / "b", num_trials_per_task=1, initial_state_offset=1, reset_mode=reset_mode), alone)
+    assert results["valid"] and results["overall"]["failures"] == 2
+    assert len(both.policy.seen) == 4 and len(alone.policy.seen) == 2
+    for (image, state), (image_alone, state_alone) in zip(both.policy.seen[2:], alone.policy.seen, strict=True):
+        np.testing.assert_array_equal(state, state_alone)
+        np.testing.assert_array_equal(image, image_alone)
+    assert not np.array_equal(both.policy.seen[0][1], both.policy.seen[2][1])  # another initial state
+    record = json.loads((tmp_path / "a" / "results" / "episodes.jsonl").read_text().splitlines()[0])
+    assert record["steps"] == 16 and record["n_queries"] == 2 and record["versions"]["robosuite"] == "1.4.0"
+
+
+def test_unknown_suite_and_too_many_trials_are_input_errors(tmp_path):
+    with pytest.raises(EvalInputError, match="libero_spatial"):
+        plan_tasks(config(tmp_path / "a", task_suite_name="libero_spatail"), LiberoBackend())
+    with pytest.raises(EvalInputError, match="50 initial states"):
+        plan_tasks(config(tmp_path / "b", num_trials_per_task=51), LiberoBackend())

@@ -1,0 +1,308 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from data_fixtures import GOLDEN_NAME, GOLDEN_RLDS, make_episode, write_data_set
+from torch.utils.data import DataLoader
+
+from prismatic.vla.action_spec import ActionSpec, NormalizationType
+from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset, select_few_shot
+from prismatic.vla.datasets.rlds import MissingFeatureError, RLDSReader, find_version_directory
+from prismatic.vla.datasets.sampler import EpochSampler
+from prismatic.vla.images import ImageSpec, decode_jpeg
+from prismatic.vla.normalization import Normalizer
+
+SMALL = DatasetSettings(image_spec=ImageSpec(size=16))
+PLAIN = dataclasses.replace(SMALL, image_aug=False)
+
+
+def keep_samples(samples):
+    return samples
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for key in first:
+        np.testing.assert_array_equal(first[key], second[key], err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def golden_dataset():
+    return VLADataset(GOLDEN_RLDS, GOLDEN_NAME, dataclasses.replace(PLAIN, image_spec=ImageSpec(size=64)))
+
+
+@pytest.fixture(scope="module")
+def small_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    texts = ["Open the drawer", "close the drawer", "push the plate"]
+    episodes = [make_episode(i, length=10 + i % 3, instruction=texts[i % 3]) for i in range(12)]
+    write_data_set(root, "libero_a_no_noops", episodes)
+    write_data_set(root, "libero_b_no_noops", [make_episode(100 + i, length=9) for i in range(2)])
+    return root
+
+
+@pytest.fixture(scope="module")
+def small(small_root):
+    return VLADataset(small_root, "libero_a_no_noops", SMALL)
+
+
+# Golden numbers
+
+
+def test_golden_statistics(golden_dataset):
+    expected = json.loads((GOLDEN_RLDS / "expected.json").read_text())["dataset_statistics"]
+    assert golden_dataset.statistics.keys() == expected.keys()
+    actual, reference = golden_dataset.statistics[GOLDEN_NAME], expected[GOLDEN_NAME]
+    assert (actual["num_transitions"], actual["num_trajectories"]) == (130, 6)
+    assert actual["action"]["mask"] == reference["action"]["mask"]
+    for group in ("action", "proprio"):
+        assert set(reference[group]) == set(actual[group])
+        for name in ("mean", "std", "min", "max", "q01", "q99"):
+            np.testing.assert_allclose(actual[group][name], reference[group][name], rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", list(NormalizationType))
+def test_golden_normalised_windows(kind):
+    settings = dataclasses.replace(PLAIN, action_spec=ActionSpec(normalization=kind), image_spec=ImageSpec(size=64))
+    dataset = VLADataset(GOLDEN_RLDS, GOLDEN_NAME, settings)
+    suffix = "" if kind is NormalizationType.BOUNDS_Q99 else f"_{kind.value}"
+    expected = np.load(GOLDEN_RLDS / "expected.npz")
+    assert len(dataset) == 88
+    for index in range(len(dataset)):
+        sample = dataset[0, index]
+        episode, step = sample["sample_id"]
+        actions = expected[f"ep{episode}/normalised_action{suffix}"][step : step + 8]
+        proprio = expected[f"ep{episode}/normalised_proprio{suffix}"][step]
+        np.testing.assert_allclose(sample["actions"], actions, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(sample["proprio"], proprio, rtol=0, atol=1e-6)
+        assert sample["actions"].dtype == sample["proprio"].dtype == np.float32
+
+
+def test_golden_chunks_frames_and_order(golden_dataset):
+    expected = np.load(GOLDEN_RLDS / "expected.npz")
+    samples = [golden_dataset[0, index] for index in range(len(golden_dataset))]
+    for episode in range(6):
+        mine = [sample for sample in samples if sample["sample_id"][0] == episode]
+        assert [sample["sample_id"][1] for sample in mine] == expected[f"ep{episode}/chunk_frame_ids"].tolist()
+        chunks, proprio = np.stack([s["actions"] for s in mine]), np.stack([s["proprio"] for s in mine])
+        np.testing.assert_allclose(chunks, expected[f"ep{episode}/chunk_actions"], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(proprio, expected[f"ep{episode}/chunk_proprio"], rtol=0, atol=1e-6)
+
+
+def test_golden_standardised_values(golden_dataset):
+    expected = np.load(GOLDEN_RLDS / "expected.npz")
+    gripper = golden_dataset[0, 0]["actions"][:, 6]  # not normalised: shows the standardisation
+    np.testing.assert_array_equal(gripper, expected["ep0/standardised_action"][:8, 6])
+    raw = RLDSReader(find_version_directory(GOLDEN_RLDS, GOLDEN_NAME)).episode(0).actions[:8, 6]
+    np.testing.assert_array_equal(gripper, np.where(raw < 0, 1, 0))
+
+
+def test_images_are_primary_then_wrist_of_the_frame(golden_dataset):
+    expected = np.load(GOLDEN_RLDS / "expected_images.npz")
+    starts = {golden_dataset[0, i]["sample_id"]: i for i in range(len(golden_dataset))}
+    for episode, step in ((0, 0), (1, 5), (3, 9), (5, 2)):
+        sample = golden_dataset[0, starts[episode, step]]
+        for image, camera in zip(sample["images"], ("primary", "wrist"), strict=True):
+            np.testing.assert_array_equal(image, expected[f"ep{episode}_t{step}_{camera}/decoded_accurate_dct"])
+
+
+# Samples
+
+
+def test_sample_layout(small):
+    sample = small[3, 1]
+    assert sample["images"].shape == (2, 16, 16, 3) and sample["images"].dtype == np.uint8
+    assert sample["actions"].shape == (8, 7) and sample["proprio"].shape == (8,)
+    assert sample["dataset_name"] == "libero_a_no_noops"
+    assert sample["instruction"] == "Open the drawer"
+
+
+def test_windows_drop_the_tail_and_follow_the_stride(small_root, small):
+    lengths = [10 + i % 3 for i in range(12)]
+    assert len(small) == sum(length - 7 for length in lengths)
+    strided = VLADataset(small_root, "libero_a", dataclasses.replace(SMALL, frame_stride=2))
+    assert len(strided) == sum(-(-(length - 7) // 2) for length in lengths)
+    assert [strided[0, i]["sample_id"] for i in range(4)] == [(0, 0), (0, 2), (1, 0), (1, 2)]
+
+
+def test_one_camera(small_root):
+    one = VLADataset(small_root, "libero_a", dataclasses.replace(PLAIN, num_images=1))
+    two = VLADataset(small_root, "libero_a", PLAIN)
+    np.testing.assert_array_equal(one[0, 7]["images"][0], two[0, 7]["images"][0])
+    assert len(one[0, 7]["images"]) == 1
+
+
+def test_without_augmentation_epochs_are_equal_and_frames_are_the_stored_ones(small_root):
+    dataset = VLADataset(small_root, "libero_a", PLAIN)
+    assert_same(dataset[0, 4], dataset[9, 4])
+    episode, step = dataset[0, 4]["sample_id"]
+    stored = RLDSReader(find_version_directory(small_root, "libero_a_no_noops")).episode(episode)
+    np.testing.assert_array_equal(dataset[0, 4]["images"][1], decode_jpeg(stored.images["wrist_image"][step]))
+
+
+def test_augmentation_depends_on_seed_epoch_and_index(small_root, small):
+    first = small[0, 4]["images"]
+    np.testing.assert_array_equal(first, small[0, 4]["images"])
+    other_seed = VLADataset(small_root, "libero_a", dataclasses.replace(SMALL, seed=8))
+    for other in (small[1, 4], other_seed[0, 4]):
+        assert (first != other["images"]).mean() > 0.3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_gives_the_same_samples_with_any_number_of_workers(small, workers):
+    loader = DataLoader(
+        small, batch_size=4, sampler=EpochSampler(len(small), seed=1), num_workers=workers, collate_fn=keep_samples
+    )
+    keys = iter(EpochSampler(len(small), seed=1))
+    for batch, _ in zip(loader, range(len(small) // 3), strict=False):
+        for sample in batch:
+            assert_same(sample, small[next(keys)])
+
+
+def test_index_out_of_range(small):
+    with pytest.raises(IndexError, match=str(len(small))):
+        small[0, len(small)]
+
+
+# Names, mixtures and statistics
+
+
+def test_suite_name_without_suffix_finds_the_data(small_root, small):
+    assert VLADataset(small_root, "libero_a", SMALL).statistics == small.statistics
+
+
+def test_missing_data_set_lists_what_is_there(small_root):
+    with pytest.raises(FileNotFoundError, match="'libero_c' not found.*libero_a_no_noops.*libero_b_no_noops"):
+        VLADataset(small_root, "libero_c", SMALL)
+    with pytest.raises(FileNotFoundError, match="data root .*absent"):
+        VLADataset(small_root / "absent", "libero_a", SMALL)
+
+
+def test_missing_split(small_root):
+    with pytest.raises(ValueError, match="no split 'val'"):
+        VLADataset(small_root, "libero_a", dataclasses.replace(SMALL, split="val"))
+
+
+def test_concatenation_keeps_statistics_per_data_set(small_root, small):
+    both = VLADataset(small_root, "libero_a,libero_b", PLAIN)
+    alone = VLADataset(small_root, "libero_b", PLAIN)
+    assert both.data_set_names == ["libero_a_no_noops", "libero_b_no_noops"]
+    assert both.statistics == {**small.statistics, **alone.statistics}
+    assert len(both) == len(small) + len(alone)
+    assert_same(both[0, len(small)], alone[0, 0])
+    with pytest.raises(ValueError, match="several data sets"):
+        _ = both.normalizer
+
+
+def test_given_normalizer_replaces_the_statistics(small_root, small):
+    statistics = json.loads(json.dumps(small.normalizer.statistics))
+    statistics["proprio"]["q99"][0] += 10.0
+    given = Normalizer(statistics, ActionSpec(), "libero_a_no_noops")
+    dataset = VLADataset(small_root, "libero_a", dataclasses.replace(SMALL, normalizer=given))
+    assert dataset.statistics == {"libero_a_no_noops": statistics}
+    assert dataset[0, 0]["proprio"][0] < small[0, 0]["proprio"][0]
+    np.testing.assert_array_equal(dataset[0, 0]["proprio"][1:], small[0, 0]["proprio"][1:])
+
+
+def test_statistics_of_another_data_set(small_root, small):
+    wrong_key = dataclasses.replace(SMALL, normalizer=small.normalizer)
+    with pytest.raises(ValueError, match=r"\['libero_a_no_noops'\].*missing \['libero_b_no_noops'\]"):
+        VLADataset(small_root, "libero_b", wrong_key)
+    other_kind = Normalizer(small.normalizer.statistics, ActionSpec(normalization="bounds"), "libero_a_no_noops")
+    with pytest.raises(ValueError, match="BOUNDS_Q99"):
+        VLADataset(small_root, "libero_a", dataclasses.replace(SMALL, normalizer=other_kind))
+
+
+def test_collection_metadata_is_passed_on(tmp_path, small):
+    from prismatic.vla.datasets.rlds import write_rlds
+
+    write_rlds(tmp_path / "libero_x" / "1.0.0", "x", [make_episode(0)], 1, (16, 16, 3), {"render_mode": "lazy"})
+    assert VLADataset(tmp_path, "libero_x", SMALL).metadata == {"libero_x": {"render_mode": "lazy"}}
+    assert small.metadata == {"libero_a_no_noops": None}
+
+
+# Few-shot
+
+
+def test_few_shot_keeps_n_per_instruction_nested_and_deterministic(small_root):
+    kept = {}
+    for shots in (1, 2, 4):
+        settings = dataclasses.replace(SMALL, n_shot_episodes=shots)
+        dataset = VLADataset(small_root, "libero_a", settings)
+        kept[shots] = dataset.episode_ids["libero_a_no_noops"]
+        assert kept[shots] == VLADataset(small_root, "libero_a", settings).episode_ids["libero_a_no_noops"]
+        assert np.bincount(np.array(kept[shots]) % 3).tolist() == [shots] * 3
+        assert {dataset[0, i]["sample_id"][0] for i in range(len(dataset))} == set(kept[shots])
+        assert dataset.statistics["libero_a_no_noops"]["num_trajectories"] == 3 * shots
+    assert set(kept[1]) < set(kept[2]) < set(kept[4])
+
+
+def test_few_shot_five_in_ten_and_seeds_differ():
+    instructions = ["a", "b"] * 25
+    five, ten = (select_few_shot(instructions, n, 7, "demo") for n in (5, 10))
+    assert (len(five), len(ten)) == (10, 20)
+    assert set(five) < set(ten)
+    assert five != select_few_shot(instructions, 5, 8, "demo")
+
+
+def test_few_shot_choice_of_a_task_does_not_depend_on_other_tasks():
+    alone = select_few_shot(["a"] * 10, 3, 7, "demo")
+    assert alone == select_few_shot(["a"] * 10 + ["b"] * 10, 3, 7, "demo")[:3]
+
+
+def test_more_shots_than_demonstrations(small_root):
+    with pytest.raises(ValueError, match="libero_a_no_noops: n_shot_episodes is 5, but 'Open the drawer' has 4"):
+        VLADataset(small_root, "libero_a", dataclasses.replace(SMALL, n_shot_episodes=5))
+
+
+# Bad data
+
+
+def write_unchecked(root, episode, monkeypatch):
+    monkeypatch.setattr("prismatic.vla.datasets.rlds.np.isfinite", lambda values: np.ones_like(values, dtype=bool))
+    write_data_set(root, "libero_bad", [make_episode(0), episode])
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(("field", "group", "dim"), [("actions", "action", 2), ("state", "state", 7)])
+def test_nan_is_located(tmp_path, monkeypatch, field, group, dim):
+    episode = make_episode(1)
+    getattr(episode, field)[5, dim] = np.nan
+    write_unchecked(tmp_path, episode, monkeypatch)
+    with pytest.raises(ValueError, match=rf"libero_bad: episode 1: {group} is not finite .*\(5, {dim}\)"):
+        VLADataset(tmp_path, "libero_bad", SMALL)
+
+
+def test_episode_shorter_than_a_chunk(tmp_path):
+    write_data_set(tmp_path, "libero_short", [make_episode(0), make_episode(1, length=7)])
+    with pytest.raises(ValueError, match="libero_short: episode 1 has 7 steps"):
+        VLADataset(tmp_path, "libero_short", SMALL)
+
+
+def test_empty_instruction(tmp_path):
+    write_data_set(tmp_path, "libero_mute", [make_episode(0, instruction=" ")])
+    with pytest.raises(ValueError, match="libero_mute: episode 0: the language instruction is empty"):
+        VLADataset(tmp_path, "libero_mute", SMALL)
+
+
+def test_more_cameras_than_the_data_set_has(small_root):
+    with pytest.raises(ValueError, match=r"num_images is 3.*\['image', 'wrist_image'\]"):
+        VLADataset(small_root, "libero_a", dataclasses.replace(SMALL, num_images=3))
+
+
+def test_camera_missing_from_features(tmp_path):
+    directory = write_data_set(tmp_path, "libero_one", [make_episode(0)])
+    text = (directory / "features.json").read_text()
+    (directory / "features.json").write_text(text.replace('"wrist_image"', '"image"', 1))
+    tree = json.loads((directory / "features.json").read_text())
+    assert "wrist_image" not in json.dumps(tree)
+    with pytest.raises(MissingFeatureError, match="no feature 'steps/observation/wrist_image'"):
+        VLADataset(tmp_path, "libero_one", SMALL)
+    assert len(VLADataset(tmp_path, "libero_one", dataclasses.replace(SMALL, num_images=1))) == 5
+
+
+@pytest.mark.parametrize("name", ["num_images", "frame_stride", "n_shot_episodes"])
+def test_settings_must_be_positive(name):
+    with pytest.raises(ValueError, match=name):
+        DatasetSettings(**{name: 0})

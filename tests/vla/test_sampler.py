@@ -1,0 +1,70 @@
+from itertools import islice
+
+import pytest
+
+from prismatic.vla.datasets.sampler import EpochSampler
+
+
+def take(sampler, count):
+    return list(islice(sampler, count))
+
+
+def test_every_epoch_is_another_permutation():
+    keys = take(EpochSampler(50, seed=1), 150)
+    orders = []
+    for epoch in range(3):
+        part = keys[50 * epoch : 50 * (epoch + 1)]
+        assert {key[0] for key in part} == {epoch}
+        orders.append([key[1] for key in part])
+        assert sorted(orders[-1]) == list(range(50))
+    assert orders[0] != orders[1] != orders[2] != list(range(50))
+
+
+def test_seed_fixes_the_order():
+    assert take(EpochSampler(20, seed=3), 60) == take(EpochSampler(20, seed=3), 60)
+    assert take(EpochSampler(20, seed=3), 20) != take(EpochSampler(20, seed=4), 20)
+
+
+@pytest.mark.parametrize(("size", "world"), [(12, 3), (10, 4), (3, 5), (7, 1)])
+def test_ranks_deal_out_the_single_process_order(size, world):
+    per_rank = [take(EpochSampler(size, 5, rank, world), 3 * size) for rank in range(world)]
+    dealt = [key for group in zip(*per_rank, strict=True) for key in group]
+    assert dealt == take(EpochSampler(size, 5), 3 * size * world)
+    assert len(set(dealt)) == len(dealt)
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 9, 10, 37])
+def test_start_at_equals_skipping(consumed):
+    everything = take(EpochSampler(10, 2, rank=1, world_size=3), 60)
+    resumed = EpochSampler(10, 2, rank=1, world_size=3)
+    resumed.start_at(consumed)
+    assert take(resumed, 60 - consumed) == everything[consumed:]
+    assert take(resumed, 5) == everything[consumed : consumed + 5]
+
+
+def test_state_round_trip_and_change_of_world_size():
+    state = EpochSampler(10, 2, rank=1, world_size=2).state_dict(samples_consumed=6)
+    resumed = EpochSampler(10, 2)
+    resumed.load_state_dict(state)
+    assert take(resumed, 10) == take(EpochSampler(10, 2), 22)[12:]
+    with pytest.raises(ValueError, match="12 is not a multiple of 5"):
+        EpochSampler(10, 2, world_size=5).load_state_dict(state)
+
+
+def test_state_of_another_run():
+    state = EpochSampler(10, seed=2).state_dict(4)
+    with pytest.raises(ValueError, match="seed 2, expected 3"):
+        EpochSampler(10, seed=3).load_state_dict(state)
+    with pytest.raises(ValueError, match="num_samples 10, expected 11"):
+        EpochSampler(11, seed=2).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("size", "rank", "world"), [(0, 0, 1), (5, 2, 2), (5, -1, 2)])
+def test_bad_arguments(size, rank, world):
+    with pytest.raises(ValueError, match="expected"):
+        EpochSampler(size, 0, rank, world)
+
+
+def test_negative_position():
+    with pytest.raises(ValueError, match="-1"):
+        EpochSampler(5).start_at(-1)
