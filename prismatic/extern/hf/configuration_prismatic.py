@@ -76,20 +76,23 @@ class VisionTowerSpec:
                 raise ValueError(f"vision tower field `{name}`: expected a positive integer, got {getattr(self, name)}")
         if self.depth < 2:
             raise ValueError(f"vision tower field `depth`: expected at least 2 (features leave block depth-2), got {self.depth}")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"vision tower: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"vision tower: image_size {self.image_size} is below patch_size {self.patch_size}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"vision tower: embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         choices = {"activation": ACTIVATIONS, "stem": STEMS, "pos_embed": POS_EMBED_RULES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"vision tower field `{name}`: expected one of {allowed}, got {getattr(self, name)!r}")
-        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
-            raise ValueError(f"vision tower: a conv stem needs a power-of-two patch_size, got {self.patch_size}")
+        if self.stem == "conv" and (self.patch_size & (self.patch_size - 1) or self.image_size % self.patch_size):
+            raise ValueError(
+                f"vision tower: a conv stem needs a power-of-two patch_size that divides image_size {self.image_size}, "
+                f"got {self.patch_size}"
+            )
 
     @property
     def num_patches(self) -> int:
-        """Patches per image."""
+        """Patches per image; pixels beyond the last whole patch are dropped (384 px, patch 14: 27 x 27)."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -128,8 +131,7 @@ def published_tower(timm_model_id: str, image_size: int, activation: str | None)
         return VisionTowerSpec(**large, patch_size=16, activation=act, class_token=True, pos_embed="all")
     if timm_model_id.startswith("vit_so400m_patch14_siglip_"):
         so400m = {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_hidden_dim": 4304, "attention_pool": True}
-        # 384 px is not a multiple of 14: the published tower drops the last pixels (27 x 27 patches).
-        return VisionTowerSpec(image_size=image_size // 14 * 14, patch_size=14, activation=act, **so400m)
+        return VisionTowerSpec(image_size=image_size, patch_size=14, activation=act, **so400m)
     raise ValueError(
         f"config field `timm_model_ids`: {timm_model_id!r} is not a known backbone; give its geometry in `vision_towers`"
     )

@@ -1,0 +1,123 @@
+"""Builders shared by the model tests: golden tensors, the golden model, a very small model for property tests."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+
+from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
+from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.models.action_heads import L1RegressionActionHead
+from prismatic.models.projectors import ProprioProjector
+
+
+def tensors(path):
+    """Safetensors file as a dict; the float16 storage of exact values is widened to float32."""
+    return {k: v.float() if v.dtype == torch.float16 else v for k, v in load_file(str(path)).items()}
+
+
+def max_difference(a, b):
+    assert a.shape == b.shape
+    return (a.double() - b.double()).abs().max().item()
+
+
+def golden_config(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    towers = [
+        {
+            **{k: t[k] for k in ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_hidden_dim")},
+            "norm_eps": t["norm_eps"],
+            "class_token": t["has_class_token"],
+            "reg_tokens": t["num_reg_tokens"],
+            "layer_scale": t["layer_scale"],
+            "attention_pool": t["attention_pool"],
+            "pos_embed": "patches" if t["pos_embed_on_patches_only"] or not t["num_prefix_tokens"] else "all",
+        }
+        for t in meta["vision_towers"]
+    ]
+    values = json.loads((folder / "config.json").read_text())
+    return OpenVLAConfig(**values, vision_towers=towers, num_images_in_input=meta["num_images"])
+
+
+def golden_model(folder):
+    """The golden VLM in eval mode; embedding rows that do not occur are zero."""
+    model = OpenVLAForActionPrediction(golden_config(folder)).eval()
+    weights, rows = tensors(folder / "weights.safetensors"), tensors(folder / "embedding_rows_used.safetensors")
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert set(missing) == {"language_model.lm_head.weight", "language_model.model.embed_tokens.weight"}
+    assert not unexpected
+    with torch.no_grad():
+        table = model.get_input_embeddings().weight
+        table.zero_()
+        table[rows["ids"]] = rows["rows"]
+    return model
+
+
+def golden_head(folder, kind, **options):
+    """(head in eval mode, proprio projector); geometry is read from the tensors."""
+    weights = tensors(folder / f"{kind}_head.safetensors")
+    blocks = 1 + max(int(k.split(".")[2]) for k in weights if "mlp_resnet_blocks" in k)
+    dim = weights["model.fc2.weight"].shape[1]
+    head = L1RegressionActionHead(hidden_dim=dim, num_blocks=blocks, use_pro_version=kind == "pro", **options)
+    head.load_state_dict(weights)
+    proprio = tensors(folder / "proprio_projector.safetensors")
+    projector = ProprioProjector(dim, proprio["fc1.weight"].shape[1])
+    projector.load_state_dict(proprio)
+    return head.eval(), projector
+
+
+def small_config(**overrides):
+    """Two towers of 16 px (4 patches), LLM of width 32 with 2 layers, 5 action queries, 2 images."""
+    tower = {"image_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_hidden_dim": 24}
+    values = {
+        "vision_backbone_id": "dinosiglip-vit-so-224px",
+        "llm_backbone_id": "qwen25-0_5b-extra",
+        "num_images_in_input": 2,
+        "num_action_queries": 5,
+        "projector_hidden_multiplier": 1,
+        "vision_towers": [
+            {**tower, "class_token": True, "reg_tokens": 2, "layer_scale": True},
+            {**tower, "attention_pool": True},
+        ],
+        "text_config": {
+            "model_type": "qwen2",
+            "vocab_size": 50,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.2,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+    }
+    return OpenVLAConfig(**(values | overrides))
+
+
+def small_model(seed=0, **overrides):
+    torch.manual_seed(seed)
+    return OpenVLAForActionPrediction(small_config(**overrides)).eval()
+
+
+def ragged_batch(model, prompt_lengths=(6, 3, 4), seed=1):
+    """Right-padded batch for `model`; prompts of the given lengths, then the query slots."""
+    generator = torch.Generator().manual_seed(seed)
+    queries, count = model.num_action_queries, len(prompt_lengths)
+    length = max(prompt_lengths) + queries
+    spec = model.vision_backbone.featurizer.spec
+    channels = 3 * len(model.vision_backbone.towers) * model.vision_backbone.num_images_in_input
+    positions = torch.arange(length)[None]
+    prompts = torch.tensor(prompt_lengths)[:, None]
+    return {
+        "input_ids": torch.randint(1, 50, (count, length), generator=generator),
+        "attention_mask": positions < prompts + queries,
+        "action_mask": (positions >= prompts) & (positions < prompts + queries),
+        "pixel_values": torch.randn(count, channels, spec.image_size, spec.image_size, generator=generator),
+        "proprio": torch.rand(count, 8, generator=generator) * 2 - 1,
+    }
+
+
+def vlm_inputs(batch):
+    return {k: batch[k] for k in ("input_ids", "attention_mask", "action_mask", "pixel_values")}
