@@ -37,6 +37,7 @@ class DemoConfig:
     max_steps: int = 1000
     batch_size: int = 16
     learning_rate: float = 1e-3
+    retention_budget: float = 0.1
     trials: int = 10
     first_initial_state: int = 0
     seed: int = 7
@@ -66,7 +67,8 @@ def main() -> None:
 
 def plan(cfg: DemoConfig) -> list[Job]:
     """All jobs of the demo: two runs, six evaluations, two controls."""
-    runs = {"plain": [], "craft": ["--use_craft", "True"]}
+    craft = {"use_craft": True, "craft_retention_budget": cfg.retention_budget}
+    runs = {"plain": [], "craft": as_flags(craft)}
     jobs = [training_job(cfg, name, flags) for name, flags in runs.items()]
     for name in ("start", "plain", "craft"):
         checkpoint = cfg.start if name == "start" else str(final_checkpoint(cfg, name))
@@ -202,7 +204,8 @@ def write_manifest(cfg: DemoConfig, jobs: list[Job], seconds: dict[str, float]) 
     for name in ("plain", "craft"):
         metrics = results / "metrics" / f"{name}.jsonl"
         metrics.write_bytes((Path(cfg.work_dir) / name / "metrics.jsonl").read_bytes())
-        runs.append({"name": name, "metrics": f"metrics/{name}.jsonl"})
+        budget = {"retention_budget": cfg.retention_budget} if name == "craft" else {}
+        runs.append({"name": name, "metrics": f"metrics/{name}.jsonl", **budget})
     evaluations = []
     for job in jobs:
         if job.name.startswith("eval-"):

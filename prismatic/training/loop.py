@@ -53,7 +53,7 @@ class Trainer:
         """Train from the current step to `max_steps`, logging and saving on the way and at the end."""
         self._announce()
         self.model.train()
-        batches = self._batches()
+        batches = self.batches()
         progress = tqdm(range(self.step, self.cfg.max_steps), disable=None, desc="fine-tuning", unit="step")
         started = time.perf_counter()
         try:
@@ -132,7 +132,8 @@ class Trainer:
             }
         return Tracker(self.setup.run_dir, self.step, wandb_settings)
 
-    def _batches(self) -> Iterator[dict]:
+    def batches(self) -> Iterator[dict]:
+        """Endless batches on the training device, from the sampler's position."""
         collate = VLACollator(
             self.setup.processor.tokenizer, self.setup.processor.image_processor, self.setup.num_action_queries
         )

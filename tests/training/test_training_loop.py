@@ -36,7 +36,7 @@ def metrics(trainer) -> list[dict]:
 
 
 def two_batches(trainer):
-    batches = trainer._batches()
+    batches = trainer.batches()
     return next(batches), next(batches)
 
 
