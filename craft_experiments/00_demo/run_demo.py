@@ -97,7 +97,7 @@ def training_job(cfg: DemoConfig, name: str, flags: list[str]) -> Job:
         "learning_rate": cfg.learning_rate,
         "max_steps": cfg.max_steps,
         "save_freq": cfg.max_steps,
-        "lr_schedule": "COSINE",
+        "lr_schedule": "cosine",
         "lr_warmup_steps": 0.05,
         "max_grad_norm": 1.0,
         "seed": cfg.seed,

@@ -66,7 +66,7 @@ class FinetuneConfig:
     learning_rate: float = 5e-4
     lr_warmup_steps: float = 0  # steps; below 1 a share of max_steps
     num_steps_before_decay: int = 100_000
-    lr_schedule: LRSchedule = LRSchedule.STEP
+    lr_schedule: str = "step"  # step, cosine or constant
     weight_decay: float = 0.01
     max_grad_norm: float | None = None  # None: no clipping, as published
     grad_accumulation_steps: int = 1
@@ -128,6 +128,7 @@ class FinetuneConfig:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected at least 1")
         if not self.learning_rate > 0:
             raise ValueError(f"--learning_rate is {self.learning_rate}, expected more than 0")
+        self.schedule  # noqa: B018 - validates
         self.craft_config()  # validates the values even when unused
 
     @property
@@ -136,6 +137,11 @@ class FinetuneConfig:
         if self.use_lora:
             return TuningMode.LORA
         return TuningMode.FROZEN if self.use_fz else TuningMode.FULL
+
+    @property
+    def schedule(self) -> LRSchedule:
+        """The learning-rate schedule; ValueError for an unknown name."""
+        return LRSchedule(self.lr_schedule)
 
     @property
     def run_id(self) -> str:
@@ -163,9 +169,9 @@ class FinetuneConfig:
         warmup = self.lr_warmup_steps
         warmup = round(warmup * self.max_steps) if warmup < 1 else int(warmup)
         factor = min(1.0, 0.1 + 0.9 * (step + 1) / warmup) if warmup else 1.0
-        if self.lr_schedule is LRSchedule.STEP and step >= self.num_steps_before_decay:
+        if self.schedule is LRSchedule.STEP and step >= self.num_steps_before_decay:
             factor *= 0.1
-        elif self.lr_schedule is LRSchedule.COSINE and step >= warmup:
+        elif self.schedule is LRSchedule.COSINE and step >= warmup:
             progress = (step - warmup) / max(1, self.max_steps - warmup)
             factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.learning_rate * factor

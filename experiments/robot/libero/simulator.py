@@ -188,7 +188,7 @@ class LiberoEnv:
         self._render = render
         self._context: Any = None
         self._last: dict[str, np.ndarray] | None = None
-        self._random_state = np.random.RandomState(0).get_state()  # noqa: NPY002 - robosuite draws from numpy's global generator
+        self._random_state = np.random.RandomState(0).get_state()  # noqa: NPY002 - what robosuite draws from
         self._env = self._build()
 
     def _build(self) -> Any:
@@ -230,8 +230,9 @@ class LiberoEnv:
         """Start an episode (no settling steps are executed).
 
         init_state (d,) float64: one row of `LiberoTask.init_states`; None samples a start: object placement from the
-        task's regions and arm joints with the spread of the standard starts.  seed: seeds the placement (also of fixtures, which initial states do not contain); None continues the
-        environment's own stream.  Raises ValueError when init_state has a wrong size.
+        task's regions and arm joints with the spread of the standard starts.  seed: seeds the placement (also of
+        fixtures, which initial states do not contain); None continues the environment's own stream.  Raises
+        ValueError when init_state has a wrong size.
         """
         if seed is not None:
             self._random_state = np.random.RandomState(seed).get_state()  # noqa: NPY002
@@ -240,6 +241,8 @@ class LiberoEnv:
         self._set_joint_noise(START_JOINT_STD if init_state is None else 0.0)
         with _quiet(), self._own_random_state():
             self._last = self._env.reset()
+        gripper = self.domain.robots[0].gripper
+        gripper.current_action = np.zeros(gripper.dof)  # a soft reset would keep the last episode's finger command
         if init_state is None:
             return
         state = np.asarray(init_state, dtype=np.float64)
