@@ -11,6 +11,8 @@ finished (`<output_dir>/.scratch/<dataset_name>/`); starting the same command ag
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import itertools
 import json
 import multiprocessing
@@ -50,6 +52,7 @@ from prismatic.vla.images import encode_jpeg
 REPORT_FILE = "collection_report.json"
 VERSION = "1.0.0"
 MEGABYTE = 1_000_000
+MAX_SETTLING_SHIFT = 0.02  # metres
 
 
 class CollectionError(RuntimeError):
@@ -177,7 +180,9 @@ class EpisodeRecorder:
         return found
 
 
-def run_expert(env: LiberoEnv, commands: Iterator[Command], noise: NoiseProcess | None, record: Any, limit: int) -> bool:
+def run_expert(
+    env: LiberoEnv, commands: Iterator[Command], noise: NoiseProcess | None, record: Any, limit: int
+) -> bool:
     """Execute the expert until the goal holds, it gives up, or `limit` actions were executed.
 
     record(env, action) is called before every executed action (None: nothing is recorded).  Idle actions are neither
@@ -203,12 +208,24 @@ def run_expert(env: LiberoEnv, commands: Iterator[Command], noise: NoiseProcess 
     return False
 
 
+def settles(env: LiberoEnv) -> bool:
+    """Run the settling steps; whether the start is usable afterwards.
+
+    Sampled placements occasionally overlap, and the objects then fly apart.  Such a start (an object moved sideways
+    by more than 2 cm), and one that already fulfils the goal, is not used.
+    """
+    bodies = [env.sim.model.body_name2id(item.root_body) for item in env.domain.objects_dict.values()]
+    before = np.array(env.sim.data.body_xpos[bodies][:, :2])
+    env.settle()
+    moved = np.linalg.norm(env.sim.data.body_xpos[bodies][:, :2] - before, axis=1)
+    return bool(moved.max(initial=0.0) < MAX_SETTLING_SHIFT) and not env.check_success()
+
+
 def collect_episode(env: LiberoEnv, settings: CollectSettings, start: Start) -> EpisodeRecorder | None:
     """One attempt: reset, settle, run the expert.  Returns the record of a success, else None."""
     states = env.task.init_states
     env.reset(None if start.standard_state is None else states[start.standard_state], seed=start.seed)
-    env.settle()
-    if env.check_success():
+    if not settles(env):
         return None
     noise = NoiseProcess(start.noise_std, np.random.default_rng(start.seed)) if start.noise_std > 0 else None
     recorder = EpisodeRecorder(settings.jpeg_quality)
@@ -334,8 +351,14 @@ def collect(settings: CollectSettings) -> Path:
     if settings.target.exists():
         raise FileExistsError(f"{settings.target} exists already")
     _check_task_ids(settings)
-    _check_fingerprint(settings)
-    _run_processes(settings)
+    with _exclusive(settings.scratch):
+        _check_fingerprint(settings)
+        _run_processes(settings)
+        return _finish(settings)
+
+
+def _finish(settings: CollectSettings) -> Path:
+    """Write the report and the data set from the scratch episodes."""
     report = collection_report(settings)
     _write_text(settings.scratch / REPORT_FILE, json.dumps(report, indent=2))
     empty = [task for task, counts in report.items() if not counts["episodes"]]
@@ -347,6 +370,18 @@ def collect(settings: CollectSettings) -> Path:
     written = write_rlds(settings.target, settings.dataset_name, episodes, image_shape=shape, metadata=metadata)
     _write_text(written.parent / REPORT_FILE, json.dumps(report, indent=2))
     return written
+
+
+@contextlib.contextmanager
+def _exclusive(scratch: Path) -> Iterator[None]:
+    """Hold the scratch directory's lock: two runs would collect the same episodes twice."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    with (scratch / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CollectionError(f"another run is collecting into {scratch}") from error
+        yield
 
 
 def _check_task_ids(settings: CollectSettings) -> None:

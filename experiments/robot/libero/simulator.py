@@ -345,7 +345,7 @@ class LiberoEnv:
         return context
 
     def _drop_context(self) -> None:
-        """Free the LAZY renderer.  It must be the current one then: freeing it later would free a newer one's buffers."""
+        """Free the LAZY renderer while it is current; freed later, it would take a newer one's buffers with it."""
         if self._context is None:
             return
         self._context.gl_ctx.make_current()
