@@ -31,7 +31,8 @@ class DemoConfig:
     data_root_dir: str = "datasets/rlds"
     dataset_name: str = "libero_spatial_scripted_no_noops"
     suite: str = "libero_spatial"
-    task_id: int = 0
+    task_id: int = 8
+    start_statistics: str = "libero_object_scripted_no_noops"  # normalisation the start checkpoint was trained with
     retention_suite: str = "libero_object"
     retention_task_id: int = 3
     max_steps: int = 1000
@@ -118,6 +119,8 @@ def evaluation_job(
         "task_ids": cfg.task_id if target else cfg.retention_task_id,
         "num_trials_per_task": cfg.trials,
         "initial_state_offset": cfg.first_initial_state,
+        # A policy that never saw the target task acts in the units it was trained with.
+        "unnorm_key": cfg.dataset_name if target and checkpoint != cfg.start else cfg.start_statistics,
         "save_videos": "FIRST" if name == "craft-target" else "NONE",
         "rollout_dir": str(Path(cfg.results_dir) / "videos"),
         "local_log_dir": str(folder),

@@ -258,10 +258,10 @@ class L1RegressionActionHead(nn.Module):
         task, action = states
         if task.shape[2] != tokens:
             raise ValueError(f"action head: trained for {tokens} task tokens (vision patches), got {task.shape[2]}")
-        if task.shape[1] != self.geometry.num_blocks + 1:
+        blocks = self.geometry.num_blocks
+        if task.shape[1] != blocks + 1:
             raise ValueError(
-                f"action head: expected {self.geometry.num_blocks + 1} hidden states for {self.geometry.num_blocks} blocks, "
-                f"got {task.shape[1]}"
+                f"action head: expected {blocks + 1} hidden states for {blocks} blocks, got {task.shape[1]}"
             )
         return task, action
 
@@ -304,7 +304,7 @@ class L1RegressionActionHead(nn.Module):
         proprio_projector: nn.Module | None = None,
         phase: Phase | str = Phase.INFERENCE,
     ) -> torch.Tensor:
-        """Published signature: proprio (B, P) normalised is projected here; "Training" adds start noise -> (B, K, A)."""
+        """Published signature: projects the normalised proprio (B, P); "Training" adds start noise -> (B, K, A)."""
         features = None
         if proprio is not None:
             if proprio_projector is None:

@@ -65,7 +65,9 @@ class VLAPolicyModel(nn.Module):
             )
         layers = vla.config.text_config.num_hidden_layers
         if action_head.geometry.num_blocks != layers:
-            raise ValueError(f"action head has {action_head.geometry.num_blocks} blocks, the language model {layers} layers")
+            raise ValueError(
+                f"action head has {action_head.geometry.num_blocks} blocks, the language model {layers} layers"
+            )
 
     @property
     def num_images(self) -> int:
@@ -108,9 +110,7 @@ class VLAPolicyModel(nn.Module):
         if self.proprio_projector is not None:
             features = self.proprio_projector(batch["proprio"])
         actions = self.action_head(states, features)
-        return PolicyOutput(
-            actions, output.raw_latent_features, output.action_query_features, output.raw_latent_mask
-        )
+        return PolicyOutput(actions, output.raw_latent_features, output.action_query_features, output.raw_latent_mask)
 
     def anchor_features(
         self, batch: dict, craft: CraftRequest | None = None

@@ -215,7 +215,9 @@ def test_left_padding_keeps_its_mask():
 def test_bfloat16_is_finite_and_close(batch):
     model = small_model()
     reference = run(model, batch, output_craft_features=True)
-    half = run(model.to(torch.bfloat16), batch | {"pixel_values": batch["pixel_values"].bfloat16()}, output_craft_features=True)
+    half = run(
+        model.to(torch.bfloat16), batch | {"pixel_values": batch["pixel_values"].bfloat16()}, output_craft_features=True
+    )
     for name in ("raw_latent_features", "action_query_features"):
         value = getattr(half, name)
         assert value.dtype == torch.bfloat16
@@ -239,7 +241,9 @@ def test_save_and_load(tmp_path, model, batch):
 
 
 def test_action_queries_start_as_small_normal():
-    model = small_model(text_config=small_config().text_config.to_dict() | {"initializer_range": 0.02, "hidden_size": 512})
+    model = small_model(
+        text_config=small_config().text_config.to_dict() | {"initializer_range": 0.02, "hidden_size": 512}
+    )
     assert abs(model.action_queries.weight.std().item() - 0.02) < 0.002
 
 
@@ -283,7 +287,14 @@ def test_config_rejects_unknown_ids(field, value):
 def test_config_rejects_impossible_towers():
     good = small_config().tower_specs()[0].to_dict()
     assert VisionTowerSpec.from_dict(good).num_patches == 4
-    for bad in ({"patch_size": 17}, {"patch_size": 3, "stem": "conv"}, {"num_heads": 3}, {"stem": "wavelet"}, {"depth": 1}, {"colour": 1}):
+    for bad in (
+        {"patch_size": 17},
+        {"patch_size": 3, "stem": "conv"},
+        {"num_heads": 3},
+        {"stem": "wavelet"},
+        {"depth": 1},
+        {"colour": 1},
+    ):
         with pytest.raises(ValueError, match="vision tower"):
             VisionTowerSpec.from_dict(good | bad)
     with pytest.raises(ValueError, match="expected 2 towers, found 1"):

@@ -43,7 +43,11 @@ def test_stored_normalisation_wins():
 
 @pytest.mark.parametrize(
     "images",
-    [np.zeros((1, 1, 224, 224, 3), np.float32), np.zeros((1, 224, 224, 3), np.uint8), np.zeros((1, 1, 96, 96, 3), np.uint8)],
+    [
+        np.zeros((1, 1, 224, 224, 3), np.float32),
+        np.zeros((1, 224, 224, 3), np.uint8),
+        np.zeros((1, 1, 96, 96, 3), np.uint8),
+    ],
 )
 def test_wrong_images_are_refused(images):
     with pytest.raises(ValueError, match=r"uint8 of shape \(B, n, 224, 224, 3\)"):

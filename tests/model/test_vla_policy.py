@@ -80,15 +80,15 @@ def test_tiny_trains_on_a_batch():
     policy = VLAPolicyModel(vla, head, projector).train()
     batch = ragged_batch(vla, (9, 7))
     target = torch.rand(2, 8, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     losses = []
-    for _ in range(12):
+    for _ in range(15):
         loss = (policy(batch).actions - target).abs().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     unreached = tuple(vla.unreached_module_names())
     for name, parameter in vla.named_parameters():
         if not name.startswith(unreached):

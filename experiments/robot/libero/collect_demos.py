@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -247,6 +248,8 @@ def collect_share(settings: CollectSettings, share: Share) -> None:
     task = load_task(settings.task_suite_name, share.task_id)
     env = LiberoEnv(task, settings.image_size, settings.render_mode, reset_mode=ResetMode.SOFT)
     for number in missing:
+        if _is_orphan():
+            return
         begun = time.time()
         outcome = _collect_number(env, settings, number)
         print(f"{task.name} episode {number}: {outcome}, {time.time() - begun:.1f} s", flush=True)
@@ -286,7 +289,7 @@ def load_episode(path: Path, index: int) -> Episode:
             arrays = {key: stored[key] for key in stored.files}
         header = json.loads(str(arrays["header"]))
         images = {camera: _split(arrays[camera], arrays[camera + "_lengths"]) for camera in ("image", "wrist_image")}
-    except (KeyError, OSError, ValueError) as error:
+    except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"scratch episode {path} cannot be read: {error}; delete it and collect again") from error
     return Episode(
         index=index,
@@ -425,6 +428,12 @@ def _run_processes(settings: CollectSettings) -> None:
                 failures.append(f"task {share.task_id} (exit code {process.exitcode})")
     if failures:
         raise CollectionError(f"collecting processes died: {'; '.join(failures)}; finished episodes are kept")
+
+
+def _is_orphan() -> bool:
+    """Whether the run that started this worker was killed; its lock is gone then, and another run may have begun."""
+    parent = multiprocessing.parent_process()
+    return parent is not None and not parent.is_alive()
 
 
 def _is_settled(path: Path) -> bool:

@@ -187,7 +187,7 @@ class GraspPlanner:
     @staticmethod
     def _narrowest(points: np.ndarray, base: float) -> tuple[float, float]:
         """Yaw with the smallest width across the fingers; turning the wrist costs 2 cm per radian, which keeps round
-        and square objects at yaw 0."""
+        objects at yaw 0."""
         yaws = np.linspace(-np.pi / 2, np.pi / 2, 37)
         directions = np.stack([np.cos(base + yaws), np.sin(base + yaws)])
         spans = np.ptp(points[:, :2] @ directions, axis=0)

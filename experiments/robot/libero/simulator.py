@@ -12,6 +12,7 @@ import contextlib
 import ctypes.util
 import io
 import logging
+import math
 import os
 import shutil
 import sys
@@ -123,11 +124,11 @@ def quat_to_axis_angle(xyzw: np.ndarray) -> np.ndarray:
     quat = np.asarray(xyzw)
     if quat.shape != (4,):
         raise ValueError(f"quaternion: expected shape (4,) in x, y, z, w order, found {quat.shape}")
-    w = min(max(float(quat[3]), -1.0), 1.0)
-    sine = np.sqrt(1.0 - w * w)
+    w = np.clip(quat[3], -1.0, 1.0)
+    sine = np.sqrt(1.0 - w * w)  # in the precision of the input, as the published code does
     if sine == 0.0:
         return np.zeros(3)
-    return quat[:3].astype(np.float64) * 2.0 * np.arccos(w) / sine
+    return (quat[:3] * 2.0 * math.acos(w) / sine).astype(np.float64)
 
 
 def list_suites() -> list[str]:

@@ -75,11 +75,15 @@ class VisionTowerSpec:
             if getattr(self, name) < 1:
                 raise ValueError(f"vision tower field `{name}`: expected a positive integer, got {getattr(self, name)}")
         if self.depth < 2:
-            raise ValueError(f"vision tower field `depth`: expected at least 2 (features leave block depth-2), got {self.depth}")
+            raise ValueError(
+                f"vision tower field `depth`: expected at least 2 (features leave block depth-2), got {self.depth}"
+            )
         if self.image_size < self.patch_size:
             raise ValueError(f"vision tower: image_size {self.image_size} is below patch_size {self.patch_size}")
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"vision tower: embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"vision tower: embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            )
         choices = {"activation": ACTIVATIONS, "stem": STEMS, "pos_embed": POS_EMBED_RULES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -133,7 +137,7 @@ def published_tower(timm_model_id: str, image_size: int, activation: str | None)
         so400m = {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_hidden_dim": 4304, "attention_pool": True}
         return VisionTowerSpec(image_size=image_size, patch_size=14, activation=act, **so400m)
     raise ValueError(
-        f"config field `timm_model_ids`: {timm_model_id!r} is not a known backbone; give its geometry in `vision_towers`"
+        f"config field `timm_model_ids`: {timm_model_id!r} is unknown; give the tower's geometry in `vision_towers`"
     )
 
 

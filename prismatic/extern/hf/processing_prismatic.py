@@ -46,7 +46,9 @@ class PrismaticImageProcessor:
         self._use_stored_normalisation(published.get("tvf_normalize_params"))
         for name in ("input_sizes", "interpolations", "means", "stds"):
             if len(getattr(self, name)) != towers:
-                raise ValueError(f"{PREPROCESSOR_FILE} field `{name}`: expected {towers} entries, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{PREPROCESSOR_FILE} field `{name}`: expected {towers} entries, got {getattr(self, name)}"
+                )
         mean, std = (torch.tensor(values).reshape(towers, 3, 1, 1) for values in (self.means, self.stds))
         # (v/255 - mean) / std as one multiply-add per channel.
         self._scale, self._offset = 1.0 / (255.0 * std), -mean / std
