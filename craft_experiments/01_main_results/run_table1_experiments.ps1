@@ -29,17 +29,19 @@ switch ($Preset) {
         $D = @{
             SUITES = "libero_spatial libero_object libero_goal libero_10"; TASK_IDS = ""; NUM_TRIALS = "50"; NUM_GPUS = "1"
             CONFIG_FILE_PATH = "pretrained_models/configs"; DATA_ROOT_DIR = "data/libero"
+            DATASET_SUFFIX = "_no_noops"
             BATCH_SIZE = "8"; MAX_STEPS = "20000"; SAVE_FREQ = "5000"; LORA_RANK = "32"
             RENDER_MODE = ""; SAVE_VIDEOS = "failures"; MUJOCO_GL = "egl"; COLLECT_DEMOS = "False"; USE_LORA = "True"
         }
     }
     "tiny" {
         $D = @{
-            SUITES = "libero_spatial"; TASK_IDS = "0"; NUM_TRIALS = "2"; NUM_GPUS = "0"
-            CONFIG_FILE_PATH = "tiny"; DATA_ROOT_DIR = "data/tiny"
-            BATCH_SIZE = "4"; MAX_STEPS = "20"; SAVE_FREQ = "10"; LORA_RANK = "8"
+            SUITES = "libero_spatial"; TASK_IDS = "8"; NUM_TRIALS = "2"; NUM_GPUS = "0"
+            CONFIG_FILE_PATH = "pretrained_models/tiny-libero-object"
+            DATA_ROOT_DIR = "datasets/rlds"; DATASET_SUFFIX = "_scripted_no_noops"
+            BATCH_SIZE = "16"; MAX_STEPS = "20"; SAVE_FREQ = "10"; LORA_RANK = "32"
             RENDER_MODE = "lazy"; SAVE_VIDEOS = "none"; MUJOCO_GL = "osmesa"; COLLECT_DEMOS = "True"
-            USE_LORA = "False" # LoRA needs a start checkpoint; the preset has random weights
+            USE_LORA = "True"
         }
     }
     default { Stop-Usage "PRESET: found '$Preset', expected paper or tiny" }
@@ -57,7 +59,7 @@ $RetentionBudget = Setting "RETENTION_BUDGET" "0.1"
 $DualLr = Setting "DUAL_LR" "0.01"
 $EnableProjection = Setting "ENABLE_PROJECTION" "True"
 $VlmPath = Setting "VLM_PATH" ""
-$DatasetSuffix = Setting "DATASET_SUFFIX" "_no_noops"
+$DatasetSuffix = $S["DATASET_SUFFIX"]
 $RunRootDir = Setting "RUN_ROOT_DIR" "runs"
 $NumImages = Setting "NUM_IMAGES" "2"
 $CenterCrop = Setting "CENTER_CROP" "True"
@@ -174,7 +176,7 @@ function Invoke-Evaluation([string]$Method, [string]$Suite, [string]$Checkpoint)
         "--pretrained_checkpoint", $Checkpoint, "--task_suite_name", $Suite, "--num_trials_per_task", $S["NUM_TRIALS"],
         "--use_l1_regression", "True", "--use_proprio", "True", "--num_images_in_input", $NumImages,
         "--center_crop", $CenterCrop, "--num_workers", $NumWorkers, "--save_videos", $S["SAVE_VIDEOS"],
-        "--local_log_dir", (Join-Path $LogDir "${Method}_${Suite}_$RunTag")
+        "--local_log_dir", (Join-Path $LogDir "${Method}_${Suite}_$RunTag"), "--unnorm_key", "$Suite$DatasetSuffix"
     )
     if ($S["TASK_IDS"]) { $flags += @("--task_ids", $S["TASK_IDS"]) }
     if ($S["RENDER_MODE"]) { $flags += @("--render_mode", $S["RENDER_MODE"]) }

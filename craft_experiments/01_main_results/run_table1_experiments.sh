@@ -26,11 +26,12 @@ case "$PRESET" in
     ;;
   tiny)
     : "${SUITES:=libero_spatial}"
-    : "${TASK_IDS=0}" "${NUM_TRIALS:=2}" "${NUM_GPUS:=0}"
-    : "${CONFIG_FILE_PATH:=tiny}" "${DATA_ROOT_DIR:=data/tiny}"
-    : "${BATCH_SIZE:=4}" "${MAX_STEPS:=20}" "${SAVE_FREQ:=10}" "${LORA_RANK:=8}"
+    : "${TASK_IDS=8}" "${NUM_TRIALS:=2}" "${NUM_GPUS:=0}"
+    : "${CONFIG_FILE_PATH:=pretrained_models/tiny-libero-object}"
+    : "${DATA_ROOT_DIR:=datasets/rlds}" "${DATASET_SUFFIX=_scripted_no_noops}"
+    : "${BATCH_SIZE:=16}" "${MAX_STEPS:=20}" "${SAVE_FREQ:=10}" "${LORA_RANK:=32}"
     : "${RENDER_MODE=lazy}" "${SAVE_VIDEOS:=none}" "${MUJOCO_GL:=osmesa}"
-    : "${COLLECT_DEMOS:=True}" "${USE_LORA:=False}" # LoRA needs a start checkpoint; the preset has random weights
+    : "${COLLECT_DEMOS:=True}" "${USE_LORA:=True}"
     ;;
   *)
     echo "PRESET: found '$PRESET', expected paper or tiny" >&2
@@ -153,6 +154,7 @@ evaluate() { # method suite checkpoint
     --pretrained_checkpoint "$3" --task_suite_name "$2" --num_trials_per_task "$NUM_TRIALS"
     --use_l1_regression True --use_proprio True --num_images_in_input "$NUM_IMAGES" --center_crop "$CENTER_CROP"
     --num_workers "$NUM_WORKERS" --save_videos "$SAVE_VIDEOS" --local_log_dir "$(eval_dir "$1" "$2")"
+    --unnorm_key "$2$DATASET_SUFFIX"
   )
   if [ -n "$TASK_IDS" ]; then
     flags+=(--task_ids "$TASK_IDS")

@@ -150,12 +150,14 @@ def test_console_capture_is_the_fallback(drive):
 def test_tiny_preset_is_plain_python_and_overridable(drive):
     done, calls = drive(PRESET="tiny", MAX_STEPS="3", TASK_IDS="1,2", COLLECT_DEMOS="False")
     assert done.returncode == 0, done.stderr
-    assert calls[0].startswith("python-stub vla-scripts/finetune.py --config_file_path tiny ")
+    assert calls[0].startswith("python-stub vla-scripts/finetune.py --config_file_path pretrained_models/tiny-libero-object ")
+    assert "--dataset_name libero_spatial_scripted_no_noops " in calls[0]
+    assert "--unnorm_key libero_spatial_scripted_no_noops" in calls[1]
     assert "--max_steps 3 " in calls[0] and "--task_ids 1,2" in calls[1] and "--num_trials_per_task 2" in calls[1]
 
 
 def test_tiny_preset_collects_missing_demonstrations(drive, tmp_path):
-    (tmp_path / "data" / "libero_goal_no_noops").mkdir(parents=True)
+    (tmp_path / "data" / "libero_goal_scripted_no_noops").mkdir(parents=True)
     done, calls = drive(
         PRESET="tiny",
         SUITES="libero_object libero_goal libero_10",
@@ -165,7 +167,7 @@ def test_tiny_preset_collects_missing_demonstrations(drive, tmp_path):
     assert done.returncode == 1
     collected = [call for call in calls if "collect_demos" in call]
     assert len(collected) == 2  # libero_goal is there
-    assert "--task_suite_name libero_object --episodes_per_task 3" in collected[0] and "--task_ids 0" in collected[0]
+    assert "--task_suite_name libero_object --episodes_per_task 3" in collected[0] and "--task_ids 8" in collected[0]
     assert (drive.out / "table1_results.log").read_text() == (
         "libero_object: 0.7500\nlibero_goal: 0.7500\nlibero_10: TRAINING_FAILED\n"
     )

@@ -63,19 +63,30 @@ def config(folder: Path, **changes) -> EvalConfig:
     return EvalConfig(**{**options, **changes})
 
 
-@pytest.mark.parametrize("reset_mode", list(ResetMode))
-def test_an_episode_is_the_same_alone_and_after_another(tmp_path, reset_mode):
+def run_both_ways(folder: Path, reset_mode: ResetMode) -> tuple[list, list]:
+    """What the policy saw in the episode from initial state 1, after another episode and alone."""
     both, alone = ShortBackend(), ShortBackend()
-    results = evaluate(config(tmp_path / "a", num_trials_per_task=2, reset_mode=reset_mode), both)
-    evaluate(config(tmp_path / "b", num_trials_per_task=1, initial_state_offset=1, reset_mode=reset_mode), alone)
+    results = evaluate(config(folder / "a", num_trials_per_task=2, reset_mode=reset_mode), both)
+    evaluate(config(folder / "b", num_trials_per_task=1, initial_state_offset=1, reset_mode=reset_mode), alone)
     assert results["valid"] and results["overall"]["failures"] == 2
     assert len(both.policy.seen) == 4 and len(alone.policy.seen) == 2
-    for (image, state), (image_alone, state_alone) in zip(both.policy.seen[2:], alone.policy.seen, strict=True):
+    assert not np.array_equal(both.policy.seen[0][1], both.policy.seen[2][1])  # another initial state
+    return both.policy.seen[2:], alone.policy.seen
+
+
+def test_an_episode_is_the_same_alone_and_after_another(tmp_path):
+    after, alone = run_both_ways(tmp_path, ResetMode.HARD)
+    for (image, state), (image_alone, state_alone) in zip(after, alone, strict=True):
         np.testing.assert_array_equal(state, state_alone)
         np.testing.assert_array_equal(image, image_alone)
-    assert not np.array_equal(both.policy.seen[0][1], both.policy.seen[2][1])  # another initial state
     record = json.loads((tmp_path / "a" / "results" / "episodes.jsonl").read_text().splitlines()[0])
     assert record["steps"] == 16 and record["n_queries"] == 2 and record["versions"]["robosuite"] == "1.4.0"
+
+
+def test_soft_resets_start_the_same_but_for_one_grey_level(tmp_path):
+    after, alone = run_both_ways(tmp_path, ResetMode.SOFT)
+    np.testing.assert_array_equal(after[0][1], alone[0][1])
+    assert np.abs(after[0][0].astype(int) - alone[0][0]).max() <= 1
 
 
 def test_unknown_suite_and_too_many_trials_are_input_errors(tmp_path):

