@@ -1,7 +1,7 @@
 """The whole loop on a laptop CPU: fine-tune plain and with CRaFT, evaluate both in LIBERO, write the report.
 
 Jobs run two at a time, one core each. A job whose result file exists is skipped, so an interrupted demo continues.
-`--full True` trains longer and evaluates more initial states (see README.md).
+`--max_steps 4000 --trials 20 --work_dir runs/demo_long --results_dir results/demo_long` is the longer version.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class DemoConfig:
     retention_task_id: int = 3
     max_steps: int = 1000
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 7e-4
     retention_budget: float = 0.1
     trials: int = 10
     first_initial_state: int = 0
@@ -121,6 +121,7 @@ def evaluation_job(
         "initial_state_offset": cfg.first_initial_state,
         # A policy that never saw the target task acts in the units it was trained with.
         "unnorm_key": cfg.dataset_name if target and checkpoint != cfg.start else cfg.start_statistics,
+        "reset_mode": "soft",  # keeps the compiled scene between episodes
         "save_videos": "FIRST" if name == "craft-target" else "NONE",
         "rollout_dir": str(Path(cfg.results_dir) / "videos"),
         "local_log_dir": str(folder),
