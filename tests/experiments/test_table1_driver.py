@@ -150,7 +150,9 @@ def test_console_capture_is_the_fallback(drive):
 def test_tiny_preset_is_plain_python_and_overridable(drive):
     done, calls = drive(PRESET="tiny", MAX_STEPS="3", TASK_IDS="1,2", COLLECT_DEMOS="False")
     assert done.returncode == 0, done.stderr
-    assert calls[0].startswith("python-stub vla-scripts/finetune.py --config_file_path pretrained_models/tiny-libero-object ")
+    assert calls[0].startswith(
+        "python-stub vla-scripts/finetune.py --config_file_path pretrained_models/tiny-libero-object "
+    )
     assert "--dataset_name libero_spatial_scripted_no_noops " in calls[0]
     assert "--unnorm_key libero_spatial_scripted_no_noops" in calls[1]
     assert "--max_steps 3 " in calls[0] and "--task_ids 1,2" in calls[1] and "--num_trials_per_task 2" in calls[1]

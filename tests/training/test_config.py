@@ -76,7 +76,14 @@ def test_bad_flags_are_named(flags, message):
 
 def test_run_id_tells_the_runs_apart():
     base = {"config_file_path": "a/b/", "dataset_name": "d"}
-    variants = [{}, {"use_craft": True}, {"use_lora": True}, {"use_fz": True}, {"n_shot_episodes": 5}, {"batch_size": 2}]
+    variants = [
+        {},
+        {"use_craft": True},
+        {"use_lora": True},
+        {"use_fz": True},
+        {"n_shot_episodes": 5},
+        {"batch_size": 2},
+    ]
     ids = {FinetuneConfig(**base, **v).run_id for v in variants}
     assert len(ids) == len(variants)
     assert all(i.startswith("b+d+") for i in ids)

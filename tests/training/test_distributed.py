@@ -32,5 +32,7 @@ def test_two_processes_equal_one_with_craft_and_accumulation(tmp_path, golden_di
     for name, value in first["weights"].items():
         # Every part, the action head included: a head called past its wrapper would differ between the ranks.
         assert torch.equal(value, second["weights"][name]), name
-        torch.testing.assert_close(value, single["weights"][name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n} {m}")
+        torch.testing.assert_close(
+            value, single["weights"][name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n} {m}"
+        )
     assert first["lambda"] == pytest.approx(single["lambda"], rel=1e-6)
