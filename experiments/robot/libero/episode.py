@@ -75,6 +75,17 @@ class RunInfo:
     fingerprint: str
     checkpoint: str
 
+    def record_fields(self, cfg: EvalConfig) -> dict[str, Any]:
+        """The fields of an episode record that are the same for the whole run."""
+        return {
+            "run_id": self.run_id,
+            "fingerprint": self.fingerprint,
+            "checkpoint": self.checkpoint,
+            "suite": cfg.task_suite_name,
+            "control": cfg.control.value,
+            "seed": cfg.seed,
+        }
+
 
 @dataclass(frozen=True)
 class Job:
@@ -261,16 +272,11 @@ class Session:
         self, task: Any, planned: PlannedEpisode, status: EpisodeStatus, outcome: dict[str, Any]
     ) -> EpisodeRecord:
         return EpisodeRecord(
-            run_id=self.run.run_id,
-            fingerprint=self.run.fingerprint,
-            checkpoint=self.run.checkpoint,
-            suite=self.cfg.task_suite_name,
-            control=self.cfg.control.value,
+            **self.run.record_fields(self.cfg),
             task_id=task.task_id,
             task_name=task.name,
             instruction=task.language,
             init_idx=planned.init_idx,
-            seed=self.cfg.seed,
             status=status,
             render_mode=self.render_mode.value,
             versions=self.versions,

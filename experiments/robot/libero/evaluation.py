@@ -256,16 +256,11 @@ class _Evaluation:
     def _crash_record(self, crash: CrashReport) -> EpisodeRecord:
         plan = next(plan for plan in self.plans if plan.task_id == crash.job.task_id)
         return EpisodeRecord(
-            run_id=self.run.run_id,
-            fingerprint=self.run.fingerprint,
-            checkpoint=self.run.checkpoint,
-            suite=self.cfg.task_suite_name,
-            control=self.cfg.control.value,
+            **self.run.record_fields(self.cfg),
             task_id=plan.task_id,
             task_name=plan.name,
             instruction=plan.instruction,
             init_idx=crash.planned.init_idx,
-            seed=self.cfg.seed,
             status=EpisodeStatus.ERROR,
             steps=0,
             n_queries=0,

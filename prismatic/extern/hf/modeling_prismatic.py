@@ -246,6 +246,20 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         slot = (action_mask.long().cumsum(dim=1) - 1).clamp(min=0, max=self.num_action_queries - 1)
         return torch.where(action_mask.unsqueeze(-1), queries[slot], embeddings)
 
+    def _multimodal_inputs(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        projected: torch.Tensor,
+        action_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (B, N+L, D) and padding mask (B, N+L) of [text 0 | patches | rest of the text]."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
+        text = self._embed_text(input_ids, action_mask)
+        embeddings = torch.cat([text[:, :1], projected.to(text.dtype), text[:, 1:]], dim=1)
+        return embeddings, self._multimodal_mask(attention_mask.bool(), True)
+
     # --------------------------------------------------------------------------------------------------- forward
 
     def forward(  # noqa: PLR0913 -- Hugging Face signature
@@ -274,36 +288,21 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             input_ids: (B, L) int64, prompt ids followed by Q placeholder ids (values irrelevant), right padded.
             attention_mask: (B, L) bool or 0/1; None means no padding.
             pixel_values: (B, 3*towers*n, H, W) normalised floats; None runs the text alone.
-            labels: (B, L), only used to derive the action mask of published-style batches. No loss is computed.
-            action_mask: (B, L) bool, True at the Q placeholders; takes precedence over `labels`.
-            output_craft_features: also return C_R and C_AQ.
-            craft_layer_idx: index into hidden_states for C_R; None = len(hidden_states) // 2, negative from the end.
+            labels, action_mask: (B, L); bool mask of the Q placeholders, or published-style labels to derive it from.
+            output_craft_features, craft_layer_idx: also return C_AQ, and C_R of this hidden state (None: the middle).
             craft_cr_token_mode: "vision_only", or "vision_plus_prompt" (whole layer plus `raw_latent_mask`).
-            compat: `proprio`, `proprio_projector` are accepted and play no role in the sequence; diffusion and FiLM
-                inputs must be None/False.
-
-        Raises:
-            ValueError: inconsistent images, masks or layer index. NotImplementedError: unsupported inputs.
+            compat: published arguments without a role here; diffusion and FiLM inputs must be None/False.
+        Raises ValueError for inconsistent images, masks or layer index, NotImplementedError for unsupported inputs.
         """
         _check_compat(compat)
-        if past_key_values is not None or use_cache:
-            raise NotImplementedError("cached generation is not supported: actions come from one parallel pass")
-        if inputs_embeds is not None and pixel_values is not None:
-            raise NotImplementedError("`inputs_embeds` together with `pixel_values` is not supported")
-        craft = bool(output_craft_features)
-        projected, mask = None, None
+        _check_unsupported(past_key_values is not None or use_cache, inputs_embeds, pixel_values)
+        if output_craft_features and pixel_values is None:
+            raise ValueError("CRaFT features need `pixel_values`")
+        projected, mask, full_mask = None, None, attention_mask
         if pixel_values is not None:
             mask = self.resolve_action_mask(action_mask, labels)
-            if attention_mask is None:
-                attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
             projected = self.projector(self.vision_backbone(pixel_values))
-            text = self._embed_text(input_ids, mask)
-            inputs_embeds = torch.cat([text[:, :1], projected.to(text.dtype), text[:, 1:]], dim=1)
-            full_mask = self._multimodal_mask(attention_mask.bool(), True)
-        elif craft:
-            raise ValueError("CRaFT features need `pixel_values`")
-        else:
-            full_mask = attention_mask
+            inputs_embeds, full_mask = self._multimodal_inputs(input_ids, attention_mask, projected, mask)
         output = self.language_model.model(
             input_ids=input_ids if inputs_embeds is None else None,
             inputs_embeds=inputs_embeds,
@@ -319,9 +318,9 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             attentions=output.attentions if output_attentions else None,
             projector_features=projected if output_projector_features else None,
         )
-        if craft:
-            mode = CrTokenMode(craft_cr_token_mode)
-            self._add_craft_features(result, output.hidden_states, (full_mask, mask), craft_layer_idx, mode)
+        if output_craft_features:
+            options = craft_layer_idx, CrTokenMode(craft_cr_token_mode)
+            self._add_craft_features(result, output.hidden_states, (full_mask, mask), *options)
         return result if return_dict is not False else result.to_tuple()
 
     def _add_craft_features(
@@ -512,6 +511,13 @@ def _proprio_features(proprio: Any | None, projector: nn.Module | None) -> torch
     weight = next(projector.parameters())
     tensor = torch.as_tensor(proprio, device=weight.device).to(weight.dtype)
     return projector(tensor.reshape(1, -1))
+
+
+def _check_unsupported(cached: bool | None, inputs_embeds: Any, pixel_values: Any) -> None:
+    if cached:
+        raise NotImplementedError("cached generation is not supported: actions come from one parallel pass")
+    if inputs_embeds is not None and pixel_values is not None:
+        raise NotImplementedError("`inputs_embeds` together with `pixel_values` is not supported")
 
 
 def _check_compat(compat: dict[str, Any]) -> None:
