@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -55,14 +56,23 @@ class Job:
     result: Path
     after: list[str] = field(default_factory=list)
 
+    def is_done(self) -> bool:
+        """The result is there; an evaluation's must be complete and without errors."""
+        if not self.result.exists():
+            return False
+        if self.result.name != "results.json":
+            return True
+        outcome = json.loads(self.result.read_text(encoding="utf-8"))
+        return bool(outcome["complete"] and outcome["valid"])
+
 
 def main() -> None:
     """Plan, run, report; exits with an error when a job failed."""
     cfg = draccus.parse(DemoConfig)
     os.chdir(ROOT)
     jobs = plan(cfg)
-    seconds = run_jobs(jobs, Path(cfg.work_dir) / "logs", slots=2)
-    write_manifest(cfg, jobs, seconds)
+    run_jobs(jobs, Path(cfg.work_dir) / "logs", slots=2)
+    publish(cfg, jobs)
     subprocess.run([sys.executable, str(REPORT_SCRIPT), cfg.results_dir], check=True)
 
 
@@ -112,7 +122,7 @@ def evaluation_job(
 ) -> Job:
     """Evaluation on initial states that no demonstration used."""
     target = column == "target"
-    folder = Path(cfg.results_dir) / "evaluations" / name
+    folder = Path(cfg.work_dir) / "evaluations" / name
     settings = {
         "pretrained_checkpoint": checkpoint,
         "task_suite_name": cfg.suite if target else cfg.retention_suite,
@@ -123,7 +133,7 @@ def evaluation_job(
         "unnorm_key": cfg.dataset_name if target and checkpoint != cfg.start else cfg.start_statistics,
         "reset_mode": "soft",  # keeps the compiled scene between episodes
         "save_videos": "FIRST" if name == "craft-target" else "NONE",
-        "rollout_dir": str(Path(cfg.results_dir) / "videos"),
+        "rollout_dir": str(Path(cfg.work_dir) / "videos"),
         "local_log_dir": str(folder),
         "results_dir": str(folder),
         "resume": (folder / "episodes.jsonl").exists(),
@@ -143,13 +153,13 @@ def as_flags(settings: dict) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-def run_jobs(jobs: list[Job], log_dir: Path, slots: int) -> dict[str, float]:
-    """Run every job once its predecessors are done, `slots` at a time; returns seconds per job run now.
+def run_jobs(jobs: list[Job], log_dir: Path, slots: int) -> None:
+    """Run every job once its predecessors are done, `slots` at a time; `{log_dir}/{job}.seconds` keeps its duration.
 
     A failed job stops the demo after the running ones ended; its log's last lines are shown.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    waiting, done, running, seconds = list(jobs), set(), {}, {}
+    waiting, done, running = list(jobs), set(), {}
     stop = threading.Event()
     with ThreadPoolExecutor(slots) as pool:
         while waiting or running:
@@ -162,13 +172,12 @@ def run_jobs(jobs: list[Job], log_dir: Path, slots: int) -> dict[str, float]:
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 job = running.pop(future)
-                collect(job, future, done, seconds, stop)
+                collect(job, future, done, stop)
     if stop.is_set():
         sys.exit(1)
-    return seconds
 
 
-def collect(job: Job, future: Future, done: set[str], seconds: dict[str, float], stop: threading.Event) -> None:
+def collect(job: Job, future: Future, done: set[str], stop: threading.Event) -> None:
     """Note a finished job, or stop the demo when it failed."""
     error = future.exception()
     if error is not None:
@@ -176,34 +185,38 @@ def collect(job: Job, future: Future, done: set[str], seconds: dict[str, float],
         stop.set()
         return
     done.add(job.name)
-    if future.result() > 0:
-        seconds[job.name] = future.result()
 
 
-def run_job(job: Job, log_dir: Path) -> float:
-    """Run one command with one thread; seconds, or 0 when its result was there. RuntimeError with the log's tail."""
-    if job.result.exists():
+def run_job(job: Job, log_dir: Path) -> None:
+    """Run one command with one thread unless it is done already. RuntimeError with the log's tail when it fails."""
+    if job.is_done():
         print(f"[{time.strftime('%H:%M:%S')}] {job.name}: already done", flush=True)
-        return 0.0
+        return
     log = log_dir / f"{job.name}.log"
     print(f"[{time.strftime('%H:%M:%S')}] {job.name}: {shlex.join(job.command)}\n    log: {log}", flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     started = time.time()
     with log.open("w", encoding="utf-8") as stream:
         code = subprocess.run(job.command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
-    if code != 0 or not job.result.exists():
+    if code != 0 or not job.is_done():
         tail = "\n    ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise RuntimeError(f"exit code {code}, see {log}:\n    {tail}")
-    print(f"[{time.strftime('%H:%M:%S')}] {job.name}: done in {time.time() - started:.0f} s", flush=True)
-    return time.time() - started
+    seconds = time.time() - started
+    (log_dir / f"{job.name}.seconds").write_text(f"{seconds:.1f}\n", encoding="utf-8")
+    print(f"[{time.strftime('%H:%M:%S')}] {job.name}: done in {seconds:.0f} s", flush=True)
 
 
-def write_manifest(cfg: DemoConfig, jobs: list[Job], seconds: dict[str, float]) -> None:
-    """What the report is made of. Seconds of jobs that were skipped are kept from the earlier manifest."""
-    results = Path(cfg.results_dir)
-    file = results / "manifest.json"
-    earlier = json.loads(file.read_text(encoding="utf-8")).get("seconds", {}) if file.exists() else {}
-    (results / "metrics").mkdir(parents=True, exist_ok=True)
+def publish(cfg: DemoConfig, jobs: list[Job]) -> None:
+    """Replace the raw files below `results_dir` by those of this demo, and write the manifest the report is made of.
+
+    Nothing of an earlier demo stays: the repository ships one, and a report must not mix two.
+    """
+    work, results = Path(cfg.work_dir), Path(cfg.results_dir)
+    for name in ("evaluations", "videos", "metrics"):
+        shutil.rmtree(results / name, ignore_errors=True)
+    for name in ("evaluations", "videos"):
+        shutil.copytree(work / name, results / name)
+    (results / "metrics").mkdir()
     runs = []
     for name in ("plain", "craft"):
         metrics = results / "metrics" / f"{name}.jsonl"
@@ -215,16 +228,17 @@ def write_manifest(cfg: DemoConfig, jobs: list[Job], seconds: dict[str, float]) 
         if job.name.startswith("eval-"):
             row, column = job.name.removeprefix("eval-").rsplit("-", 1)
             evaluations.append({"row": row, "column": column, "results_dir": f"evaluations/{row}-{column}"})
+    durations = {job.name: work / "logs" / f"{job.name}.seconds" for job in jobs}
     manifest = {
         "settings": cfg.__dict__,
         "runs": runs,
         "evaluations": evaluations,
-        "seconds": earlier | {k: round(v, 1) for k, v in seconds.items()},
+        "seconds": {name: float(file.read_text(encoding="utf-8")) for name, file in durations.items()},
         "commands": {job.name: shlex.join(["python", *job.command[1:]]) for job in jobs},
     }
-    temporary = file.with_suffix(".json.tmp")
+    temporary = results / "manifest.json.tmp"
     temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    temporary.replace(results / "manifest.json")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The demo's job runner: order, skipping, failure; and the flags it passes are flags that exist."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -26,10 +27,10 @@ def order(folder: Path) -> list[str]:
 
 def test_jobs_wait_for_their_predecessors_and_finished_ones_are_skipped(tmp_path):
     jobs = [touch_job(tmp_path, "c", ["b"]), touch_job(tmp_path, "b", ["a"]), touch_job(tmp_path, "a")]
-    seconds = run_demo.run_jobs(jobs, tmp_path / "logs", slots=2)
+    run_demo.run_jobs(jobs, tmp_path / "logs", slots=2)
     assert order(tmp_path) == ["a", "b", "c"]
-    assert seconds.keys() == {"a", "b", "c"}
-    assert run_demo.run_jobs(jobs, tmp_path / "logs", slots=2) == {}
+    assert {path.stem for path in (tmp_path / "logs").glob("*.seconds")} == {"a", "b", "c"}
+    run_demo.run_jobs(jobs, tmp_path / "logs", slots=2)
     assert order(tmp_path) == ["a", "b", "c"]
 
 
@@ -63,3 +64,33 @@ def test_every_planned_command_parses(monkeypatch):
         if config is EvalConfig:
             parsed.validate()
         assert set(job.after) <= names
+
+
+@pytest.mark.parametrize(("complete", "valid"), [(False, True), (True, False), (True, True)])
+def test_an_unfinished_or_invalid_evaluation_is_not_done(tmp_path, complete, valid):
+    result = tmp_path / "results.json"
+    job = run_demo.Job("eval", [], result)
+    assert not job.is_done()
+    result.write_text(json.dumps({"complete": complete, "valid": valid}))
+    assert job.is_done() == (complete and valid)
+
+
+def test_no_result_of_an_earlier_demo_is_reused_or_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(SCRIPT.parents[2])
+    cfg = run_demo.DemoConfig(work_dir=str(tmp_path / "work"), results_dir=str(tmp_path / "results"))
+    jobs = run_demo.plan(cfg)
+    assert all(job.result.is_relative_to(tmp_path / "work") for job in jobs)
+    old = tmp_path / "results" / "evaluations" / "plain-target" / "episodes.jsonl"
+    old.parent.mkdir(parents=True)
+    old.write_text("of an earlier demo")
+    for name in ("evaluations/plain-target", "videos", "plain", "craft", "logs"):
+        (tmp_path / "work" / name).mkdir(parents=True)
+    for name in ("plain", "craft"):
+        (tmp_path / "work" / name / "metrics.jsonl").write_text(name)
+    for job in jobs:
+        (tmp_path / "work" / "logs" / f"{job.name}.seconds").write_text("1.5\n")
+    run_demo.publish(cfg, jobs)
+    assert not old.exists()
+    assert (tmp_path / "results" / "metrics" / "craft.jsonl").read_text() == "craft"
+    manifest = json.loads((tmp_path / "results" / "manifest.json").read_text())
+    assert manifest["seconds"] == {job.name: 1.5 for job in jobs}
