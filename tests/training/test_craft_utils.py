@@ -136,6 +136,11 @@ class TestDual:
             assert after == pytest.approx(max(0.0, before + 0.01 * (loss - budget)))
             assert after >= 0
 
+    def test_stops_at_zero_and_rises_from_there(self):
+        dual = CRaFTDualOptimizer(CRaFTConfig(retention_weight=0.05, retention_budget=10.0, dual_lr=0.01))
+        assert dual.step(0.0) == 0.0
+        assert dual.step(11.0) == pytest.approx(0.01)
+
     def test_reset_fixed_lambda_and_infinite_budget(self):
         dual = CRaFTDualOptimizer(CRaFTConfig(retention_weight=2.0))
         dual.step(100.0)
@@ -262,12 +267,20 @@ class TestWeightManager:
     def test_anchor_pass_has_no_dropout_and_leaves_the_rng_alone(self):
         module, x = Trunk(dropout=0.5), torch.randn(3, 4)
         constraint_ = constraint(module)
-        state = torch.get_rng_state()
-        first, second = constraint_.anchor_features({"x": x}), constraint_.anchor_features({"x": x})
-        assert torch.equal(first, second)
-        assert torch.equal(torch.get_rng_state(), state)
+        anchor = constraint_.anchor_features({"x": x})
         assert all(m.training for m in module.modules())
-        assert not first.requires_grad
+        assert not anchor.requires_grad
+        with torch.no_grad():
+            raw, aq, _ = module.eval().features(x)
+        assert torch.equal(anchor, constraint_.extractor(raw, aq))
+
+        def draws(bare):
+            torch.rand(5)  # some layers draw numbers whatever their mode
+            return bare.features(x)[0]
+
+        state = torch.get_rng_state()
+        extract_anchor_features_online(module, draws, constraint_.weights)
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 class TestConstraint:
