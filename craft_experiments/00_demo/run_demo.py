@@ -1,7 +1,7 @@
 """The whole loop on a laptop CPU: fine-tune plain and with CRaFT, evaluate both in LIBERO, write the report.
 
 Jobs run two at a time, one core each. A job whose result file exists is skipped, so an interrupted demo continues.
-`--max_steps 4000 --trials 20 --work_dir runs/demo_long --results_dir results/demo_long` is the longer version.
+`--max_steps 2000 --trials 20 --work_dir runs/demo_long --results_dir results/demo_long` is the longer version.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DemoConfig:
     data_root_dir: str = "datasets/rlds"
     dataset_name: str = "libero_spatial_scripted_no_noops"
     suite: str = "libero_spatial"
-    task_id: int = 8
+    task_id: int = 1
     start_statistics: str = "libero_object_scripted_no_noops"  # normalisation the start checkpoint was trained with
     retention_suite: str = "libero_object"
     retention_task_id: int = 3
