@@ -15,6 +15,7 @@ from experiments.robot.libero.collect_demos import (
     REPORT_FILE,
     CollectionError,
     CollectSettings,
+    ExpertLimits,
     collect,
     collection_report,
     episode_path,
@@ -117,15 +118,19 @@ def test_shares_cover_every_episode_once(tmp_path, tasks, workers, processes):
 
 
 class FakeEnv:
-    """Remembers what was executed; succeeds after `needed` actions."""
+    """Remembers what was executed; the goal holds from the action number `needed` on, up to number `lost`."""
 
-    def __init__(self, needed: int) -> None:
+    def __init__(self, needed: int, lost: int = 999) -> None:
         self.executed: list[np.ndarray] = []
-        self._needed = needed
+        self._needed, self._lost = needed, lost
 
     def step(self, action: np.ndarray) -> bool:
         self.executed.append(np.array(action))
-        return len(self.executed) == self._needed
+        return self._needed <= len(self.executed) < self._lost
+
+
+def limits(max_steps: int = 50, after_success: int = 0) -> ExpertLimits:
+    return ExpertLimits(max_steps, after_success)
 
 
 def commands(count: int, fail: bool = False):
@@ -137,15 +142,23 @@ def commands(count: int, fail: bool = False):
 
 def test_expert_runs_until_success_and_records_before_each_step():
     env, recorded = FakeEnv(needed=3), []
-    assert run_expert(env, commands(9), None, lambda e, a: recorded.append((len(e.executed), a)), limit=50)
+    assert run_expert(env, commands(9), None, lambda e, a: recorded.append((len(e.executed), a)), limits())
     assert [before for before, _ in recorded] == [0, 1, 2]
     np.testing.assert_array_equal([action for _, action in recorded], env.executed)
+
+
+def test_recording_goes_on_after_success_and_the_goal_must_still_hold():
+    env, labels = FakeEnv(needed=3), []
+    assert run_expert(env, commands(9), None, lambda e, a: labels.append(a), limits(max_steps=3, after_success=4))
+    assert len(labels) == 7
+    assert run_expert(FakeEnv(needed=3), commands(5), None, None, limits(after_success=4))  # nothing more to do
+    assert not run_expert(FakeEnv(needed=3, lost=6), commands(9), None, None, limits(after_success=4))
 
 
 def test_noise_changes_what_is_executed_but_not_the_label():
     env, labels = FakeEnv(needed=5), []
     noise = NoiseProcess(0.2, np.random.default_rng(0))
-    assert run_expert(env, commands(9), noise, lambda e, a: labels.append(a), limit=50)
+    assert run_expert(env, commands(9), noise, lambda e, a: labels.append(a), limits())
     np.testing.assert_array_equal(labels, [c.action for c in commands(5)])
     assert np.abs(np.array(env.executed) - labels)[:, :6].min() > 0
 
@@ -154,7 +167,7 @@ def test_idle_actions_are_neither_executed_nor_recorded():
     idle, move = np.array([0, 0, 0, 0, 0, 0, -1.0]), np.array([0.2, 0, 0, 0, 0, 0, -1.0])
     env, labels = FakeEnv(needed=99), []
     sequence = [Command(action, "x") for action in (idle, move, idle, -idle, -idle, move)]
-    run_expert(env, iter(sequence), None, lambda e, a: labels.append(a), limit=50)
+    run_expert(env, iter(sequence), None, lambda e, a: labels.append(a), limits())
     np.testing.assert_array_equal(labels, [move, -idle, move])  # a changed gripper is no idle action
     np.testing.assert_array_equal(env.executed, labels)
 
@@ -162,7 +175,7 @@ def test_idle_actions_are_neither_executed_nor_recorded():
 @pytest.mark.parametrize(("stream", "limit"), [(commands(9), 4), (commands(2), 50), (commands(2, fail=True), 50)])
 def test_running_out_of_steps_or_ideas_is_a_failure(stream, limit):
     env = FakeEnv(needed=8)
-    assert not run_expert(env, stream, None, None, limit)
+    assert not run_expert(env, stream, None, None, limits(limit))
     assert len(env.executed) <= limit
 
 

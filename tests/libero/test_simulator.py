@@ -335,3 +335,22 @@ def test_a_second_environment_renders_like_the_first():
         images.append(env.observe().image)
         env.close()
     np.testing.assert_array_equal(images[0], images[1])
+
+
+@pytest.mark.simulator
+@pytest.mark.slow
+def test_the_first_image_does_not_depend_on_the_episode_before(spatial_task):
+    env = LiberoEnv(spatial_task, image_size=96, render_mode=RenderMode.LAZY, reset_mode=ResetMode.SOFT)
+
+    def first_observation(number):
+        env.reset(spatial_task.init_states[number], seed=0)
+        env.settle()
+        return env.observe()
+
+    fresh = first_observation(3)  # builds the renderer
+    first_observation(7)
+    again = first_observation(3)
+    env.close()
+    np.testing.assert_array_equal(fresh.image, again.image)
+    np.testing.assert_array_equal(fresh.wrist_image, again.wrist_image)
+    np.testing.assert_array_equal(fresh.state, again.state)

@@ -78,6 +78,9 @@ class CollectSettings:
     initial_states: str = "sampled"
     render_mode: RenderMode = RenderMode.LAZY
     max_attempts: int = 4
+    # LIBERO's own demonstrations end after the goal has held for 10 steps. Without them hardly any window shows what
+    # to do once the gripper has opened, and a policy trained on those carries the object and never lets go.
+    steps_after_success: int = 10
 
     def __post_init__(self) -> None:
         for name in ("episodes_per_task", "image_size", "num_workers", "max_attempts"):
@@ -85,6 +88,8 @@ class CollectSettings:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         if not 0.0 <= self.noise_fraction <= 1.0:
             raise ValueError(f"noise_fraction: expected a share in [0, 1], found {self.noise_fraction}")
+        if self.steps_after_success < 0:
+            raise ValueError(f"steps_after_success: expected 0 or more, found {self.steps_after_success}")
         if self.noise_std < 0.0:
             raise ValueError(f"noise_std: expected a non-negative standard deviation, found {self.noise_std}")
         if not re.fullmatch(r"[A-Za-z0-9_]+", self.dataset_name):
@@ -151,6 +156,14 @@ def episode_start(settings: CollectSettings, task_id: int, episode: int, attempt
     return Start(int(sequence.generate_state(1)[0]), standard, std)
 
 
+@dataclass(frozen=True)
+class ExpertLimits:
+    """Length of a demonstration: at most max_steps until the goal holds, then after_success more."""
+
+    max_steps: int
+    after_success: int
+
+
 class EpisodeRecorder:
     """Collects the frames of one episode; images are compressed at once."""
 
@@ -182,31 +195,33 @@ class EpisodeRecorder:
 
 
 def run_expert(
-    env: LiberoEnv, commands: Iterator[Command], noise: NoiseProcess | None, record: Any, limit: int
+    env: LiberoEnv, commands: Iterator[Command], noise: NoiseProcess | None, record: Any, limits: ExpertLimits
 ) -> bool:
-    """Execute the expert until the goal holds, it gives up, or `limit` actions were executed.
+    """Execute the expert until the goal has held for `limits.after_success` more steps, it gives up, or the step limit.
 
     record(env, action) is called before every executed action (None: nothing is recorded).  Idle actions are neither
-    executed nor recorded.  Returns whether the goal was reached.
+    executed nor recorded.  Returns whether the goal was reached and holds at the end.
     """
     previous: float | None = None
-    executed = 0
+    executed, last, success = 0, limits.max_steps, False
     try:
         for command in commands:
             if is_noop(command.action, previous):
                 continue
-            if executed == limit:
-                return False
+            if executed == last:
+                break
             if record is not None:
                 record(env, command.action)
             previous = command.action[6]
             action = command.action if noise is None else noise.disturb(command.action, command.noise_scale)
             executed += 1
-            if env.step(action):
-                return True
+            holds = env.step(action)
+            if holds and not success:
+                last = executed + limits.after_success
+            success = holds
     except ExpertFailedError:
         return False
-    return False
+    return success
 
 
 def settles(env: LiberoEnv) -> bool:
@@ -230,8 +245,8 @@ def collect_episode(env: LiberoEnv, settings: CollectSettings, start: Start) -> 
         return None
     noise = NoiseProcess(start.noise_std, np.random.default_rng(start.seed)) if start.noise_std > 0 else None
     recorder = EpisodeRecorder(settings.jpeg_quality)
-    limit = max_episode_steps(settings.task_suite_name)
-    return recorder if run_expert(env, expert_commands(env), noise, recorder.add, limit) else None
+    limits = ExpertLimits(max_episode_steps(settings.task_suite_name), settings.steps_after_success)
+    return recorder if run_expert(env, expert_commands(env), noise, recorder.add, limits) else None
 
 
 def episode_path(scratch: Path, task_id: int, episode: int) -> Path:
@@ -480,6 +495,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> CollectSettings:
     add("--initial_states", default="sampled", help="'sampled' or 'standard:FIRST-LAST'")
     add("--render_mode", type=RenderMode, choices=list(RenderMode), default=RenderMode.LAZY)
     add("--max_attempts", type=int, default=4)
+    add("--steps_after_success", type=int, default=10, help="recorded after the goal is reached; it must still hold")
     values = vars(parser.parse_args(argv))
     text = values.pop("task_ids")
     count = range(task_count(values["task_suite_name"])) if text == "all" else text.split(",")

@@ -303,6 +303,7 @@ class LiberoEnv:
             raise RuntimeError("observe: call reset first")
         if self.render_mode is RenderMode.PUBLISHED:
             return self._published_observation(self._last)
+        self._place_bodies()
         images = [self._render_camera(name) for name in CAMERAS]
         return Observation(images[0], images[1], self.state())
 
@@ -323,6 +324,18 @@ class LiberoEnv:
         """Orientation (x, y, z, w) of the hand body, the frame robosuite reports as robot0_eef_quat."""
         wxyz = self.sim.data.get_body_xquat(self.domain.robots[0].robot_model.eef_name)
         return np.array([wxyz[1], wxyz[2], wxyz[3], wxyz[0]])
+
+    def _place_bodies(self) -> None:
+        """Compute body, camera and light poses of the current joint positions.
+
+        A step leaves them one physics sub-step behind, and building a renderer brings them up to date: without this
+        the first image of an episode would depend on whether an episode came before it.
+        """
+        import mujoco
+
+        model, data = self.sim.model._model, self.sim.data._data
+        for compute in (mujoco.mj_kinematics, mujoco.mj_comPos, mujoco.mj_camlight):
+            compute(model, data)
 
     def _render_camera(self, name: str) -> np.ndarray:
         import mujoco
