@@ -120,16 +120,18 @@ def build_config(name: str) -> OpenVLAConfig:
     return OpenVLAConfig(**get_preset(name).config())
 
 
-def head_options(name: str, config: OpenVLAConfig, **overrides: Any) -> dict[str, Any]:
-    """Keyword arguments of the preset's action head: geometry from the VLM, then preset, then `overrides`."""
-    options = {
+def head_geometry(config: OpenVLAConfig) -> dict[str, int]:
+    """The action head's sizes that follow from the VLM."""
+    return {
         "hidden_dim": config.text_config.hidden_size,
         "num_blocks": config.text_config.num_hidden_layers,
         "num_task_tokens": config.tower_specs()[0].num_patches * config.num_images_in_input,
-        **get_preset(name).head,
-        **overrides,
     }
-    return ActionHeadConfig(**options).to_dict()
+
+
+def head_options(name: str, config: OpenVLAConfig, **overrides: Any) -> dict[str, Any]:
+    """Keyword arguments of the preset's action head: geometry from the VLM, then preset, then `overrides`."""
+    return ActionHeadConfig(**{**head_geometry(config), **get_preset(name).head, **overrides}).to_dict()
 
 
 def build_vla(
@@ -139,11 +141,17 @@ def build_vla(
 
     The global random state is restored afterwards. Raises KeyError on an unknown preset.
     """
-    config = build_config(name)
+    return build_policy_parts(build_config(name), seed, proprio_dim, **{**get_preset(name).head, **head_overrides})
+
+
+def build_policy_parts(
+    config: OpenVLAConfig, seed: int = 0, proprio_dim: int = PROPRIO_DIM, **options: Any
+) -> tuple[OpenVLAForActionPrediction, L1RegressionActionHead, ProprioProjector]:
+    """As `build_vla` for a configuration of its own; head options not given take `ActionHeadConfig`'s defaults."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vla = OpenVLAForActionPrediction(config)
-        head = L1RegressionActionHead(**head_options(name, config, **head_overrides))
+        head = L1RegressionActionHead(**{**head_geometry(config), **options})
         projector = ProprioProjector(vla.llm_dim, proprio_dim)
     return vla, head, projector
 

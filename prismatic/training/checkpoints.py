@@ -4,19 +4,18 @@
       craft_checkpoint.json                          everything that is not a tensor (see `_manifest`)
       dataset_statistics.json                        normalisation, per data set
       config.json, preprocessor and tokenizer files
-      model.safetensors                              the whole VLM            (full and frozen tuning)
+      model.safetensors                              the whole VLM     (full and frozen tuning; LoRA when merged)
       lora_adapter/, action_queries--*.safetensors   adapters on the base     (LoRA)
       action_head--{step}_checkpoint.safetensors, proprio_projector--{step}_checkpoint.safetensors
       training_state/                                optimizer, RNG, lambda, CRaFT anchor (optional)
 
-Folders are written under a temporary name and renamed, so a folder that exists is complete.
+Folders are written under a temporary name and renamed, so a folder that exists is complete. Folders in the published
+layout (`published.py`) are read as well.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import random
 import re
 import shutil
@@ -32,14 +31,30 @@ from torch import Tensor
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 from prismatic.models.action_heads import L1RegressionActionHead
+from prismatic.models.native import load_native_weights
 from prismatic.models.projectors import ProprioProjector
 from prismatic.models.vla_policy import VLAPolicyModel
+from prismatic.training.checkpoint_files import (
+    FORMAT_VERSION,
+    MANIFEST,
+    LoadedCheckpoint,
+    contiguous,
+    existing,
+    has_weights,
+    load_module,
+    load_vla,
+    read_json,
+    read_manifest,
+    tensors_hash,
+    weights_hash,
+    write_json,
+)
 from prismatic.training.config import FinetuneConfig, TuningMode
 from prismatic.training.craft_utils import CRaFTConstraint
+from prismatic.training.lora import merged_state_dict, verify_merge, with_unused_targets
+from prismatic.training.published import export_published, is_published, load_published
 from prismatic.vla.prompts import PROMPT_KIND
 
-MANIFEST = "craft_checkpoint.json"
-FORMAT_VERSION = 1
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
 
 
@@ -51,17 +66,6 @@ class TrainingState:
     samples_seen: int
     optimizer: torch.optim.Optimizer
     craft: CRaFTConstraint | None
-
-
-@dataclass
-class LoadedCheckpoint:
-    """A policy read from disk: the module (fp32, CPU, eval mode), its processor and its description."""
-
-    model: VLAPolicyModel
-    processor: PrismaticProcessor
-    manifest: dict
-    statistics: dict
-    path: Path
 
 
 def checkpoint_path(cfg: FinetuneConfig, step: int | None = None) -> Path:
@@ -82,16 +86,24 @@ def checkpoint_path(cfg: FinetuneConfig, step: int | None = None) -> Path:
 
 
 def save_checkpoint(cfg: FinetuneConfig, setup, state: TrainingState) -> Path:
-    """Write the checkpoint of `state.step` and return its folder."""
+    """Write the checkpoint of `state.step` and return its folder.
+
+    Raises ValueError when a merged model does not act like the adapted one, or cannot be exported.
+    """
     folder = checkpoint_path(cfg, state.step)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     suffix = "latest_checkpoint" if cfg.save_latest_checkpoint_only else f"{state.step}_checkpoint"
-    _save_modules(setup.model, temporary, suffix)
+    _save_modules(cfg, setup.model, temporary, suffix)
     setup.processor.save_pretrained(temporary)
-    _write_json(temporary / "dataset_statistics.json", setup.statistics)
-    _write_json(temporary / MANIFEST, _manifest(cfg, setup, state, suffix))
+    write_json(temporary / "dataset_statistics.json", setup.statistics)
+    manifest = _manifest(cfg, setup, state, suffix)
+    write_json(temporary / MANIFEST, manifest)
+    if cfg.merge_lora_during_training:
+        add_merged_model(setup.model, temporary)
+    if cfg.export_published_layout:
+        export_published(load_checkpoint(temporary), folder.with_name(f"{folder.name}--published"), suffix)
     if cfg.save_training_state:
         _save_training_state(setup.model, state, temporary / "training_state")
     shutil.rmtree(folder, ignore_errors=True)
@@ -99,31 +111,52 @@ def save_checkpoint(cfg: FinetuneConfig, setup, state: TrainingState) -> Path:
     return folder
 
 
-def _save_modules(model: VLAPolicyModel, folder: Path, suffix: str) -> None:
+def add_merged_model(model: VLAPolicyModel, folder: Path, tolerance: float = 1e-3) -> float:
+    """Write the merged VLM into a LoRA checkpoint folder, read it back and compare; returns the largest difference.
+
+    Args:
+        model: the policy with adapters, as saved in `folder`.
+        folder: its checkpoint folder.
+        tolerance: largest allowed difference of a normalised action.
+
+    Raises ValueError above the tolerance.
+    """
+    base = model.vla.get_base_model()
+    base.save_pretrained(folder, state_dict=merged_state_dict(base))
+    manifest = read_manifest(folder)
+    merged = load_checkpoint(folder).model
+    difference = verify_merge(model, merged, tolerance)
+    write_json(folder / MANIFEST, manifest | {"merge": {"max_difference": difference, "tolerance": tolerance}})
+    return difference
+
+
+def _save_modules(cfg: FinetuneConfig, model: VLAPolicyModel, folder: Path, suffix: str) -> None:
     if isinstance(model.vla, PeftModel):
         # Embeddings are never adapted; "auto" would ask the hub about the base model.
         model.vla.save_pretrained(folder / "lora_adapter", save_embedding_layers=False)
         base = model.vla.get_base_model()
+        if cfg.lora_emit_unused:
+            file = folder / "lora_adapter" / "adapter_model.safetensors"
+            save_file(with_unused_targets(load_file(file), base, cfg.lora_rank), file)
         base.config.save_pretrained(folder)
         save_file({"weight": base.action_queries.weight.detach()}, folder / f"action_queries--{suffix}.safetensors")
     else:
         model.vla.save_pretrained(folder)
-    save_file(_contiguous(model.action_head.state_dict()), folder / f"action_head--{suffix}.safetensors")
+    save_file(contiguous(model.action_head.state_dict()), folder / f"action_head--{suffix}.safetensors")
     if model.proprio_projector is not None:
-        save_file(
-            _contiguous(model.proprio_projector.state_dict()), folder / f"proprio_projector--{suffix}.safetensors"
-        )
+        save_file(contiguous(model.proprio_projector.state_dict()), folder / f"proprio_projector--{suffix}.safetensors")
 
 
 def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> dict:
+    base = setup.base.to_dict() if cfg.tuning_mode is TuningMode.LORA else None
     return {
         "format_version": FORMAT_VERSION,
+        "origin": setup.origin,
         "step": state.step,
         "samples_seen": state.samples_seen,
         "file_suffix": suffix,
         "tuning": cfg.tuning_mode.value,
-        "base_checkpoint": str(setup.base_path) if cfg.tuning_mode is TuningMode.LORA else None,
-        "base_sha256": weights_hash(setup.base_path) if cfg.tuning_mode is TuningMode.LORA else None,
+        "base": base,
         "action_spec": setup.action_spec.to_dict(),
         "image_spec": setup.image_spec.to_dict(),
         "prompt_kind": PROMPT_KIND,
@@ -146,46 +179,110 @@ def _save_training_state(model: VLAPolicyModel, state: TrainingState, folder: Pa
     version, keys, gauss = random.getstate()
     kind, numpy_keys, *numpy_rest = np.random.get_state()  # noqa: NPY002 - the global generator is what libraries use
     generators = {"python": [version, keys, gauss], "numpy": [kind, numpy_keys.tolist(), *numpy_rest]}
-    _write_json(folder / "generators.json", generators)
-    _write_json(folder / "state.json", {"step": state.step, "samples_seen": state.samples_seen})
+    write_json(folder / "generators.json", generators)
+    write_json(folder / "state.json", {"step": state.step, "samples_seen": state.samples_seen})
     if state.craft is not None:
-        _write_json(folder / "craft.json", state.craft.state_dict())
-        save_file(_contiguous(state.craft.weights.state_dict()), folder / "craft_anchor.safetensors")
+        write_json(folder / "craft.json", state.craft.state_dict())
+        save_file(contiguous(state.craft.weights.state_dict()), folder / "craft_anchor.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def load_checkpoint(path: str | Path) -> LoadedCheckpoint:
-    """Read a checkpoint folder; LoRA adapters are applied to their base and merged.
+def load_checkpoint(path: str | Path, num_images: int | None = None) -> LoadedCheckpoint:
+    """Read a checkpoint folder, ours or published; LoRA adapters without a merged model are merged after loading.
 
-    Raises FileNotFoundError for a missing file and ValueError for one that does not fit, naming it.
+    `num_images`: images per sample of a published folder, which does not state it. Raises FileNotFoundError for a
+    missing file and ValueError for one that does not fit, naming it.
     """
     path = Path(path)
+    if not (path / MANIFEST).exists() and is_published(path):
+        return load_published(path, num_images)
+    loaded = _load_own(path, merged=has_weights(path))
+    if isinstance(loaded.model.vla, PeftModel):
+        loaded.model.vla = loaded.model.vla.merge_and_unload()
+    return loaded
+
+
+def load_unmerged(path: str | Path, base_path: str | Path | None = None) -> LoadedCheckpoint:
+    """As `load_checkpoint` for a LoRA checkpoint of ours, with the adapters beside the base weights.
+
+    `base_path`: where the base model is now, None for the recorded path. ValueError for a checkpoint without adapters.
+    """
+    path = Path(path)
+    if read_manifest(path)["tuning"] != TuningMode.LORA.value:
+        raise ValueError(f"{path / MANIFEST}: tuning is {read_manifest(path)['tuning']!r}, expected 'lora'")
+    return _load_own(path, merged=False, base_path=base_path)
+
+
+def _load_own(path: Path, merged: bool, base_path: str | Path | None = None) -> LoadedCheckpoint:
     manifest = read_manifest(path)
+    if base_path is not None:
+        manifest["base"] = {**(manifest["base"] or {}), "path": str(base_path)}
     suffix = manifest["file_suffix"]
-    vla = _load_adapted_vla(path, manifest) if manifest["tuning"] == TuningMode.LORA.value else _load_vla(path)
+    adapted = manifest["tuning"] == TuningMode.LORA.value and not merged
+    vla = _load_adapted_vla(path, manifest) if adapted else load_vla(path)
+    bare = vla.get_base_model() if adapted else vla
     head = L1RegressionActionHead(**manifest["action_head"])
-    _load_strictly(head, path / f"action_head--{suffix}.safetensors")
+    load_module(head, path / f"action_head--{suffix}.safetensors")
     projector = None
     if manifest["use_proprio"]:
-        projector = ProprioProjector(vla.llm_dim, manifest["action_spec"]["proprio_dim"])
-        _load_strictly(projector, path / f"proprio_projector--{suffix}.safetensors")
+        projector = ProprioProjector(bare.llm_dim, manifest["action_spec"]["proprio_dim"])
+        load_module(projector, path / f"proprio_projector--{suffix}.safetensors")
     model = VLAPolicyModel(vla, head, projector, legacy_slices=manifest["legacy_slices"])
-    statistics = json.loads(_existing(path / "dataset_statistics.json").read_text(encoding="utf-8"))
-    processor = PrismaticProcessor.from_pretrained(path)
-    return LoadedCheckpoint(model.eval(), processor, manifest, statistics, path)
+    statistics = read_json(path / "dataset_statistics.json")
+    return LoadedCheckpoint(model.eval(), PrismaticProcessor.from_pretrained(path), manifest, statistics, path)
 
 
-def read_manifest(path: Path) -> dict:
-    """The checkpoint's description; FileNotFoundError or ValueError when it is absent or of another format."""
-    manifest = json.loads(_existing(Path(path) / MANIFEST).read_text(encoding="utf-8"))
-    if manifest.get("format_version") != FORMAT_VERSION:
-        found = manifest.get("format_version")
-        raise ValueError(f"{path / MANIFEST}: format_version is {found}, expected {FORMAT_VERSION}")
-    if manifest["prompt_kind"] != PROMPT_KIND:
-        raise ValueError(f"{path / MANIFEST}: prompt_kind is {manifest['prompt_kind']!r}, expected {PROMPT_KIND!r}")
-    return manifest
+def _load_adapted_vla(path: Path, manifest: dict) -> PeftModel:
+    base = BaseModel.from_dict(manifest["base"], path / MANIFEST)
+    adapted = PeftModel.from_pretrained(base.load(path, manifest["num_images"]), path / "lora_adapter")
+    queries = load_file(existing(path / f"action_queries--{manifest['file_suffix']}.safetensors"))
+    adapted.get_base_model().action_queries.load_state_dict(queries)
+    return adapted
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that adapters belong to: a checkpoint folder or a native Prismatic VLM, and its weights' hash."""
+
+    kind: str
+    path: str
+    sha256: str
+
+    @classmethod
+    def of_checkpoint(cls, path: Path) -> BaseModel:
+        """Identity of a checkpoint folder (LoRA checkpoints count with their adapters)."""
+        adapter = Path(path) / "lora_adapter" / "adapter_model.safetensors"
+        digest = weights_hash(path) or tensors_hash(load_file(existing(adapter)))
+        return cls("checkpoint", str(path), digest)
+
+    def to_dict(self) -> dict[str, str]:
+        """JSON-ready fields."""
+        return {"kind": self.kind, "path": self.path, "sha256": self.sha256}
+
+    @classmethod
+    def from_dict(cls, values: dict | None, source: Path) -> BaseModel:
+        """Inverse of `to_dict`; ValueError naming `source` when the entry is missing."""
+        if not values:
+            raise ValueError(f"{source}: base is missing: the adapter cannot be applied to anything")
+        return cls(**values)
+
+    def load(self, adapted: Path, num_images: int) -> OpenVLAForActionPrediction:
+        """The base VLM; ValueError when its weights are not those the adapter in `adapted` was trained on."""
+        if self.kind == "native":
+            config = OpenVLAForActionPrediction.config_class.from_pretrained(adapted, local_files_only=True)
+            vla = OpenVLAForActionPrediction(config)
+            found = load_native_weights(vla, self.path).sha256
+        else:
+            found = BaseModel.of_checkpoint(Path(self.path)).sha256
+            vla = load_checkpoint(self.path, num_images).model.vla if found == self.sha256 else None
+        if found != self.sha256:
+            raise ValueError(
+                f"base {self.path}: sha256 of its weights is {found}, "
+                f"the adapter in {adapted} was trained on {self.sha256}"
+            )
+        return vla
 
 
 def restore_training_state(
@@ -195,7 +292,7 @@ def restore_training_state(
 
     Raises FileNotFoundError when the folder holds no training state, or no anchor for a CRaFT run.
     """
-    folder = _existing(Path(folder) / "training_state")
+    folder = existing(Path(folder) / "training_state")
     trainable = load_file(folder / "trainable.safetensors")
     expected = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if trainable.keys() != expected.keys():
@@ -206,10 +303,10 @@ def restore_training_state(
             parameter.copy_(trainable[name])
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
     if craft is not None:
-        anchor = load_file(_existing(folder / "craft_anchor.safetensors"))
-        craft.load_state_dict(_read_json(folder / "craft.json"), anchor)
+        anchor = load_file(existing(folder / "craft_anchor.safetensors"))
+        craft.load_state_dict(read_json(folder / "craft.json"), anchor)
     _restore_generators(folder)
-    return _read_json(folder / "state.json")["step"]
+    return read_json(folder / "state.json")["step"]
 
 
 def _restore_generators(folder: Path) -> None:
@@ -217,69 +314,12 @@ def _restore_generators(folder: Path) -> None:
     torch.set_rng_state(rng["torch"])
     if rng["cuda"] and len(rng["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(rng["cuda"])
-    generators = _read_json(folder / "generators.json")
+    generators = read_json(folder / "generators.json")
     version, keys, gauss = generators["python"]
     random.setstate((version, tuple(keys), gauss))
     kind, keys, *rest = generators["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
 
 
-def weights_hash(path: Path | None) -> str | None:
-    """sha256 of `model.safetensors` in the folder, None for a model that was not read from one."""
-    file = None if path is None else Path(path) / "model.safetensors"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and file.exists() else None
-
-
-def _load_vla(path: Path) -> OpenVLAForActionPrediction:
-    _existing(path / "model.safetensors")
-    vla, report = OpenVLAForActionPrediction.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
-    problems = {k: sorted(report[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[k]}
-    if problems:
-        raise ValueError(f"{path / 'model.safetensors'} does not fit its config.json: {problems}")
-    return vla
-
-
-def _load_adapted_vla(path: Path, manifest: dict) -> OpenVLAForActionPrediction:
-    base_path = manifest["base_checkpoint"]
-    if base_path is None:
-        raise ValueError(f"{path / MANIFEST}: base_checkpoint is missing: the adapter cannot be applied to anything")
-    found = weights_hash(base_path)
-    if found != manifest["base_sha256"]:
-        raise ValueError(
-            f"base checkpoint {base_path}: sha256 of model.safetensors is {found}, "
-            f"the adapter in {path} was trained on {manifest['base_sha256']}"
-        )
-    adapted = PeftModel.from_pretrained(load_checkpoint(base_path).model.vla, path / "lora_adapter")
-    queries = load_file(_existing(path / f"action_queries--{manifest['file_suffix']}.safetensors"))
-    vla = adapted.merge_and_unload()
-    vla.action_queries.load_state_dict(queries)
-    return vla
-
-
-def _load_strictly(module: torch.nn.Module, file: Path) -> None:
-    try:
-        module.load_state_dict(load_file(_existing(file)))
-    except RuntimeError as error:
-        raise ValueError(f"{file} does not fit the model: {error}") from error
-
-
 def _trainable(model: VLAPolicyModel) -> dict[str, Tensor]:
     return {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in state.items()}
-
-
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: not a complete checkpoint folder")
-    return path
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(_existing(path).read_text(encoding="utf-8"))

@@ -15,8 +15,6 @@ _UNSUPPORTED = {
     "use_diffusion": (False, "diffusion action heads are not implemented"),
     "use_film": (False, "FiLM conditioning is not implemented"),
     "use_val_set": (False, "validation during training is not implemented yet"),
-    "merge_lora_during_training": (False, "merging LoRA weights is not implemented yet; evaluation loads adapters"),
-    "vlm_path": ("", "native Prismatic weights cannot be read yet; pass a checkpoint folder as --config_file_path"),
 }
 
 
@@ -42,7 +40,10 @@ class FinetuneConfig:
 
     # --- start model and data
     config_file_path: str = "pretrained_models/configs"  # checkpoint folder, or a preset: tiny, qwen25-0_5b
-    vlm_path: str = ""  # native Prismatic VLM
+    vlm_path: str = (
+        ""  # native Prismatic VLM (folder or .pt); --config_file_path then gives configuration and tokenizer
+    )
+    tokenizer_path: str | None = None  # Qwen2.5 tokenizer folder for presets that ship none
     use_minivlm: bool = True  # Qwen chat prompt, the only one implemented
     resum_vla_path: str = ""  # checkpoint folder to resume from; empty: found from run_root_dir and the run id
     data_root_dir: str = "datasets/rlds"
@@ -60,6 +61,9 @@ class FinetuneConfig:
     use_proprio: bool | None = None
     use_pro_version: bool | None = None
     phase: str = "Training"
+    # Token positions and rotary angles of published heads; None: as the start model says. True on a new head makes
+    # checkpoints that the public evaluation code runs as they were trained.
+    legacy_slices: bool | None = None
 
     # --- optimisation
     batch_size: int = 8  # per process and micro-batch
@@ -88,7 +92,9 @@ class FinetuneConfig:
     use_lora: bool = False
     lora_rank: int = 32
     lora_dropout: float = 0.0
-    merge_lora_during_training: bool = False
+    merge_lora_during_training: bool = False  # checkpoints then also hold the merged, verified model
+    lora_emit_unused: bool = False  # zero adapters for layers that are never run, as in published adapter files
+    export_published_layout: bool = False  # write {run_id}--{step}_chkpt--published/ beside each checkpoint
     use_fz: bool = False  # freeze the whole VLM
 
     # --- CRaFT

@@ -6,14 +6,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
-from torch import nn
 
+from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
-from prismatic.models.presets import PRESETS, build_processor, build_vla, image_spec_of
+from prismatic.models.native import check_native_config, load_native_weights
+from prismatic.models.presets import (
+    PRESETS,
+    build_config,
+    build_policy_parts,
+    build_processor,
+    build_vla,
+    image_spec_of,
+)
 from prismatic.models.vla_policy import VLAPolicyModel
-from prismatic.training.checkpoints import load_checkpoint
+from prismatic.training.checkpoint_files import has_weights
+from prismatic.training.checkpoints import BaseModel, load_checkpoint
 from prismatic.training.config import FinetuneConfig, TuningMode
+from prismatic.training.lora import lora_targets
+from prismatic.training.published import check_exportable
 from prismatic.vla.action_spec import ActionSpec, get_action_spec
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.images import ImageSpec
@@ -21,13 +32,18 @@ from prismatic.vla.images import ImageSpec
 
 @dataclass
 class StartModel:
-    """A policy to start from, with the objects that travel with it. `path` is None for a preset."""
+    """A policy to start from, with the objects that travel with it.
+
+    `base` identifies the weights for adapters, None for random ones; `origin` is where the weights came from: `random`,
+    `native` (a Prismatic VLM), `published` or `craft` (a checkpoint of this code).
+    """
 
     model: VLAPolicyModel
     processor: PrismaticProcessor
     action_spec: ActionSpec
     image_spec: ImageSpec
-    path: Path | None
+    base: BaseModel | None
+    origin: str
     statistics: dict = field(default_factory=dict)
     dataset_metadata: dict = field(default_factory=dict)
 
@@ -43,7 +59,8 @@ class TrainingSetup:
     image_spec: ImageSpec
     dataset_metadata: dict
     statistics: dict
-    base_path: Path | None
+    base: BaseModel | None
+    origin: str
     run_dir: Path
 
     @property
@@ -86,34 +103,73 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
         dataset_metadata=start.dataset_metadata | dataset.metadata,
         # The start model's statistics stay: its own tasks are still evaluated with them.
         statistics=start.statistics | dataset.statistics,
-        base_path=start.path,
+        base=start.base,
+        origin=start.origin,
         run_dir=Path(cfg.run_root_dir) / cfg.run_id,
     )
 
 
 def load_start_model(cfg: FinetuneConfig) -> StartModel:
-    """The model named by `--config_file_path`: one of our checkpoint folders, or a preset with random weights."""
+    """The model named by `--config_file_path`, or the native Prismatic VLM named by `--vlm_path`.
+
+    `--config_file_path` is a checkpoint folder (ours or published), a preset with random weights, or, together with
+    `--vlm_path`, a preset or a folder with configuration and tokenizer files only.
+    """
     source = cfg.config_file_path.rstrip("/")
+    if cfg.vlm_path:
+        return _native_start(cfg, source)
     if source in PRESETS:
-        vla, head, projector = build_vla(source, seed=cfg.seed)
-        model = VLAPolicyModel(vla, head, projector, legacy_slices=False)
-        return StartModel(model, build_processor(source), get_action_spec("libero"), image_spec_of(source), None)
+        vla, head, projector = build_vla(source, seed=cfg.seed, **_head_flags(cfg))
+        model = VLAPolicyModel(vla, head, projector, legacy_slices=bool(cfg.legacy_slices))
+        spec, image = get_action_spec("libero"), image_spec_of(source)
+        return StartModel(model, build_processor(source, cfg.tokenizer_path), spec, image, None, "random")
     if not Path(source).is_dir():
         raise FileNotFoundError(
             f"--config_file_path {source}: neither a folder nor a preset ({', '.join(sorted(PRESETS))})"
         )
-    loaded = load_checkpoint(source)
-    action_spec = ActionSpec.from_dict(loaded.manifest["action_spec"])
-    image_spec = ImageSpec.from_dict(loaded.manifest["image_spec"])
+    loaded = load_checkpoint(source, cfg.num_images_in_input)
     return StartModel(
         loaded.model,
         loaded.processor,
-        action_spec,
-        image_spec,
-        Path(source),
+        ActionSpec.from_dict(loaded.manifest["action_spec"]),
+        ImageSpec.from_dict(loaded.manifest["image_spec"]),
+        BaseModel.of_checkpoint(Path(source)),
+        # Weights that started from published ones keep their conventions, so the record keeps their origin.
+        "published" if loaded.manifest.get("origin") == "published" else "craft",
         loaded.statistics,
         loaded.manifest["datasets"],
     )
+
+
+def _native_start(cfg: FinetuneConfig, source: str) -> StartModel:
+    """A native VLM with new action queries, head and proprio projector, drawn from the seed."""
+    if source in PRESETS:
+        config, processor = build_config(source), build_processor(source, cfg.tokenizer_path)
+    elif (Path(source) / "config.json").is_file() and not has_weights(Path(source)):
+        config = OpenVLAConfig.from_pretrained(source, local_files_only=True)
+        processor = PrismaticProcessor.from_pretrained(source)
+    else:
+        raise ValueError(
+            f"--config_file_path {source}: with --vlm_path expected a preset or a folder with config.json, tokenizer "
+            "and preprocessor files and no weights"
+        )
+    if cfg.num_images_in_input is not None:
+        config.num_images_in_input = cfg.num_images_in_input
+    check_native_config(cfg.vlm_path, config)
+    vla, head, projector = build_policy_parts(config, cfg.seed, **_head_flags(cfg))
+    report = load_native_weights(vla, cfg.vlm_path)
+    model = VLAPolicyModel(vla, head, projector, legacy_slices=bool(cfg.legacy_slices))
+    image = ImageSpec(size=config.tower_specs()[0].image_size)
+    base = BaseModel("native", str(report.file), report.sha256)
+    return StartModel(model, processor, get_action_spec("libero"), image, base, "native")
+
+
+def _head_flags(cfg: FinetuneConfig) -> dict:
+    """Options of a new head that the command line decides."""
+    flags = {} if cfg.use_pro_version is None else {"use_pro_version": cfg.use_pro_version}
+    if cfg.legacy_slices:
+        flags |= {"rope_mode": "legacy", "chunk_start": "zeros", "published_layout": True}
+    return flags
 
 
 def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
@@ -138,17 +194,6 @@ def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
     queries.requires_grad_(True)
 
 
-def lora_targets(vla: OpenVLAForActionPrediction) -> list[str]:
-    """Names of all linear and convolution layers that the forward pass runs.
-
-    The language-model head, the attention pools and the last block of each vision tower are never executed: adapters
-    there would get no gradient.
-    """
-    unreached = tuple(vla.unreached_module_names())
-    kinds = (nn.Linear, nn.Conv2d)
-    return [n for n, m in vla.named_modules() if isinstance(m, kinds) and not n.startswith(unreached)]
-
-
 def _freeze_unreached(vla: OpenVLAForActionPrediction) -> None:
     # Parameters without gradient would make DDP wait for them, and weight decay would shrink them. A tied head is the
     # embedding table, which is reached.
@@ -170,6 +215,8 @@ def _jpeg_quality(metadata: dict[str, dict | None]) -> dict[str, int]:
 
 
 def _check_flags(cfg: FinetuneConfig, start: StartModel) -> None:
+    if cfg.export_published_layout:
+        check_exportable(start.model)
     found = {
         "num_images_in_input": start.model.num_images,
         "use_proprio": start.model.proprio_projector is not None,
@@ -179,7 +226,12 @@ def _check_flags(cfg: FinetuneConfig, start: StartModel) -> None:
         wanted = getattr(cfg, name)
         if wanted is not None and wanted != value:
             raise ValueError(f"--{name} {wanted}: the start model {cfg.config_file_path} was made with {value}")
-    if cfg.tuning_mode is TuningMode.LORA and start.path is None:
+    if cfg.legacy_slices is not None and cfg.legacy_slices != start.model.legacy_slices:
+        raise ValueError(
+            f"--legacy_slices {cfg.legacy_slices}: the start model {cfg.config_file_path} was made with "
+            f"{start.model.legacy_slices}"
+        )
+    if cfg.tuning_mode is TuningMode.LORA and start.base is None:
         raise ValueError(
             f"--use_lora True needs a checkpoint folder as --config_file_path: preset {cfg.config_file_path!r} has "
             "random weights, and adapters could not be loaded again without them"

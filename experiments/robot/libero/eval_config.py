@@ -84,8 +84,7 @@ class EvalConfig:
     max_consecutive_errors: int = 10
     # None: as in the checkpoint's training data where recorded, else `published`.
     render_mode: RenderMode | None = None
-    # `hard` rebuilds the simulation model before every episode, as published. `soft` reuses it: faster, but what the
-    # policy sees may differ in the last digit (a grey level, 0.01 mm) with the episodes before.
+    # `hard` rebuilds the simulation model before every episode, as published; `soft` reuses it, which is faster.
     reset_mode: ResetMode = ResetMode.HARD
     # None: cuda when there is one, else cpu.
     device: str | None = None

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoTokenizer
+from transformers.image_processing_utils import BaseImageProcessor
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
@@ -19,7 +20,7 @@ DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.22363281
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
-class PrismaticImageProcessor:
+class PrismaticImageProcessor(BaseImageProcessor):
     """uint8 images -> normalised floats, one set of three channels per vision tower."""
 
     def __init__(  # noqa: PLR0913 -- fields of the published file
@@ -36,6 +37,7 @@ class PrismaticImageProcessor:
 
         Raises ValueError when the lists do not have one entry per tower.
         """
+        super().__init__()
         towers = 2 if use_fused_vision_backbone else 1
         self.use_fused_vision_backbone = use_fused_vision_backbone
         self.image_resize_strategy = image_resize_strategy
@@ -117,7 +119,7 @@ class PrismaticImageProcessor:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PrismaticImageProcessor:
+    def from_dict(cls, values: dict[str, Any], **_: Any) -> PrismaticImageProcessor:
         """Inverse of `to_dict`; accepts the published file content."""
         return cls(**values)
 

@@ -1,0 +1,116 @@
+"""LoRA: which layers get adapters, the merged weights, and the proof that merging changed nothing."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.models.vla_policy import VLAPolicyModel
+
+ADAPTER_PREFIX = "base_model.model."
+
+
+def lora_targets(vla: OpenVLAForActionPrediction) -> list[str]:
+    """Names of all linear and convolution layers that the forward pass runs.
+
+    The language-model head, the attention pools and the last block of each vision tower are never executed: adapters
+    there would get no gradient.
+    """
+    unreached = tuple(vla.unreached_module_names())
+    return [name for name, _ in _adaptable(vla) if not name.startswith(unreached)]
+
+
+def unused_targets(vla: OpenVLAForActionPrediction) -> list[str]:
+    """The layers that published adapters cover beyond `lora_targets`."""
+    unreached = tuple(vla.unreached_module_names())
+    return [name for name, _ in _adaptable(vla) if name.startswith(unreached)]
+
+
+def _adaptable(vla: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(n, m) for n, m in vla.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and "lora_" not in n]
+
+
+def with_unused_targets(state: dict[str, Tensor], vla: OpenVLAForActionPrediction, rank: int) -> dict[str, Tensor]:
+    """Adapter file content plus what published files also hold: adapters of `unused_targets`, a copy of the LM head.
+
+    Zero adapters change nothing; they let strict readers of the published layout find every key.
+    """
+    state = dict(state)
+    for name in unused_targets(vla):
+        layer = vla.get_submodule(name)
+        key = f"{ADAPTER_PREFIX}{name}"
+        state[f"{key}.lora_A.weight"] = torch.zeros(rank, layer.in_features)
+        state[f"{key}.lora_B.weight"] = torch.zeros(layer.out_features, rank)
+    head = vla.get_output_embeddings().weight.detach().clone()
+    state[f"{ADAPTER_PREFIX}language_model.lm_head.base_layer.weight"] = head
+    return state
+
+
+def merged_state_dict(base: nn.Module) -> dict[str, Tensor]:
+    """State dict of a model with LoRA layers as if they were merged: W + scaling B A under the plain names.
+
+    `base` is the model inside the PEFT wrapper; it is not changed. Tensors without an adapter are not copied.
+    """
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    merged = {}
+    for key, tensor in base.state_dict().items():
+        if ".lora_" in key:
+            continue
+        owner, _, leaf = key.rpartition(".")
+        name = owner.removesuffix(".base_layer")
+        if leaf == "weight" and name in layers:
+            for adapter in layers[name].active_adapters:
+                tensor = tensor + layers[name].get_delta_weight(adapter).to(tensor.dtype)
+        merged[f"{name}.{leaf}" if name in layers else key] = tensor.detach()
+    return merged
+
+
+def verify_merge(adapted: VLAPolicyModel, merged: VLAPolicyModel, tolerance: float) -> float:
+    """Largest difference of the normalised actions on a fixed batch of two; both models end as they began.
+
+    Raises ValueError above `tolerance` or when an output is not finite.
+    """
+    first, second = _fixed_outputs(adapted), _fixed_outputs(merged)
+    difference = float((first - second).abs().max())
+    if not difference <= tolerance:
+        raise ValueError(
+            f"LoRA merge: the merged model's actions differ from the adapted model's by up to {difference:.3g}, "
+            f"allowed are {tolerance:.3g}"
+        )
+    return difference
+
+
+@torch.no_grad()
+def _fixed_outputs(model: VLAPolicyModel) -> Tensor:
+    """Normalised actions (2, K, A) fp32 on the CPU for a batch that depends on the model's sizes only."""
+    device = next(model.parameters()).device
+    batch = {k: v.to(device) for k, v in fixed_batch(model).items()}
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        return model(batch).actions.float().cpu()
+    finally:
+        for module in training:
+            module.training = True
+
+
+def fixed_batch(model: VLAPolicyModel, rows: int = 2, prompt_length: int = 24) -> dict[str, Tensor]:
+    """A batch of noise images, random prompt ids and random states; the global generators are not used."""
+    generator = torch.Generator().manual_seed(0)
+    vision, config = model.vla.vision_backbone, model.vla.config
+    size, channels = vision.featurizer.spec.image_size, 3 * len(vision.towers) * model.num_images
+    slots = model.num_action_queries
+    mask = torch.zeros(rows, prompt_length + slots, dtype=torch.bool)
+    mask[:, prompt_length:] = True
+    batch = {
+        "input_ids": torch.randint(config.text_config.vocab_size, mask.shape, generator=generator),
+        "attention_mask": torch.ones_like(mask),
+        "action_mask": mask,
+        "pixel_values": torch.randn(rows, channels, size, size, generator=generator),
+    }
+    if model.proprio_projector is not None:
+        proprio = torch.rand(rows, model.proprio_projector.proprio_dim, generator=generator)
+        batch["proprio"] = 2 * proprio - 1
+    return batch

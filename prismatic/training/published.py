@@ -1,0 +1,251 @@
+"""Checkpoint folders in the published VLA-Adapter layout: reading them, and writing what the public code reads.
+
+    config.json, model.safetensors (or shards)              the merged VLM, bf16
+    action_head--*checkpoint.pt, proprio_projector--*checkpoint.pt     state dicts, keys with a `module.` prefix
+    dataset_statistics.json, tokenizer and preprocessor files
+
+Such a folder does not say whether its head is plain or Pro, how many images it takes, or that its head reads shifted
+slices under bf16 rotary angles. The first follows from the keys; the rest is fixed by the origin.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+from prismatic.models.action_heads import ChunkStart, L1RegressionActionHead, RopeMode
+from prismatic.models.projectors import ProprioProjector
+from prismatic.models.vla_policy import VLAPolicyModel
+from prismatic.training.checkpoint_files import (
+    FORMAT_VERSION,
+    LoadedCheckpoint,
+    contiguous,
+    has_weights,
+    load_strictly,
+    load_vla,
+    read_json,
+    write_json,
+)
+from prismatic.vla.action_spec import ACTION_SPECS, ActionSpec
+from prismatic.vla.images import ImageSpec
+from prismatic.vla.prompts import PROMPT_KIND
+
+PUBLISHED_TASK_TOKENS = 512
+"""Vision tokens that published heads are built for, whatever the model: two images of 256 patches."""
+PUBLISHED_HEADS = 8
+_HEAD, _PROPRIO = "action_head", "proprio_projector"
+_AUTO_MAP = {
+    "AutoConfig": "configuration_prismatic.OpenVLAConfig",
+    "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction",
+}
+
+
+def is_published(path: Path) -> bool:
+    """Whether the folder holds a merged model beside a published action-head file."""
+    return has_weights(path) and bool(_component_files(path, _HEAD))
+
+
+def load_published(path: str | Path, num_images: int | None = None) -> LoadedCheckpoint:
+    """Read a published folder; everything it does not state is derived and recorded in the manifest.
+
+    Args:
+        path: the folder.
+        num_images: images per sample; None takes the config's own entry or, as published folders have none, the 512
+            vision tokens of published heads divided by the patches of an image.
+
+    Raises FileNotFoundError for a missing file, ValueError for keys or shapes that do not fit, naming them.
+    """
+    path = Path(path)
+    vla = load_vla(path, num_images or _published_num_images(path))
+    statistics = read_json(path / "dataset_statistics.json")
+    head_file, projector = _only_component(path, _HEAD), None
+    if _component_files(path, _PROPRIO):
+        projector = _load_projector(_only_component(path, _PROPRIO), vla)
+    state = read_component(head_file)
+    spec = action_spec_of(_action_dim(state, head_file), _proprio_dim(projector, statistics), path)
+    head = _load_head(state, head_file, vla, spec)
+    model = VLAPolicyModel(vla, head, projector, legacy_slices=True).eval()
+    manifest = _derived_manifest(model, spec) | {"step": _step_in_name(head_file)}
+    return LoadedCheckpoint(model, PrismaticProcessor.from_pretrained(path), manifest, statistics, path)
+
+
+def _derived_manifest(model: VLAPolicyModel, spec: ActionSpec) -> dict:
+    image = ImageSpec(size=model.vla.vision_backbone.featurizer.spec.image_size)
+    return {
+        "format_version": FORMAT_VERSION,
+        "origin": "published",
+        "tuning": "full",
+        "action_spec": spec.to_dict(),
+        "image_spec": image.to_dict(),
+        "prompt_kind": PROMPT_KIND,
+        "num_images": model.num_images,
+        "use_proprio": model.proprio_projector is not None,
+        "legacy_slices": True,
+        "action_head": model.action_head.geometry.to_dict(),
+        "datasets": {},
+    }
+
+
+def action_spec_of(action_dim: int, proprio_dim: int | None, source: Path) -> ActionSpec:
+    """The registered robot's action specification with these sizes; ValueError when none or several fit."""
+    fitting = {
+        spec
+        for spec in ACTION_SPECS.values()
+        if spec.action_dim == action_dim and proprio_dim in (None, spec.proprio_dim)
+    }
+    if len(fitting) != 1:
+        raise ValueError(
+            f"{source}: {len(fitting)} registered robots have {action_dim} action and {proprio_dim} proprio "
+            "dimensions, expected one (prismatic/vla/action_spec.py)"
+        )
+    return fitting.pop()
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def _published_num_images(path: Path) -> int:
+    config = OpenVLAForActionPrediction.config_class.from_pretrained(path, local_files_only=True)
+    stated = read_json(path / "config.json").get("num_images_in_input")
+    if stated is not None:
+        return int(stated)
+    patches = config.tower_specs()[0].num_patches
+    if PUBLISHED_TASK_TOKENS % patches:
+        raise ValueError(
+            f"{path}: config.json states no number of images, and the {PUBLISHED_TASK_TOKENS} vision tokens of a "
+            f"published head are no multiple of {patches} patches per image: pass --num_images_in_input"
+        )
+    return PUBLISHED_TASK_TOKENS // patches
+
+
+def _action_dim(state: dict[str, Tensor], file: Path) -> int:
+    missing = [key for key in ("model.fc1.weight", "model.fc2.weight") if key not in state]
+    if missing:
+        raise ValueError(f"{file}: not an L1 action head: {missing} missing, found {sorted(state)[:8]}")
+    return state["model.fc2.weight"].shape[0]
+
+
+def _proprio_dim(projector: ProprioProjector | None, statistics: dict) -> int | None:
+    if projector is not None:
+        return projector.proprio_dim
+    dims = {len(entry["proprio"]["mean"]) for entry in statistics.values() if "proprio" in entry}
+    return dims.pop() if len(dims) == 1 else None
+
+
+def _load_head(
+    state: dict[str, Tensor], file: Path, vla: OpenVLAForActionPrediction, spec: ActionSpec
+) -> L1RegressionActionHead:
+    blocks = {int(m[1]) for key in state if (m := re.match(r"model\.mlp_resnet_blocks\.(\d+)\.", key))}
+    head = L1RegressionActionHead(
+        hidden_dim=state["model.fc2.weight"].shape[1],
+        action_dim=spec.action_dim,
+        chunk_len=spec.chunk_len,
+        num_blocks=max(1, len(blocks)),
+        num_heads=PUBLISHED_HEADS,
+        num_task_tokens=vla.vision_backbone.num_vision_tokens,
+        use_pro_version=any(".k_self." in key for key in state),
+        rope_mode=RopeMode.LEGACY,
+        chunk_start=ChunkStart.ZEROS,
+        published_layout=True,
+    )
+    load_strictly(head, state, file)
+    return head
+
+
+def _load_projector(file: Path, vla: OpenVLAForActionPrediction) -> ProprioProjector:
+    state = read_component(file)
+    if "fc1.weight" not in state:
+        raise ValueError(f"{file}: not a proprio projector: fc1.weight is missing, found {sorted(state)[:8]}")
+    projector = ProprioProjector(vla.llm_dim, state["fc1.weight"].shape[1])
+    load_strictly(projector, state, file)
+    return projector
+
+
+def read_component(file: Path) -> dict[str, Tensor]:
+    """State dict of a published `.pt` file in fp32, without the `module.` prefix that DDP left in its keys."""
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file}: expected a state dict (name -> tensor), found {type(state).__name__}")
+    return {key.removeprefix("module."): value.float() for key, value in state.items()}
+
+
+def _component_files(path: Path, component: str) -> list[Path]:
+    return sorted(file for file in path.glob(f"{component}--*checkpoint.pt") if file.is_file())
+
+
+def _only_component(path: Path, component: str) -> Path:
+    files = _component_files(path, component)
+    if len(files) != 1:
+        found = [file.name for file in files]
+        raise ValueError(f"{path}: expected exactly one {component}--*checkpoint.pt, found {found}")
+    return files[0]
+
+
+def _step_in_name(file: Path) -> int | None:
+    match = re.search(r"--(\d+)_checkpoint", file.name)
+    return None if match is None else int(match[1])
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def check_exportable(model: VLAPolicyModel) -> None:
+    """ValueError listing what the public evaluation code cannot express: it would load the weights and act wrongly."""
+    geometry = model.action_head.geometry
+    problems = []
+    if not model.legacy_slices:
+        problems.append("the head reads the true token positions, the public code the shifted ones")
+    if geometry.use_pro_version and geometry.rope_mode is not RopeMode.LEGACY:
+        problems.append("rotary angles are exact, the public code's are bf16")
+    if geometry.chunk_start is not ChunkStart.ZEROS:
+        problems.append("the chunk starts from learned rows")
+    if geometry.use_pro_version and not geometry.published_layout:
+        problems.append("the head lacks the film_gen tensors")
+    if model.vla.config.vision_towers is not None:
+        problems.append("the vision towers have a geometry of their own")
+    if problems:
+        raise ValueError(
+            f"--export_published_layout: {'; '.join(problems)}. Only policies that started from published weights, or "
+            "with --legacy_slices True, have this layout"
+        )
+
+
+def export_published(
+    checkpoint: LoadedCheckpoint, folder: str | Path, suffix: str, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """Write the policy as the public evaluation code reads it; returns the folder.
+
+    Args:
+        checkpoint: a policy with a merged VLM; its weights are converted to `dtype` in place.
+        folder: target, replaced when it exists.
+        suffix: of the component files, `{step}_checkpoint` or `latest_checkpoint`.
+        dtype: of all files; published ones are bf16.
+
+    `check_exportable` says whether the public code would run the policy as it was trained.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model = checkpoint.model.to(dtype)
+    model.vla.save_pretrained(temporary, max_shard_size="50GB")  # the public loader is written for one file
+    config = read_json(temporary / "config.json")
+    write_json(temporary / "config.json", config | {"auto_map": _AUTO_MAP})
+    checkpoint.processor.save_pretrained(temporary)
+    write_json(temporary / "dataset_statistics.json", checkpoint.statistics)
+    _write_component(model.action_head.state_dict(), temporary / f"{_HEAD}--{suffix}.pt")
+    if model.proprio_projector is not None:
+        _write_component(model.proprio_projector.state_dict(), temporary / f"{_PROPRIO}--{suffix}.pt")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return folder
+
+
+def _write_component(state: dict[str, Tensor], file: Path) -> None:
+    torch.save({f"module.{name}": tensor for name, tensor in contiguous(state).items()}, file)
