@@ -249,12 +249,14 @@ def _read_components(file: Path) -> dict[str, dict[str, Tensor]]:
     if not isinstance(content, dict) or not isinstance(content.get("model"), Mapping):
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f'{file}: expected a dictionary of components under "model", found {found}')
-    for component, tensors in content["model"].items():
-        entries = tensors.items() if isinstance(tensors, Mapping) else [("", tensors)]
-        wrong = [f"{component}.{key}" for key, value in entries if not isinstance(value, Tensor)]
-        if wrong:
-            raise ValueError(f"{file}: expected dictionaries of tensors, found something else at {_some(wrong)}")
-    return content["model"]
+    components = content["model"]
+    wrong = [name for name, tensors in components.items() if not isinstance(tensors, Mapping)]
+    if not wrong:
+        entries = ((f"{name}.{key}", value) for name, tensors in components.items() for key, value in tensors.items())
+        wrong = [name for name, value in entries if not isinstance(value, Tensor)]
+    if wrong:
+        raise ValueError(f"{file}: expected dictionaries of tensors, found something else at {_some(wrong)}")
+    return components
 
 
 def _separate_vision(

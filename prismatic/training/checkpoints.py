@@ -165,10 +165,16 @@ def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> 
         "legacy_slices": setup.model.legacy_slices,
         "action_head": setup.model.action_head.config,
         "datasets": setup.dataset_metadata,
-        "craft": None if state.craft is None else state.craft.state_dict(),
+        "craft": None if state.craft is None else _craft_record(state.craft, base),
         "training": cfg.to_dict(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
+
+
+def _craft_record(craft: CRaFTConstraint, base: dict | None) -> dict:
+    """Settings, multiplier and the identity of theta_0: the drift budget counts from there."""
+    anchor = {"kind": "initial trainable weights", "sha256": tensors_hash(craft.weights.state_dict()), "base": base}
+    return craft.state_dict() | {"anchor": anchor}
 
 
 def _save_training_state(model: VLAPolicyModel, state: TrainingState, folder: Path) -> None:
@@ -182,7 +188,10 @@ def _save_training_state(model: VLAPolicyModel, state: TrainingState, folder: Pa
     write_json(folder / "generators.json", generators)
     write_json(folder / "state.json", {"step": state.step, "samples_seen": state.samples_seen})
     if state.craft is not None:
-        write_json(folder / "craft.json", state.craft.state_dict())
+        write_json(
+            folder / "craft.json",
+            state.craft.state_dict() | {"anchor_sha256": tensors_hash(state.craft.weights.state_dict())},
+        )
         save_file(contiguous(state.craft.weights.state_dict()), folder / "craft_anchor.safetensors")
 
 
@@ -303,8 +312,10 @@ def restore_training_state(
             parameter.copy_(trainable[name])
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
     if craft is not None:
-        anchor = load_file(existing(folder / "craft_anchor.safetensors"))
-        craft.load_state_dict(read_json(folder / "craft.json"), anchor)
+        file, record = folder / "craft_anchor.safetensors", read_json(folder / "craft.json")
+        craft.load_state_dict(record, load_file(existing(file)))
+        if tensors_hash(craft.weights.state_dict()) != record["anchor_sha256"]:
+            raise ValueError(f"{file} is not the anchor this run started from: its hash is not the one in craft.json")
     _restore_generators(folder)
     return read_json(folder / "state.json")["step"]
 

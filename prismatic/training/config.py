@@ -110,6 +110,7 @@ class FinetuneConfig:
     craft_anchor_layer_idx: int | None = None
     craft_cr_token_mode: str = "vision_only"
     craft_use_mean_pooling: bool = True
+    craft_every: int = 1  # constrain every n-th optimizer step; the others are plain steps and cost no more
     craft_log_freq: int = 10
 
     # --- tracking
@@ -129,7 +130,15 @@ class FinetuneConfig:
             raise ValueError("--use_minivlm False: only the Qwen chat prompt is implemented")
         if self.use_lora and self.use_fz:
             raise ValueError("--use_lora True and --use_fz True exclude each other")
-        for name in ("batch_size", "grad_accumulation_steps", "max_steps", "save_freq", "lora_rank", "craft_log_freq"):
+        for name in (
+            "batch_size",
+            "grad_accumulation_steps",
+            "max_steps",
+            "save_freq",
+            "lora_rank",
+            "craft_log_freq",
+            "craft_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected at least 1")
         if not self.learning_rate > 0:

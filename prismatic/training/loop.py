@@ -44,6 +44,7 @@ class Trainer:
             len(setup.dataset), seed=cfg.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
         )
         self.step = 0
+        self._constraint_metrics: dict[str, float] = {}
         seed_everything(cfg.seed + accelerator.process_index)
         if cfg.resume:
             self._resume()
@@ -75,14 +76,16 @@ class Trainer:
             self.step_context(), list(islice(batches, self.cfg.grad_accumulation_steps)), self.step
         )
         self.step += 1
-        return metrics | {"VLA Train/Learning Rate": learning_rate}
+        # Steps between two constrained ones report the last measurement.
+        self._constraint_metrics |= {k: v for k, v in metrics.items() if k.startswith("CRaFT/")}
+        return self._constraint_metrics | metrics | {"VLA Train/Learning Rate": learning_rate}
 
     def step_context(self) -> StepContext:
         """The objects of one optimizer step."""
         return StepContext(
             model=self.model,
             optimizer=self.optimizer,
-            craft=self.craft,
+            craft=self.craft if self.step % self.cfg.craft_every == 0 else None,
             max_grad_norm=self.cfg.max_grad_norm,
             no_sync=lambda: self.accelerator.no_sync(self.model),
             autocast=self.accelerator.autocast,
@@ -168,7 +171,7 @@ class Trainer:
         line = (
             f"step {self.step:>6}  loss {metrics['VLA Train/Loss']:.4f}  {metrics['samples_per_second']:.1f} samples/s"
         )
-        if self.craft is not None:
+        if "CRaFT/Lambda" in metrics:
             line += (
                 f"  L_ret {metrics['CRaFT/Retention Loss']:.3e}  lambda {metrics['CRaFT/Lambda']:.3f}"
                 f"  conflict {metrics['CRaFT/Conflict Ratio']:.2f}"

@@ -32,14 +32,6 @@ CAMERA_FIELDS = ("image", "wrist_image")
 # -- without the simulator ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["", "_f32"])
-def test_axis_angle_matches_published_numbers(golden_dir, suffix):
-    golden = np.load(golden_dir / "eval" / "quat_axisangle.npz")
-    expected = golden["axis_angle" if not suffix else "axis_angle_from_f32"]
-    found = np.array([quat_to_axis_angle(quat) for quat in golden["quat_xyzw" + suffix]])
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 if suffix else 1e-12)
-
-
 def test_axis_angle_is_not_folded_to_the_upper_hemisphere():
     quat = np.array([0.6, 0.0, 0.0, -0.8])
     assert np.linalg.norm(quat_to_axis_angle(quat)) > np.pi

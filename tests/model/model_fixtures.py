@@ -1,69 +1,14 @@
-"""Builders shared by the model tests: golden tensors, the golden model, a very small model for property tests."""
-
-import json
+"""Builders shared by the model tests: a very small model for property tests and batches for it."""
 
 import torch
-from safetensors.torch import load_file
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
-from prismatic.models.action_heads import L1RegressionActionHead
-from prismatic.models.projectors import ProprioProjector
-
-
-def tensors(path):
-    """Safetensors file as a dict; the float16 storage of exact values is widened to float32."""
-    return {k: v.float() if v.dtype == torch.float16 else v for k, v in load_file(str(path)).items()}
 
 
 def max_difference(a, b):
     assert a.shape == b.shape
     return (a.double() - b.double()).abs().max().item()
-
-
-def golden_config(folder):
-    meta = json.loads((folder / "meta.json").read_text())
-    towers = [
-        {
-            **{k: t[k] for k in ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_hidden_dim")},
-            "norm_eps": t["norm_eps"],
-            "class_token": t["has_class_token"],
-            "reg_tokens": t["num_reg_tokens"],
-            "layer_scale": t["layer_scale"],
-            "attention_pool": t["attention_pool"],
-            "pos_embed": "patches" if t["pos_embed_on_patches_only"] or not t["num_prefix_tokens"] else "all",
-        }
-        for t in meta["vision_towers"]
-    ]
-    values = json.loads((folder / "config.json").read_text())
-    return OpenVLAConfig(**values, vision_towers=towers, num_images_in_input=meta["num_images"])
-
-
-def golden_model(folder):
-    """The golden VLM in eval mode; embedding rows that do not occur are zero."""
-    model = OpenVLAForActionPrediction(golden_config(folder)).eval()
-    weights, rows = tensors(folder / "weights.safetensors"), tensors(folder / "embedding_rows_used.safetensors")
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert set(missing) == {"language_model.lm_head.weight", "language_model.model.embed_tokens.weight"}
-    assert not unexpected
-    with torch.no_grad():
-        table = model.get_input_embeddings().weight
-        table.zero_()
-        table[rows["ids"]] = rows["rows"]
-    return model
-
-
-def golden_head(folder, kind, **options):
-    """(head in eval mode, proprio projector); geometry is read from the tensors."""
-    weights = tensors(folder / f"{kind}_head.safetensors")
-    blocks = 1 + max(int(k.split(".")[2]) for k in weights if "mlp_resnet_blocks" in k)
-    dim = weights["model.fc2.weight"].shape[1]
-    head = L1RegressionActionHead(hidden_dim=dim, num_blocks=blocks, use_pro_version=kind == "pro", **options)
-    head.load_state_dict(weights)
-    proprio = tensors(folder / "proprio_projector.safetensors")
-    projector = ProprioProjector(dim, proprio["fc1.weight"].shape[1])
-    projector.load_state_dict(proprio)
-    return head.eval(), projector
 
 
 def small_config(**overrides):

@@ -1,18 +1,10 @@
-"""Action heads: equality with reference numbers, and properties of the start and of the inputs."""
+"""Action heads: properties of the start, of the gate and of the inputs."""
 
 import pytest
 import torch
-from model_fixtures import golden_head, max_difference, tensors
+from model_fixtures import max_difference
 
-from prismatic.models.action_heads import L1RegressionActionHead, RopeMode, rope_tables
-
-TOLERANCE = 5e-5
-
-
-@pytest.fixture(scope="module")
-def golden(golden_dir):
-    folder = golden_dir / "action_head"
-    return folder, tensors(folder / "inputs.safetensors"), tensors(folder / "expected.safetensors")
+from prismatic.models.action_heads import L1RegressionActionHead
 
 
 def small_head(**options):
@@ -23,80 +15,6 @@ def small_head(**options):
 
 def small_states(seed=0):
     return torch.randn(3, 3, 6 + 5, 32, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("kind", ["plain", "pro"])
-def test_output_equals_reference(golden, kind):
-    folder, inputs, expected = golden
-    head, projector = golden_head(folder, kind)
-    features = projector(inputs["proprio"])
-    assert max_difference(features, expected["proprio_features"]) < 1e-6
-    states = inputs["actions_hidden_states"]
-    assert max_difference(head(states, features), expected[f"{kind}/output"]) < TOLERANCE
-    noisy = head(states, features, expected[f"{kind}/train_noise"])
-    assert max_difference(noisy, expected[f"{kind}/output_train_noise"]) < TOLERANCE
-    by_published_call = head.predict_action(states, inputs["proprio"], projector, phase="Inference")
-    assert max_difference(by_published_call, expected[f"{kind}/output"]) < TOLERANCE
-
-
-@pytest.mark.parametrize("kind", ["plain", "pro"])
-def test_block_states_and_closed_gates_equal_reference(golden, kind):
-    folder, inputs, expected = golden
-    head, projector = golden_head(folder, kind)
-    seen = {}
-    for index, block in enumerate(head.model.mlp_resnet_blocks):
-        block.register_forward_hook(lambda module, args, out, index=index: seen.update({index: (args[0], out)}))
-    features = projector(inputs["proprio"])
-    head(inputs["actions_hidden_states"], features)
-    assert max_difference(seen[0][0], expected[f"{kind}/x_in"]) < TOLERANCE
-    for index in (0, 1, 11, 23):
-        assert max_difference(seen[index][1], expected[f"{kind}/block_{index:02d}"]) < TOLERANCE
-    with torch.no_grad():
-        for block in head.model.mlp_resnet_blocks:
-            block.gating_factor.zero_()
-    closed = head(inputs["actions_hidden_states"], features)
-    assert max_difference(closed, expected[f"{kind}/output_gates_zero"]) < TOLERANCE
-
-
-@pytest.mark.parametrize("kind", ["plain", "pro"])
-def test_gradients_equal_reference(golden, kind):
-    folder, inputs, expected = golden
-    head, projector = golden_head(folder, kind)
-    states = inputs["actions_hidden_states"].clone().requires_grad_()
-    (head(states, projector(inputs["proprio"])) * expected[f"{kind}/grad_weighting"]).sum().backward()
-    gates = torch.cat([block.gating_factor.grad for block in head.model.mlp_resnet_blocks])
-    pairs = {
-        "grad_gating_factor": gates,
-        "grad_fc2_weight": head.model.fc2.weight.grad,
-        "grad_proprio_fc1_weight": projector.fc1.weight.grad,
-        "grad_input_token_norms": states.grad.norm(dim=-1),
-    }
-    for name, value in pairs.items():
-        scale = max(1.0, expected[f"{kind}/{name}"].abs().max().item())
-        assert max_difference(value, expected[f"{kind}/{name}"]) < TOLERANCE * scale, name
-    assert states.grad[:, 0].abs().max() == 0
-    dead = [n for n, p in head.named_parameters() if p.grad is None]
-    assert all("film_gen" in n for n in dead)
-    assert len(dead) == (48 if kind == "pro" else 0)
-
-
-def test_legacy_rope_equals_reference(golden):
-    folder, inputs, expected = golden
-    head, projector = golden_head(folder, "pro", rope_mode="legacy")
-    output = head(inputs["actions_hidden_states"], projector(inputs["proprio"]))
-    assert max_difference(output, expected["pro/output_legacy_rope"]) < TOLERANCE
-
-
-@pytest.mark.parametrize("head_dim", [4, 112])
-def test_rope_tables_equal_reference(golden, head_dim):
-    stored = tensors(golden[0] / "rope_tables.safetensors")
-    probe = stored[f"dim{head_dim}/exact/probe_positions"]
-    legacy = rope_tables(512, head_dim, RopeMode.LEGACY)
-    for name, exact, old in zip(("cos", "sin"), rope_tables(512, head_dim, RopeMode.EXACT), legacy, strict=True):
-        assert max_difference(exact[probe, : head_dim // 2], stored[f"dim{head_dim}/exact/{name}_half"]) < 1e-6
-        bits = stored[f"dim{head_dim}/legacy/{name}_half"].view(torch.int16)
-        assert torch.equal(old[:, : head_dim // 2].contiguous().view(torch.int16), bits)
-        assert torch.equal(exact[:, : head_dim // 2], exact[:, head_dim // 2 :])
 
 
 def test_plain_head_repeats_one_action_and_others_do_not():

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from parity_fixtures import assert_close, below, golden_head, read_json, tensors
+from parity_fixtures import assert_close, assert_gradient_close, below, golden_head, read_json, tensors
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.models.action_heads import RopeMode, rope_tables
@@ -102,7 +102,7 @@ def test_gradients(make_head, inputs, expected, kind):
     }
     for name, reference in below(expected, f"{kind}/grad_").items():
         if name != "weighting":
-            assert_close(gradients[name], reference, TOLERANCE, name)
+            assert_gradient_close(gradients[name], reference, TOLERANCE, name)
     assert states.grad[:, 0].abs().max() == 0
     assert expected[f"{kind}/grad_input_token_norms"][:, 0].abs().max() == 0
 

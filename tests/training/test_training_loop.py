@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from experiments.robot.policy import VLAPolicy
 from prismatic.training import loop
+from prismatic.training.checkpoint_files import tensors_hash
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.step import NonFiniteLossError, optimizer_step
 
@@ -76,6 +77,16 @@ def test_without_craft_nothing_of_it_is_reached(make_trainer, monkeypatch):
     trainer = make_trainer("plain", max_steps=2)
     trainer.fit()
     assert not any("CRaFT" in key for line in metrics(trainer) for key in line)
+
+
+def test_only_every_nth_step_is_constrained(make_trainer, monkeypatch):
+    trainer = make_trainer("run", use_craft=True, craft_every=3, max_steps=7)
+    asked, measure = [], trainer.craft.anchor_features
+    monkeypatch.setattr(trainer.craft, "anchor_features", lambda batch: asked.append(trainer.step) or measure(batch))
+    trainer.fit()
+    assert asked == [0, 3, 6]
+    lambdas = [line["CRaFT/Lambda"] for line in metrics(trainer)]
+    assert lambdas[0] == lambdas[1] == lambdas[2] != lambdas[3] == lambdas[5]
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -234,11 +245,20 @@ def test_lora_on_a_changed_base_is_refused(make_trainer, start_checkpoint):
 def test_resume_takes_the_anchor_of_the_interrupted_run(make_trainer):
     trainer = make_trainer("run", use_craft=True, max_steps=1)
     trainer.fit()
+    resumed = make_trainer("run", use_craft=True, max_steps=2, resume=True)
+    kept, current = resumed.craft.weights.state_dict(), weights(resumed)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in trainer.craft.weights.state_dict().items())
+    assert not all(torch.equal(kept[name], current[name]) for name in kept)  # a new snapshot would equal them
+    assert tensors_hash(kept) == tensors_hash(trainer.craft.weights.state_dict())
+
+
+def test_a_changed_anchor_file_is_refused(make_trainer):
+    trainer = make_trainer("run", use_craft=True, max_steps=1)
+    trainer.fit()
     file = trainer.setup.run_dir.parent / "run--1_chkpt" / "training_state" / "craft_anchor.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
-    resumed = make_trainer("run", use_craft=True, max_steps=2, resume=True)
-    for name, tensor in trainer.craft.weights.state_dict().items():
-        assert torch.equal(resumed.craft.weights.state_dict()[name], tensor + 1)
+    with pytest.raises(ValueError, match="craft_anchor.safetensors is not the anchor"):
+        make_trainer("run", use_craft=True, max_steps=2, resume=True)
 
 
 def test_resume_without_the_anchor_is_refused(make_trainer):

@@ -1,18 +1,13 @@
-"""Hand-made episodes and data sets, and the place of the golden numbers."""
+"""Hand-made episodes and data sets."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from prismatic.vla.datasets.rlds import Episode, write_rlds
 from prismatic.vla.images import encode_jpeg
-
-GOLDEN = Path(os.environ.get("CRAFT_GOLDEN_DIR", Path(__file__).resolve().parents[1] / "golden"))
-GOLDEN_RLDS = GOLDEN / "rlds_mini"
-GOLDEN_NAME = "libero_mini_no_noops"
 
 
 def make_episode(index: int, length: int = 12, instruction: str = "push the plate", side: int = 16) -> Episode:

@@ -3,10 +3,10 @@ import json
 
 import numpy as np
 import pytest
-from data_fixtures import GOLDEN_NAME, GOLDEN_RLDS, make_episode, write_data_set
+from data_fixtures import make_episode, write_data_set
 from torch.utils.data import DataLoader
 
-from prismatic.vla.action_spec import ActionSpec, NormalizationType
+from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset, select_few_shot
 from prismatic.vla.datasets.rlds import MissingFeatureError, RLDSReader, find_version_directory
 from prismatic.vla.datasets.sampler import EpochSampler
@@ -28,11 +28,6 @@ def assert_same(first, second):
 
 
 @pytest.fixture(scope="module")
-def golden_dataset():
-    return VLADataset(GOLDEN_RLDS, GOLDEN_NAME, dataclasses.replace(PLAIN, image_spec=ImageSpec(size=64)))
-
-
-@pytest.fixture(scope="module")
 def small_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     texts = ["Open the drawer", "close the drawer", "push the plate"]
@@ -45,66 +40,6 @@ def small_root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def small(small_root):
     return VLADataset(small_root, "libero_a_no_noops", SMALL)
-
-
-# Golden numbers
-
-
-def test_golden_statistics(golden_dataset):
-    expected = json.loads((GOLDEN_RLDS / "expected.json").read_text())["dataset_statistics"]
-    assert golden_dataset.statistics.keys() == expected.keys()
-    actual, reference = golden_dataset.statistics[GOLDEN_NAME], expected[GOLDEN_NAME]
-    assert (actual["num_transitions"], actual["num_trajectories"]) == (130, 6)
-    assert actual["action"]["mask"] == reference["action"]["mask"]
-    for group in ("action", "proprio"):
-        assert set(reference[group]) == set(actual[group])
-        for name in ("mean", "std", "min", "max", "q01", "q99"):
-            np.testing.assert_allclose(actual[group][name], reference[group][name], rtol=0, atol=1e-6, err_msg=name)
-
-
-@pytest.mark.parametrize("kind", list(NormalizationType))
-def test_golden_normalised_windows(kind):
-    settings = dataclasses.replace(PLAIN, action_spec=ActionSpec(normalization=kind), image_spec=ImageSpec(size=64))
-    dataset = VLADataset(GOLDEN_RLDS, GOLDEN_NAME, settings)
-    suffix = "" if kind is NormalizationType.BOUNDS_Q99 else f"_{kind.value}"
-    expected = np.load(GOLDEN_RLDS / "expected.npz")
-    assert len(dataset) == 88
-    for index in range(len(dataset)):
-        sample = dataset[0, index]
-        episode, step = sample["sample_id"]
-        actions = expected[f"ep{episode}/normalised_action{suffix}"][step : step + 8]
-        proprio = expected[f"ep{episode}/normalised_proprio{suffix}"][step]
-        np.testing.assert_allclose(sample["actions"], actions, rtol=0, atol=1e-6)
-        np.testing.assert_allclose(sample["proprio"], proprio, rtol=0, atol=1e-6)
-        assert sample["actions"].dtype == sample["proprio"].dtype == np.float32
-
-
-def test_golden_chunks_frames_and_order(golden_dataset):
-    expected = np.load(GOLDEN_RLDS / "expected.npz")
-    samples = [golden_dataset[0, index] for index in range(len(golden_dataset))]
-    for episode in range(6):
-        mine = [sample for sample in samples if sample["sample_id"][0] == episode]
-        assert [sample["sample_id"][1] for sample in mine] == expected[f"ep{episode}/chunk_frame_ids"].tolist()
-        chunks, proprio = np.stack([s["actions"] for s in mine]), np.stack([s["proprio"] for s in mine])
-        np.testing.assert_allclose(chunks, expected[f"ep{episode}/chunk_actions"], rtol=0, atol=1e-6)
-        np.testing.assert_allclose(proprio, expected[f"ep{episode}/chunk_proprio"], rtol=0, atol=1e-6)
-
-
-def test_golden_standardised_values(golden_dataset):
-    expected = np.load(GOLDEN_RLDS / "expected.npz")
-    gripper = golden_dataset[0, 0]["actions"][:, 6]  # not normalised: shows the standardisation
-    np.testing.assert_array_equal(gripper, expected["ep0/standardised_action"][:8, 6])
-    raw = RLDSReader(find_version_directory(GOLDEN_RLDS, GOLDEN_NAME)).episode(0).actions[:8, 6]
-    np.testing.assert_array_equal(gripper, np.where(raw < 0, 1, 0))
-
-
-def test_images_are_primary_then_wrist_of_the_frame(golden_dataset):
-    expected = np.load(GOLDEN_RLDS / "expected_images.npz")
-    starts = {golden_dataset[0, i]["sample_id"]: i for i in range(len(golden_dataset))}
-    for episode, step in ((0, 0), (1, 5), (3, 9), (5, 2)):
-        sample = golden_dataset[0, starts[episode, step]]
-        for image, camera in zip(sample["images"], ("primary", "wrist"), strict=True):
-            np.testing.assert_array_equal(image, expected[f"ep{episode}_t{step}_{camera}/decoded_accurate_dct"])
 
 
 # Samples

@@ -3,14 +3,11 @@ import json
 
 import numpy as np
 import pytest
-from data_fixtures import GOLDEN, GOLDEN_NAME, GOLDEN_RLDS
 
-from prismatic.vla.datasets.rlds import RLDSReader, find_version_directory
 from prismatic.vla.images import (
     AugmentSettings,
     ImageSpec,
     augment_images,
-    center_crop,
     crop_and_resize,
     decode_jpeg,
     encode_jpeg,
@@ -26,81 +23,6 @@ def smooth_images(count=2, side=48):
     rng = np.random.default_rng(5)
     coarse = rng.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
     return np.stack([resize_lanczos3(image, (side, side)) for image in coarse])
-
-
-@pytest.fixture(scope="module")
-def golden_rlds_images():
-    return np.load(GOLDEN_RLDS / "expected_images.npz")
-
-
-@pytest.fixture(scope="module")
-def golden_eval_images():
-    return np.load(GOLDEN / "eval" / "images.npz")
-
-
-def assert_levels(actual, expected, most=1, fraction=1e-3):
-    difference = np.abs(actual.astype(int) - expected.astype(int))
-    assert actual.dtype == np.uint8
-    assert difference.max() <= most
-    assert (difference > 0).mean() <= fraction
-
-
-def test_golden_decoding(golden_rlds_images):
-    reader = RLDSReader(find_version_directory(GOLDEN_RLDS, GOLDEN_NAME))
-    names = [name for name in golden_rlds_images.files if name.endswith("/decoded")]
-    assert names
-    for name in names:
-        episode, step, camera = name.split("/")[0].split("_")
-        key = {"primary": "image", "wrist": "wrist_image"}[camera]
-        decoded = decode_jpeg(reader.episode(int(episode[2:])).images[key][int(step[1:])])
-        np.testing.assert_array_equal(decoded, golden_rlds_images[f"{name}_accurate_dct"])
-        difference = np.abs(decoded.astype(int) - golden_rlds_images[name])
-        assert difference.mean() < 2
-        assert difference.max() <= 13
-
-
-@pytest.mark.parametrize("size", [32, 224])
-def test_golden_resize(golden_rlds_images, size):
-    names = [name for name in golden_rlds_images.files if name.endswith(f"resized_{size}")]
-    assert names
-    for name in names:
-        decoded = golden_rlds_images[name.split("/")[0] + "/decoded"]
-        assert_levels(resize_lanczos3(decoded, (size, size)), golden_rlds_images[name])
-
-
-def test_golden_center_crop(golden_rlds_images):
-    names = [name for name in golden_rlds_images.files if name.endswith("_center_crop")]
-    assert names
-    for name in names:
-        assert_levels(center_crop(golden_rlds_images[name.removesuffix("_center_crop")], 0.9), golden_rlds_images[name])
-
-
-def test_golden_evaluation_stages(golden_eval_images):
-    for index in (0, 3):
-        roundtrip = golden_eval_images[f"jpeg_roundtrip_{index}"]
-        assert_levels(resize_lanczos3(roundtrip, (224, 224)), golden_eval_images[f"resized224_{index}"])
-    for index in range(6):
-        cropped = center_crop(golden_eval_images[f"resized224_{index}"], 0.9)
-        assert_levels(cropped, golden_eval_images[f"center_crop_{index}"])
-
-
-def test_golden_evaluation_pipeline(golden_eval_images):
-    kinds = json.loads((GOLDEN / "eval" / "frames.json").read_text())["frames"]
-    for index in range(len(kinds)):
-        upright = golden_eval_images[f"raw_{index}"][::-1, ::-1]
-        assert len(encode_jpeg(np.ascontiguousarray(upright))) == golden_eval_images[f"jpeg_bytes_len_{index}"]
-        for crop, name in ((True, "center_crop"), (False, "resized224")):
-            prepared = prepare_eval_image(upright, ImageSpec(center_crop=crop))
-            difference = np.abs(prepared.astype(int) - golden_eval_images[f"{name}_{index}"])
-            # The reference decodes with the fast integer DCT.
-            assert difference.mean() < 1.5
-            assert difference.max() <= 16
-
-
-def test_golden_other_size(golden_eval_images):
-    prepared = prepare_eval_image(golden_eval_images["raw_other_size"], ImageSpec(center_crop=False))
-    assert prepared.shape == (224, 224, 3)
-    assert np.abs(prepared.astype(int) - golden_eval_images["resized224_other_size"]).mean() < 2
 
 
 def test_image_spec_round_trip_and_limits():

@@ -3,7 +3,6 @@ import json
 
 import numpy as np
 import pytest
-from data_fixtures import GOLDEN
 
 from prismatic.vla.action_spec import ActionSpec, NormalizationType
 from prismatic.vla.normalization import (
@@ -25,31 +24,6 @@ def statistics():
     for trajectory in actions:
         trajectory[:, 6] = rng.integers(0, 2, len(trajectory))
     return compute_statistics(actions, proprios, MASK)
-
-
-@pytest.fixture(scope="module")
-def eval_statistics():
-    return load_statistics(GOLDEN / "eval" / "statistics.json")["eval_demo"]
-
-
-@pytest.mark.parametrize("kind", ["bounds", "bounds_q99"])
-def test_golden_proprio_of_evaluation(eval_statistics, kind):
-    golden = np.load(GOLDEN / "eval" / "proprio.npz")
-    normalizer = Normalizer(eval_statistics, ActionSpec(normalization=kind))
-    published = normalizer.normalize_proprio(golden["state"], zero_constant=False)
-    np.testing.assert_allclose(published, golden[f"normalised_{kind}"], rtol=0, atol=1e-12)
-    trained = normalizer.normalize_proprio(golden["state"])
-    assert np.all(trained[:, 5] == 0)
-    np.testing.assert_array_equal(np.delete(trained, 5, axis=1), np.delete(published, 5, axis=1))
-    assert not np.all(published[:, 5] == 0)
-
-
-@pytest.mark.parametrize("kind", ["bounds", "bounds_q99"])
-def test_golden_unnormalise(eval_statistics, kind):
-    golden = np.load(GOLDEN / "eval" / "unnormalise.npz")
-    actions = Normalizer(eval_statistics, ActionSpec(normalization=kind)).unnormalize_action(golden["normalised"])
-    assert actions.dtype == np.float64
-    np.testing.assert_allclose(actions, golden[f"unnormalised_{kind}"], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", list(NormalizationType))

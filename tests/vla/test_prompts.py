@@ -1,18 +1,6 @@
-import json
-
 import pytest
-from data_fixtures import GOLDEN, GOLDEN_RLDS
 
 from prismatic.vla.prompts import build_prompt
-
-
-def test_golden_prompt_texts():
-    cases = json.loads((GOLDEN / "prompts" / "prompts.json").read_text())["prompts"]
-    assert cases
-    for case in cases:
-        assert build_prompt(case["instruction"]) == case["prompt"]
-    for episode in json.loads((GOLDEN_RLDS / "expected.json").read_text())["episodes"]:
-        assert build_prompt(episode["instruction"]) == episode["prompt"]
 
 
 def test_instruction_is_lower_cased_and_markup_is_not():

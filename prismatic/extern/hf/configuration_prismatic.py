@@ -41,6 +41,7 @@ RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 STEMS = ("patch", "conv")
 POS_EMBED_RULES = ("patches", "all")
+_MOVED_ROPE_FIELDS = ("rope_theta", "partial_rotary_factor")
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,11 @@ class PrismaticConfig(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: readable by transformers 4, 5 and the published code."""
+        values = super().to_diff_dict()
+        return values | {"text_config": _with_moved_rope_fields(values["text_config"])}
+
     def tower_specs(self) -> list[VisionTowerSpec]:
         """One spec per featurizer (two when the backbone is fused); ValueError on a wrong number of towers."""
         if self.vision_towers is None:
@@ -235,6 +241,15 @@ def _require(name: str, value: str, allowed: Any) -> None:
 def _text_config(values: dict[str, Any] | PretrainedConfig | None, default_type: str) -> PretrainedConfig:
     if isinstance(values, PretrainedConfig):
         return values
-    values = dict(values or {})
+    values = _with_moved_rope_fields(values or {})
     model_type = values.pop("model_type", default_type)
     return CONFIG_MAPPING[model_type](**values)
+
+
+def _with_moved_rope_fields(text_config: dict[str, Any]) -> dict[str, Any]:
+    """Copy that repeats what transformers 5 moved into `rope_parameters` under the old names.
+
+    Without them transformers 4 and the published code would silently rotate with a base of 10000.
+    """
+    rope = text_config.get("rope_parameters") or {}
+    return {name: rope[name] for name in _MOVED_ROPE_FIELDS if name in rope} | text_config

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, PrismaticConfig
-from prismatic.extern.hf.vision_transformer import LayerScale, VisionTransformer
+from prismatic.extern.hf.vision_transformer import AttentionPool, LayerScale, VisionTransformer
 
 IGNORE_INDEX = -100
 # Labels above this id count as action tokens (Qwen2.5 tokenizer vocabulary 151643 minus 256 bins minus 1).
@@ -57,8 +57,8 @@ class PrismaticVisionBackbone(nn.Module):
     def __init__(self, config: PrismaticConfig) -> None:
         """Towers are named `featurizer` and, when fused, `fused_featurizer`."""
         super().__init__()
+        self.config = config
         specs = config.tower_specs()
-        self.num_images_in_input = config.num_images_in_input
         self.featurizer = VisionTransformer(specs[0])
         if len(specs) == 2:
             self.fused_featurizer = VisionTransformer(specs[1])
@@ -73,6 +73,11 @@ class PrismaticVisionBackbone(nn.Module):
         """Patches per image."""
         return self.featurizer.spec.num_patches
 
+    @property
+    def num_images_in_input(self) -> int:
+        """Images per sample, kept in the configuration so that it is saved with the model."""
+        return self.config.num_images_in_input
+
     def get_num_images_in_input(self) -> int:
         """Images per sample."""
         return self.num_images_in_input
@@ -81,7 +86,7 @@ class PrismaticVisionBackbone(nn.Module):
         """Set the images per sample (>= 1, ValueError otherwise)."""
         if num_images_in_input < 1:
             raise ValueError(f"num_images_in_input: expected at least 1, got {num_images_in_input}")
-        self.num_images_in_input = num_images_in_input
+        self.config.num_images_in_input = num_images_in_input
 
     @property
     def num_vision_tokens(self) -> int:
@@ -139,19 +144,23 @@ class PrismaticPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        # nn.init, not tensor methods: transformers 5 makes it skip what was read from a file (a module of which only
+        # the bias is missing keeps its weight).
         std = getattr(self.config, "initializer_range", None) or self.config.text_config.initializer_range
         if isinstance(module, nn.Embedding):
-            module.weight.normal_(std=std)
+            nn.init.normal_(module.weight, std=std)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             fan_in = module.weight[0].numel()
-            module.weight.normal_(std=1.0 / math.sqrt(fan_in) if isinstance(module, nn.Conv2d) else std)
+            nn.init.normal_(module.weight, std=1.0 / math.sqrt(fan_in) if isinstance(module, nn.Conv2d) else std)
             if module.bias is not None:
-                module.bias.zero_()
+                nn.init.zeros_(module.bias)
         elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-            module.weight.fill_(1.0)
-            module.bias.zero_()
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
         elif isinstance(module, LayerScale):
-            module.scale_factor.fill_(module.init)
+            nn.init.constant_(module.scale_factor, module.init)
+        elif isinstance(module, AttentionPool):
+            nn.init.zeros_(module.latent)
         elif isinstance(module, VisionTransformer):
             module.reset_embeddings(std)
 
@@ -370,14 +379,23 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
     config_class = OpenVLAConfig
 
     def __init__(self, config: OpenVLAConfig) -> None:
-        """Adds `norm_stats`, the action bins and their centres."""
+        """Adds the action bins and their centres."""
         super().__init__(config)
-        self.norm_stats = config.norm_stats
         self.bins = np.linspace(-1, 1, config.n_action_bins)
         self.bin_centers = (self.bins[:-1] + self.bins[1:]) / 2.0
         # Undo the vocabulary padding; only the discrete decoder of Llama checkpoints would use it.
         self.vocab_size = config.text_config.vocab_size - config.pad_to_multiple_of
         self.version = None
+
+    @property
+    def norm_stats(self) -> dict[str, Any] | None:
+        """Statistics per data set, kept in the configuration so that they are saved with the model."""
+        return self.config.norm_stats
+
+    @norm_stats.setter
+    def norm_stats(self, norm_stats: dict[str, Any] | None) -> None:
+        """Replace the statistics (JSON-ready: lists, no arrays)."""
+        self.config.norm_stats = norm_stats
 
     def set_version(self, version: str) -> str:
         """Remember a free-form version string (called by published evaluation code); returns it."""

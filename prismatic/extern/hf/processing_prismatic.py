@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -21,7 +21,13 @@ SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
 class PrismaticImageProcessor(BaseImageProcessor):
-    """uint8 images -> normalised floats, one set of three channels per vision tower."""
+    """uint8 images -> normalised floats, one set of three channels per vision tower.
+
+    transformers 5 registers only subclasses of its BaseImageProcessor; nothing of the base runs but `__call__`, which
+    hands over to `preprocess`.
+    """
+
+    model_input_names = ["pixel_values"]
 
     def __init__(  # noqa: PLR0913 -- fields of the published file
         self,
@@ -82,10 +88,11 @@ class PrismaticImageProcessor(BaseImageProcessor):
         scale, offset = self._scale.to(pixels.device), self._offset.to(pixels.device)
         return torch.addcmul(offset, pixels, scale).reshape(batch, count * scale.shape[0] * 3, size, size)
 
-    def __call__(self, images: Image.Image | list[Image.Image], **_: Any) -> dict[str, torch.Tensor]:
+    def preprocess(self, images: Image.Image | list[Image.Image], **_: Any) -> BatchFeature:
         """PIL images, one per sample -> {"pixel_values": (B, 3*towers, H, W)}; resized (bicubic) when needed."""
         images = images if isinstance(images, (list, tuple)) else [images]
-        return {"pixel_values": self.preprocess_batch(np.stack([self._resize(image)[None] for image in images]))}
+        pixels = self.preprocess_batch(np.stack([self._resize(image)[None] for image in images]))
+        return BatchFeature({"pixel_values": pixels})
 
     def _resize(self, image: Image.Image) -> np.ndarray:
         size = self.image_size
@@ -119,8 +126,14 @@ class PrismaticImageProcessor(BaseImageProcessor):
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], **_: Any) -> PrismaticImageProcessor:
-        """Inverse of `to_dict`; accepts the published file content."""
+    def from_dict(cls, values: dict[str, Any], **options: Any) -> PrismaticImageProcessor:
+        """Inverse of `to_dict`; accepts the published file content.
+
+        `options`: loading options of the Auto classes, without effect. TypeError when one names a stored field.
+        """
+        overridden = sorted(options.keys() & values.keys())
+        if overridden:
+            raise TypeError(f"{PREPROCESSOR_FILE}: fields {overridden} cannot be replaced while loading")
         return cls(**values)
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -128,9 +141,9 @@ class PrismaticImageProcessor(BaseImageProcessor):
         _write_json(Path(directory) / PREPROCESSOR_FILE, self.to_dict())
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, **_: Any) -> PrismaticImageProcessor:
-        """Read preprocessor_config.json of a local folder; FileNotFoundError when absent."""
-        return cls.from_dict(_read_json(Path(directory) / PREPROCESSOR_FILE))
+    def from_pretrained(cls, directory: str | Path, **options: Any) -> PrismaticImageProcessor:
+        """Read preprocessor_config.json of a local folder; FileNotFoundError when absent. `options`: `from_dict`."""
+        return cls.from_dict(_read_json(Path(directory) / PREPROCESSOR_FILE), **options)
 
 
 class PrismaticProcessor:
@@ -141,17 +154,22 @@ class PrismaticProcessor:
         self.image_processor = image_processor
         self.tokenizer = tokenizer
 
-    def __call__(self, text: str | list[str], images: Any, padding: bool | str = False) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask (B, L) and pixel_values (B, 3*towers, H, W); ValueError on unequal counts."""
+    def __call__(self, text: str | list[str], images: Any, padding: bool | str = False) -> BatchFeature:
+        """input_ids, attention_mask (B, L) and pixel_values (B, 3*towers, H, W); ValueError on unequal counts.
+
+        The result is a mapping whose `to(device, dtype=...)` casts the pixels and leaves the ids integer.
+        """
         tokens = self.tokenizer([text] if isinstance(text, str) else text, return_tensors="pt", padding=padding)
         pixel_values = self.image_processor(images)["pixel_values"]
         if len(pixel_values) != len(tokens["input_ids"]):
             raise ValueError(f"processor: {len(tokens['input_ids'])} texts but {len(pixel_values)} images")
-        return {
-            "input_ids": tokens["input_ids"],
-            "attention_mask": tokens["attention_mask"],
-            "pixel_values": pixel_values,
-        }
+        return BatchFeature(
+            {
+                "input_ids": tokens["input_ids"],
+                "attention_mask": tokens["attention_mask"],
+                "pixel_values": pixel_values,
+            }
+        )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write tokenizer files, preprocessor_config.json and processor_config.json."""
@@ -161,9 +179,12 @@ class PrismaticProcessor:
         _write_json(Path(directory) / PROCESSOR_FILE, {"processor_class": "PrismaticProcessor"})
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, **_: Any) -> PrismaticProcessor:
-        """Read from a local folder, offline; FileNotFoundError when it or its files are missing."""
-        image_processor = PrismaticImageProcessor.from_pretrained(directory)
+    def from_pretrained(cls, directory: str | Path, **options: Any) -> PrismaticProcessor:
+        """Read from a local folder, offline; FileNotFoundError when it or its files are missing.
+
+        `options`: loading options of AutoProcessor, without effect.
+        """
+        image_processor = PrismaticImageProcessor.from_pretrained(directory, **options)
         return cls(image_processor, AutoTokenizer.from_pretrained(str(directory), local_files_only=True))
 
 
