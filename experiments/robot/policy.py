@@ -39,9 +39,14 @@ class VLAPolicy:
         )
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str = "cpu", unnorm_key: str | None = None) -> VLAPolicy:
-        """Read a checkpoint folder; errors name the file that is missing or does not fit."""
-        return cls(load_checkpoint(path), device, unnorm_key)
+    def from_checkpoint(
+        cls, path: str | Path, device: str = "cpu", unnorm_key: str | None = None, num_images: int | None = None
+    ) -> VLAPolicy:
+        """Read a checkpoint folder, ours or published; errors name the file that is missing or does not fit.
+
+        `num_images`: images per sample of a published folder, which does not state it.
+        """
+        return cls(load_checkpoint(path, num_images), device, unnorm_key)
 
     @torch.inference_mode()
     def predict(self, image: np.ndarray, wrist_image: np.ndarray, state: np.ndarray, instruction: str) -> np.ndarray:

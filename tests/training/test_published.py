@@ -118,6 +118,25 @@ def test_load_predict_finetune_save_merge_load_predict(make_trainer, tmp_path, p
     assert after.shape == before.shape and not np.array_equal(after, before)
 
 
+@pytest.mark.slow
+def test_the_published_size_loads_trains_merges_and_loads_again(make_trainer, tmp_path):
+    """1.25 billion random weights; no number of images in the configuration, as in published folders."""
+    start = make_published_folder(tmp_path / "p", preset="qwen25-0_5b", num_images_in_input=None)
+    trainer = make_trainer(
+        "run", config_file_path=str(start), use_lora=True, lora_rank=4, batch_size=1, max_steps=2,
+        merge_lora_during_training=True, save_training_state=False,
+    )  # fmt: skip
+    assert trainer.bare_model.num_images == 2 and trainer.setup.origin == "published"
+    trainer.fit()
+    shutil.rmtree(start)
+    del trainer
+    loaded = load_checkpoint(tmp_path / "runs" / "run--2_chkpt")
+    merge = loaded.manifest["merge"]
+    assert 0 <= merge["max_difference"] <= merge["tolerance"]
+    assert act(loaded.model).isfinite().all()
+    shutil.rmtree(tmp_path / "runs")  # 5 GB
+
+
 def test_the_merge_tool_equals_the_adapted_model_and_keeps_the_source(make_trainer, tmp_path, published, monkeypatch):
     trainer = make_trainer("run", config_file_path=str(published), use_lora=True, lora_rank=4, max_steps=2)
     trainer.fit()

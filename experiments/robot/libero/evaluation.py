@@ -49,7 +49,8 @@ class LiberoBackend:
         from experiments.robot.policy import VLAPolicy
 
         device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return VLAPolicy.from_checkpoint(cfg.pretrained_checkpoint, device=device, unnorm_key=cfg.statistics_key())
+        key, images = cfg.statistics_key(), cfg.num_images_in_input
+        return VLAPolicy.from_checkpoint(cfg.pretrained_checkpoint, device, unnorm_key=key, num_images=images)
 
     def open_demonstrations(self, path: str) -> Any:
         """RLDS reader of one data set directory."""
