@@ -39,7 +39,7 @@ class DemoConfig:
     max_steps: int = 1200
     batch_size: int = 16
     learning_rate: float = 7e-4
-    # The original defaults (budget 0.1, dual learning rate 0.01) are inert at this model's scale: features drift by 1e-3.
+    # The original defaults (0.1 and 0.01) are inert at this model's scale: its features drift by a few 1e-3.
     retention_budget: float = 1e-3
     dual_lr: float = 10.0
     trials: int = 20

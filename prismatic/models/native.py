@@ -46,13 +46,12 @@ _TOWERS = {
     "clip_featurizer": "fused_featurizer",
 }
 _PROJECTOR_LAYERS = {"projector.0": "fc1", "projector.2": "fc2", "projector.4": "fc3"}
-# Fields with a counterpart in our configuration, whose ids are spelled alike; `model_id` is only a name.
+# Fields that decide what the weights mean; `model_id` is only a name and `llm_max_length` informational.
 _CONFIG_FIELDS = (
     "vision_backbone_id",
     "llm_backbone_id",
     "arch_specifier",
     "image_resize_strategy",
-    "llm_max_length",
 )
 
 
@@ -183,7 +182,7 @@ def check_native_config(path: str | Path, config: OpenVLAConfig) -> None:
     """Compare the `config.json` of a native checkpoint with the configuration of the model that is to hold it.
 
     Every field stated under "model" (a VLM) or "vla" (a VLA) that our configuration has as well must be equal:
-    vision_backbone_id, llm_backbone_id, arch_specifier, image_resize_strategy, llm_max_length. A VLA's `base_vlm` is
+    vision_backbone_id, llm_backbone_id, arch_specifier, image_resize_strategy. A VLA's `base_vlm` is
     checked the same way when it is a folder with a `config.json`.
 
     Args:

@@ -535,7 +535,6 @@ def test_config_agrees(run):
         ("llm_backbone_id", "qwen25-0_5b-pure"),
         ("arch_specifier", "linear"),
         ("image_resize_strategy", "letterbox"),
-        ("llm_max_length", 1024),
     ],
 )
 def test_config_disagrees(run, field, value, by_file):
@@ -547,8 +546,8 @@ def test_config_disagrees(run, field, value, by_file):
 
 
 def test_all_disagreements_are_listed(run):
-    write_config(run, {"model": NATIVE_CONFIG | {"llm_max_length": 1, "arch_specifier": "linear"}})
-    with pytest.raises(ValueError, match="model.arch_specifier: found 'linear'.*; model.llm_max_length: found 1,"):
+    write_config(run, {"model": NATIVE_CONFIG | {"image_resize_strategy": "letterbox", "arch_specifier": "linear"}})
+    with pytest.raises(ValueError, match="model.arch_specifier: found 'linear'.*; model.image_resize_strategy: found 'letterbox',"):
         check_native_config(run, build_config("qwen25-0_5b"))
 
 
@@ -578,6 +577,10 @@ def test_config_missing(run, tmp_path):
     bare.mkdir()
     (bare / "step-1.pt").touch()
     check_native_config(bare, config)
+    write_config(bare, {"model": NATIVE_CONFIG | {"arch_specifier": "linear"}})
+    for path in (bare, bare / "step-1.pt"):
+        with pytest.raises(ValueError, match=r"bare/config\.json: .*arch_specifier: found 'linear',"):
+            check_native_config(path, config)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,10 @@ def test_sizes_follow_from_the_configuration(meta, model, expected):
     assert len(model.state_dict()) == meta["num_state_dict_keys"]
     assert model.vision_backbone.get_num_patches() == meta["patches_per_image"]
     assert model.vision_backbone.num_vision_tokens == meta["N"]
-    assert model.config.text_config.num_hidden_layers == meta["num_layers"]
+    assert (model.config.text_config.num_hidden_layers, model.llm_dim) == (meta["num_layers"], meta["D"])
+    for tower, facts in zip(model.vision_backbone.towers, meta["vision_towers"], strict=True):
+        assert tower.spec.num_prefix_tokens == facts["num_prefix_tokens"]
+        assert tower.spec.depth - 2 == facts["feature_block_index"]
     assert len(below(expected, "hidden_states/")) == meta["num_layers"] + 1
 
 

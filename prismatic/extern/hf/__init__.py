@@ -8,7 +8,7 @@ def register_auto_classes() -> None:
 
     Also AutoModelForVision2Seq, the name in published configuration files, where transformers still has it. A
     registered class is preferred over the code that an `auto_map` names, so `trust_remote_code` is neither needed nor
-    asked for. Repeated calls change nothing.
+    asked for (given all the same, transformers 4 would run the folder's code). Repeated calls change nothing.
     """
     # Imported here: the package must stay cheap to import.
     import transformers

@@ -23,8 +23,7 @@ SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 class PrismaticImageProcessor(BaseImageProcessor):
     """uint8 images -> normalised floats, one set of three channels per vision tower.
 
-    transformers 5 registers only subclasses of its BaseImageProcessor; nothing of the base runs but `__call__`, which
-    hands over to `preprocess`.
+    A BaseImageProcessor because transformers 5 registers nothing else; its `__call__` hands over to `preprocess`.
     """
 
     model_input_names = ["pixel_values"]
