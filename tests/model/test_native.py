@@ -547,7 +547,8 @@ def test_config_disagrees(run, field, value, by_file):
 
 def test_all_disagreements_are_listed(run):
     write_config(run, {"model": NATIVE_CONFIG | {"image_resize_strategy": "letterbox", "arch_specifier": "linear"}})
-    with pytest.raises(ValueError, match="model.arch_specifier: found 'linear'.*; model.image_resize_strategy: found 'letterbox',"):
+    found = "model.arch_specifier: found 'linear'.*; model.image_resize_strategy: found 'letterbox',"
+    with pytest.raises(ValueError, match=found):
         check_native_config(run, build_config("qwen25-0_5b"))
 
 
