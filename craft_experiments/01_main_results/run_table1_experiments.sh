@@ -26,7 +26,7 @@ case "$PRESET" in
     ;;
   tiny)
     : "${SUITES:=libero_spatial}"
-    : "${TASK_IDS=1}" "${NUM_TRIALS:=2}" "${NUM_GPUS:=0}"
+    : "${TASK_IDS=9}" "${NUM_TRIALS:=2}" "${NUM_GPUS:=0}"
     : "${CONFIG_FILE_PATH:=pretrained_models/tiny-libero-object}"
     : "${DATA_ROOT_DIR:=datasets/rlds}" "${DATASET_SUFFIX=_scripted_no_noops}"
     : "${BATCH_SIZE:=16}" "${MAX_STEPS:=20}" "${SAVE_FREQ:=10}" "${LORA_RANK:=32}"

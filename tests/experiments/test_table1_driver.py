@@ -169,7 +169,7 @@ def test_tiny_preset_collects_missing_demonstrations(drive, tmp_path):
     assert done.returncode == 1
     collected = [call for call in calls if "collect_demos" in call]
     assert len(collected) == 2  # libero_goal is there
-    assert "--task_suite_name libero_object --episodes_per_task 3" in collected[0] and "--task_ids 1" in collected[0]
+    assert "--task_suite_name libero_object --episodes_per_task 3" in collected[0] and "--task_ids 9" in collected[0]
     assert (drive.out / "table1_results.log").read_text() == (
         "libero_object: 0.7500\nlibero_goal: 0.7500\nlibero_10: TRAINING_FAILED\n"
     )

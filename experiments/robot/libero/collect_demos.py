@@ -77,6 +77,8 @@ class CollectSettings:
     noise_fraction: float = 0.5
     initial_states: str = "sampled"
     render_mode: RenderMode = RenderMode.LAZY
+    # Soft resets are faster but leave fixtures where they were built: a sampled object that belongs on one would fall.
+    reset_mode: ResetMode = ResetMode.HARD
     max_attempts: int = 4
     # LIBERO's own demonstrations end after the goal has held for 10 steps. Without them hardly any window shows what
     # to do once the gripper has opened, and a policy trained on those carries the object and never lets go.
@@ -108,7 +110,8 @@ class CollectSettings:
 
     def fingerprint(self) -> dict[str, Any]:
         """What two runs must share to continue each other (not the number of episodes, tasks or workers)."""
-        content = asdict(self) | {"render_mode": self.render_mode.value, "expert": describe_expert()}
+        modes = {"render_mode": self.render_mode.value, "reset_mode": self.reset_mode.value}
+        content = asdict(self) | modes | {"expert": describe_expert()}
         for name in ("task_ids", "output_dir", "dataset_name", "episodes_per_task", "num_workers"):
             del content[name]
         return content
@@ -261,7 +264,7 @@ def collect_share(settings: CollectSettings, share: Share) -> None:
     if not missing:
         return
     task = load_task(settings.task_suite_name, share.task_id)
-    env = LiberoEnv(task, settings.image_size, settings.render_mode, reset_mode=ResetMode.SOFT)
+    env = LiberoEnv(task, settings.image_size, settings.render_mode, reset_mode=settings.reset_mode)
     for number in missing:
         if _is_orphan():
             return
@@ -494,6 +497,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> CollectSettings:
     add("--noise_fraction", type=float, default=0.5, help="share of episodes with noise (if noise_std > 0)")
     add("--initial_states", default="sampled", help="'sampled' or 'standard:FIRST-LAST'")
     add("--render_mode", type=RenderMode, choices=list(RenderMode), default=RenderMode.LAZY)
+    add("--reset_mode", type=ResetMode, choices=list(ResetMode), default=ResetMode.HARD)
     add("--max_attempts", type=int, default=4)
     add("--steps_after_success", type=int, default=10, help="recorded after the goal is reached; it must still hold")
     values = vars(parser.parse_args(argv))

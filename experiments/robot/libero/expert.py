@@ -308,7 +308,7 @@ class PickPlaceExpert:
         """Raise the object above everything it will pass; slow for the first centimetre."""
         start = self._pose()[0].copy()
         bottom = self._geometry.vertices(body)[:, 2].min()
-        height = max(self._support_height(target) + self._settings.clearance + start[2] - bottom, start[2] + 0.05)
+        height = max(self._support_height(target) + self._settings.clearance + start[2] - bottom, start[2] + 0.07)
         for _ in range(self._settings.phase_limit):
             raised = self._pose()[0][2] - start[2]
             lost = raised - (self._geometry.vertices(body)[:, 2].min() - bottom) > 0.04
@@ -318,7 +318,8 @@ class PickPlaceExpert:
             yield self._toward(np.array([*start[:2], height + 0.02]), grasp.yaw, CLOSE, "lift", limit=limit)
 
     def _place(self, grasp: Grasp, body: str, target: str) -> Iterator[Command]:
-        """Carry the object over its target and lower it inside a funnel."""
+        """Carry the object over its target at the height it was lifted to and lower it inside a funnel."""
+        lifted = self._pose()[0][2]
         for _ in range(2 * self._settings.phase_limit):
             points = self._geometry.vertices(body)
             middle = (points[:, :2].min(0) + points[:, :2].max(0)) / 2
@@ -330,7 +331,7 @@ class PickPlaceExpert:
             goal[2] = spot[2] + below + self._settings.release_height
             final = goal.copy()
             carry = self._support_height(target) + self._settings.clearance + below - goal[2]
-            goal[2] = self._funnel_height(goal, max(carry, 0.0))
+            goal[2] = self._funnel_height(goal, max(carry, lifted - goal[2], 0.0))
             if np.linalg.norm(final - position) < 0.010:
                 return
             yield self._toward(goal, grasp.yaw, CLOSE, "place", noise_scale=_tolerated(final - position))
