@@ -29,7 +29,7 @@ def make_trainer(tmp_path):
     def make(name: str, **flags):
         defaults = {
             "config_file_path": "tiny",
-            "data_root_dir": str(GOLDEN / "rlds_mini"),
+            "data_root_dir": str(Path(__file__).parent / "golden" / "rlds_mini"),
             "dataset_name": "libero_mini_no_noops",
             "run_root_dir": str(tmp_path / "runs"),
             "run_id_override": name,

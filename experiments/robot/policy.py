@@ -34,6 +34,8 @@ class VLAPolicy:
         self._model = checkpoint.model.to(device).eval()
         self._device = device
         self._num_images = manifest["num_images"]
+        # Published policies were evaluated, and published rates measured, without the rule for constant dimensions.
+        self._zero_constant = manifest.get("origin") != "published" or "training" in manifest
         self._collate = VLACollator(
             checkpoint.processor.tokenizer, checkpoint.processor.image_processor, self._model.num_action_queries
         )
@@ -61,7 +63,7 @@ class VLAPolicy:
         images = [image, wrist_image][: self._num_images]
         sample = {
             "images": np.stack([prepare_eval_image(i, self.image_spec) for i in images]),
-            "proprio": self._normalizer.normalize_proprio(np.asarray(state, dtype=np.float32)),
+            "proprio": self._normalizer.normalize_proprio(np.asarray(state, dtype=np.float32), self._zero_constant),
             "actions": np.zeros((self.action_spec.chunk_len, self.action_spec.action_dim), dtype=np.float32),
             "instruction": instruction,
             "dataset_name": self.unnorm_key,

@@ -1,18 +1,21 @@
 """Names and shapes of the published geometry, built without memory on the meta device."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from parity_fixtures import golden_model, read_json
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from safetensors import safe_open
 
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.models.action_heads import L1RegressionActionHead
 from prismatic.models.presets import PROPRIO_DIM, build_config, head_options
 from prismatic.models.projectors import ProprioProjector
+from prismatic.training.config import FinetuneConfig
 from prismatic.training.lora import lora_targets, unused_targets, with_unused_targets
+from prismatic.training.setup import apply_tuning
 
 PRESET = "qwen25-0_5b"
 ADAPTER_PREFIX = "base_model.model."
@@ -111,7 +114,8 @@ def test_head_without_the_parameters_that_nothing_reads(folder, summary, config)
 def test_proprio_projector(folder, summary, config):
     projector = ProprioProjector(config.text_config.hidden_size, PROPRIO_DIM)
     assert shapes(projector.state_dict()) == read_json(folder / "proprio_projector.json")
-    assert count(projector) == summary["proprio_projector"]["parameters"]
+    facts = summary["proprio_projector"]
+    assert (len(projector.state_dict()), count(projector)) == (facts["keys"], facts["parameters"])
 
 
 # LoRA adapters
@@ -129,9 +133,10 @@ def adapter(folder, summary):
 
 @pytest.fixture(scope="module")
 def adapted(config, adapter):
-    """The model with our adapters; a model of its own, because the adapters are put in place."""
-    vla = build_vla(config)
-    return get_peft_model(vla, LoraConfig(r=adapter[2], target_modules=lora_targets(vla)))
+    """The model with adapters as training puts them; a model of its own, because it is changed."""
+    policy = SimpleNamespace(vla=build_vla(config))
+    apply_tuning(policy, FinetuneConfig(use_lora=True, lora_rank=adapter[2]))
+    return policy.vla
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +191,8 @@ def test_adapter_file_with_unused_targets_is_the_published_one(adapter, adapted,
     assert shapes(with_unused_targets(adapter_state, adapted.get_base_model(), rank)) == table
 
 
-def test_targets_belong_to_modules_that_the_published_list_names(adapter):
-    table, facts, _ = adapter
+def test_adapter_settings(adapter, adapted):
+    table, facts, rank = adapter
+    found = adapted.peft_config["default"]
+    assert (found.r, found.lora_alpha) == (rank, facts["lora_alpha"])
     assert {name.rsplit(".", 1)[-1] for name in modules(table)} == set(facts["target_modules"])

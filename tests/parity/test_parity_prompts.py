@@ -111,7 +111,7 @@ def tokenizer():
 
 def test_tokenizer_facts(golden, tokenizer):
     facts = golden["tokenizer"]
-    for name in ("vocab_size", "pad_token", "pad_token_id", "eos_token_id", "bos_token_id", "model_max_length"):
+    for name in ("vocab_size", "pad_token", "pad_token_id", "eos_token_id", "bos_token_id"):
         assert getattr(tokenizer, name) == facts[name], name
     assert len(tokenizer) == facts["length"]
     assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [facts["im_start"], facts["im_end"]]

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -6,6 +8,7 @@ from prismatic.vla.datasets.registry import (
     alternative_name,
     expand_data_set_names,
     get_data_set_config,
+    register_data_set,
     standardize_libero,
 )
 
@@ -39,6 +42,16 @@ def test_libero_names_are_registered(name):
 def test_unknown_data_set():
     with pytest.raises(KeyError, match="bridge_orig.*libero_"):
         get_data_set_config("bridge_orig")
+
+
+def test_a_registered_data_set_is_known_and_cannot_change(monkeypatch):
+    monkeypatch.setattr("prismatic.vla.datasets.registry._REGISTERED", {})
+    libero = get_data_set_config("libero_spatial")
+    register_data_set("kitchen", libero)
+    register_data_set("kitchen", libero)
+    assert get_data_set_config("kitchen") is libero
+    with pytest.raises(ValueError, match="kitchen"):
+        register_data_set("kitchen", replace(libero, cameras=("image",)))
 
 
 def test_lists_and_mixtures():

@@ -42,11 +42,28 @@ def standardize_libero(actions: np.ndarray, state: np.ndarray) -> tuple[np.ndarr
 _LIBERO = DataSetConfig(standardize_libero, ("image", "wrist_image"), (True,) * 6 + (False,))
 
 
+_REGISTERED: dict[str, DataSetConfig] = {}
+
+
+def register_data_set(name: str, config: DataSetConfig) -> None:
+    """Say how data set `name` is standardised; ValueError when it is known with another configuration.
+
+    For data in LIBERO's conventions under another name: `register_data_set(name, get_data_set_config("libero_"))`.
+    """
+    if _REGISTERED.setdefault(name, config) != config:
+        raise ValueError(f"data set {name!r} is registered with another configuration")
+
+
 def get_data_set_config(name: str) -> DataSetConfig:
-    """Configuration of data set `name`: every name that starts with `libero_`; KeyError otherwise."""
+    """Configuration of data set `name`: a registered one, or a name that starts with `libero_`; KeyError otherwise."""
+    if name in _REGISTERED:
+        return _REGISTERED[name]
     if name.startswith("libero_"):
         return _LIBERO
-    raise KeyError(f"data set {name!r} has no registered standardisation, expected a name that starts with 'libero_'")
+    raise KeyError(
+        f"data set {name!r} has no registered standardisation, expected a name that starts with 'libero_' or one given "
+        "to prismatic.vla.datasets.registry.register_data_set"
+    )
 
 
 def expand_data_set_names(name: str) -> list[str]:
