@@ -24,8 +24,8 @@ def run(folder: Path, processes: int, batch_size: int, accumulation: int, data_r
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_craft_and_accumulation(tmp_path, golden_dir):
-    data_root = golden_dir / "rlds_mini"
+def test_two_processes_equal_one_with_craft_and_accumulation(tmp_path):
+    data_root = ROOT / "tests" / "golden" / "rlds_mini"
     first, second = run(tmp_path / "two", 2, 2, 2, data_root)
     (single,) = run(tmp_path / "one", 1, 4, 2, data_root)
     assert first["lambda"] == second["lambda"]
