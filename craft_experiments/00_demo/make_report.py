@@ -8,7 +8,7 @@
      "evaluations": [{"row": "craft", "column": "target", "results_dir": "evaluations/craft-target"}, ...],
      "settings": {...}, "commands": {"train-plain": "python ..."}, "seconds": {"train-plain": 310.2}}
 
-Only `runs` and `evaluations` are required. Every number of the report is computed here from the raw files.
+Only `runs` and `evaluations` are required; `title` replaces the demo's. Every number of the report is computed here from the raw files.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def compose_report(results: DemoResults, figures: list[str]) -> str:
     trials = sorted({e.trials for cells in results.table.values() for e in cells.values()})
     per_cell = " to ".join(str(n) for n in dict.fromkeys((trials[0], trials[-1]))) if trials else "no"
     sections = [
-        "# Demo: plain fine-tuning and CRaFT",
+        f"# {results.manifest.get('title', 'Demo: plain fine-tuning and CRaFT')}",
         "Each cell: successes/trials = rate [95 % Wilson interval]. The controls do not see the scene; where they "
         "succeed as often as a policy, its rate says nothing about seeing.",
         success_table(results) if results.table else "No evaluation was recorded.",

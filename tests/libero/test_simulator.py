@@ -129,12 +129,12 @@ def _rollout(task, mode):
     env = LiberoEnv(task, image_size=96, render_mode=mode, reset_mode=ResetMode.SOFT)
     env.reset(task.init_states[0], seed=0)
     env.settle(1)
-    seen, states = [env.observe()], [env.state()]
+    states, seen = [env.state()], [env.observe()]
     raw = env.sim.render(96, 96, camera_name="agentview") if mode is RenderMode.PUBLISHED else None
     for _ in range(4):
         env.step(np.array([0.6, -0.4, -0.5, 0.0, 0.05, 0.1, -1.0]))
+        states.append(env.state())  # before the image: a lazy one brings the body poses up to date first
         seen.append(env.observe())
-        states.append(env.state())
     env.close()
     return seen, np.array(states), raw
 
@@ -292,7 +292,8 @@ def test_observations_are_rotated_images_and_the_proprioception(object_rollouts)
                 image = getattr(observation, camera)
                 assert image.shape == (96, 96, 3) and image.dtype == np.uint8 and image.std() > 10
             assert observation.state.shape == (8,) and observation.state.dtype == np.float64
-    np.testing.assert_array_equal(object_rollouts[RenderMode.LAZY][0][-1].state, states[-1])
+    lazy = object_rollouts[RenderMode.LAZY][0][-1].state
+    assert 0 < np.abs(lazy - states[-1]).max() < 2e-3, "one physics sub-step later than what the step left behind"
 
 
 @pytest.mark.simulator
