@@ -8,7 +8,8 @@
      "evaluations": [{"row": "craft", "column": "target", "results_dir": "evaluations/craft-target"}, ...],
      "settings": {...}, "commands": {"train-plain": "python ..."}, "seconds": {"train-plain": 310.2}}
 
-Only `runs` and `evaluations` are required; `title` replaces the demo's. Every number of the report is computed here from the raw files.
+Only `runs` and `evaluations` are required; `title` replaces the demo's. Every number of the report is computed here
+from the raw files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The whole loop on a laptop CPU: fine-tune plain and with CRaFT, evaluate both in LIBERO, write the report.
 
 Jobs run two at a time, one core each. A job whose result file exists is skipped, so an interrupted demo continues.
-With other settings, name other folders too: `--max_steps 3000 --work_dir runs/demo_3000 --results_dir results/demo_3000`.
+With other settings, name other folders as well:
+`--max_steps 3000 --work_dir runs/demo_3000 --results_dir results/demo_3000`.
 """
 
 from __future__ import annotations
