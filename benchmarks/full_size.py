@@ -83,7 +83,7 @@ def train(model: VLAPolicyModel, steps: int) -> tuple[list[float], list[dict]]:
     """Seconds and metrics of each CRaFT optimizer step (batch 1, random images, ids, state and actions)."""
 
     def anchor(bare: VLAPolicyModel, batch: dict):
-        return bare.anchor_features(batch, craft_request(craft))
+        return bare.anchor_features(batch, craft_request(craft.config))
 
     craft = CRaFTConstraint(model, CRaFTConfig(), anchor)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=True)

@@ -24,9 +24,9 @@ def finetune(cfg: FinetuneConfig) -> None:
 
 
 def build_accelerator(cfg: FinetuneConfig) -> Accelerator:
-    """Device, processes and precision: bf16 autocast on CUDA, fp32 on the CPU (where bf16 is several times slower)."""
+    """Device, processes and precision."""
     use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-    return Accelerator(cpu=not use_cuda, mixed_precision="bf16" if use_cuda else "no")
+    return Accelerator(cpu=not use_cuda, mixed_precision=cfg.precision(use_cuda))
 
 
 if __name__ == "__main__":

@@ -21,16 +21,22 @@ class CraftRequest:
     """Which constraint features a forward pass returns.
 
     `layer_idx` indexes the hidden states (None = the middle one, negative from the end); `cr_token_mode` is
-    "vision_only" or "vision_plus_prompt".
+    "vision_only" or "vision_plus_prompt". `bridge` returns what the action head reads instead: all hidden states.
+    `raw_only` says that C_AQ is not needed, so that a pass for the features alone may stop at C_R's layer.
     """
 
     layer_idx: int | None = None
     cr_token_mode: CrTokenMode | str = CrTokenMode.VISION_ONLY
+    bridge: bool = False
+    raw_only: bool = False
 
 
 @dataclass
 class PolicyOutput:
-    """Normalised actions (B, K, A) and, on request, C_R (B, T, D), C_AQ (B, Q, D) and the token mask of C_R (B, T)."""
+    """Normalised actions (B, K, A) and, on request, C_R (B, T, D), C_AQ (B, Q, D) and the token mask of C_R (B, T).
+
+    With `bridge` the features are (B, layers + 1, N, D) and (B, layers + 1, Q, D).
+    """
 
     actions: torch.Tensor
     raw_latent_features: torch.Tensor | None = None
@@ -79,8 +85,22 @@ class VLAPolicyModel(nn.Module):
         """Q."""
         return self.vla.num_action_queries
 
+    def freezes_vision(self) -> bool:
+        """Whether no weight of the vision towers is trained."""
+        return not any(p.requires_grad for p in self.vla.vision_backbone.parameters())
+
+    @torch.no_grad()
+    def share_vision(self, batch: dict) -> dict:
+        """The batch with `vision_features` (B, N, vision width) computed once, when the towers are frozen.
+
+        Frozen towers give the same features in every pass over the batch. Otherwise the batch itself.
+        """
+        if not self.freezes_vision():
+            return batch
+        return {**batch, "vision_features": self.vla.vision_backbone(batch["pixel_values"])}
+
     def _run_vla(
-        self, batch: dict, craft: CraftRequest | None, output_hidden_states: bool
+        self, batch: dict, craft: CraftRequest | None, output_hidden_states: bool, raw_only: bool = False
     ) -> PrismaticCausalLMOutputWithPast:
         request = craft or CraftRequest()
         return self.vla(
@@ -89,9 +109,11 @@ class VLAPolicyModel(nn.Module):
             pixel_values=batch["pixel_values"],
             action_mask=batch["action_mask"],
             output_hidden_states=output_hidden_states,
-            output_craft_features=craft is not None,
+            output_craft_features=craft is not None and not request.bridge,
             craft_layer_idx=request.layer_idx,
             craft_cr_token_mode=request.cr_token_mode,
+            craft_raw_only=raw_only,
+            vision_features=batch.get("vision_features"),
         )
 
     def forward(self, batch: dict, craft: CraftRequest | None = None) -> PolicyOutput:
@@ -99,7 +121,7 @@ class VLAPolicyModel(nn.Module):
 
         Args:
             batch: input_ids, attention_mask, action_mask (B, L); pixel_values (B, 3*towers*n, H, W); proprio (B, P)
-                normalised, needed iff the policy has a proprio projector.
+                normalised, needed iff the policy has a proprio projector; optionally vision_features (`share_vision`).
             craft: also return the constraint features of the same pass.
 
         Raises KeyError for a missing batch entry, ValueError for inconsistent shapes.
@@ -110,11 +132,19 @@ class VLAPolicyModel(nn.Module):
         if self.proprio_projector is not None:
             features = self.proprio_projector(batch["proprio"])
         actions = self.action_head(states, features)
+        if craft is not None and craft.bridge:
+            return PolicyOutput(actions, *states)
         return PolicyOutput(actions, output.raw_latent_features, output.action_query_features, output.raw_latent_mask)
 
     def anchor_features(
         self, batch: dict, craft: CraftRequest | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """C_R (B, T, D), C_AQ (B, Q, D) and the mask of C_R (None in vision_only mode), without running the head."""
-        output = self._run_vla(batch, craft or CraftRequest(), output_hidden_states=False)
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """C_R (B, T, D), C_AQ (B, Q, D) and the mask of C_R (None in vision_only mode), without running the head.
+
+        With `raw_only` C_AQ is None and the language model stops at C_R's layer; shapes with `bridge`: `PolicyOutput`.
+        """
+        request = craft or CraftRequest()
+        output = self._run_vla(batch, request, request.bridge, request.raw_only and not request.bridge)
+        if request.bridge:
+            return *self.vla.bridge_states(output.hidden_states, batch["action_mask"], self.legacy_slices), None
         return output.raw_latent_features, output.action_query_features, output.raw_latent_mask

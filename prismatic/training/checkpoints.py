@@ -50,9 +50,10 @@ from prismatic.training.checkpoint_files import (
     write_json,
 )
 from prismatic.training.config import FinetuneConfig, TuningMode
-from prismatic.training.craft_utils import CRaFTConstraint
+from prismatic.training.craft_utils import CRaFTConstraint, CRaFTWeightManager
 from prismatic.training.lora import merged_state_dict, verify_merge, with_unused_targets
 from prismatic.training.published import export_published, is_published, load_published
+from prismatic.training.retention import L2SPPenalty
 from prismatic.vla.prompts import PROMPT_KIND
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
@@ -65,7 +66,15 @@ class TrainingState:
     step: int
     samples_seen: int
     optimizer: torch.optim.Optimizer
-    craft: CRaFTConstraint | None
+    craft: CRaFTConstraint | None = None
+    penalty: L2SPPenalty | None = None
+    scaler: torch.amp.GradScaler | None = None
+
+    @property
+    def anchor(self) -> CRaFTWeightManager | None:
+        """The weights theta_0 the run is held to, if it is."""
+        holder = self.craft or self.penalty
+        return None if holder is None else holder.weights
 
 
 def checkpoint_path(cfg: FinetuneConfig, step: int | None = None) -> Path:
@@ -105,7 +114,7 @@ def save_checkpoint(cfg: FinetuneConfig, setup, state: TrainingState) -> Path:
     if cfg.export_published_layout:
         export_published(load_checkpoint(temporary), folder.with_name(f"{folder.name}--published"), suffix)
     if cfg.save_training_state:
-        _save_training_state(setup.model, state, temporary / "training_state")
+        _save_training_state(setup, state, temporary / "training_state")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     return folder
@@ -173,11 +182,12 @@ def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> 
 
 def _craft_record(craft: CRaFTConstraint, base: dict | None) -> dict:
     """Settings, multiplier and the identity of theta_0: the drift budget counts from there."""
-    anchor = {"kind": "initial trainable weights", "sha256": tensors_hash(craft.weights.state_dict()), "base": base}
+    anchor = {"kind": craft.anchor.kind.value, "sha256": tensors_hash(craft.weights.state_dict()), "base": base}
     return craft.state_dict() | {"anchor": anchor}
 
 
-def _save_training_state(model: VLAPolicyModel, state: TrainingState, folder: Path) -> None:
+def _save_training_state(setup, state: TrainingState, folder: Path) -> None:
+    model, base = setup.model, setup.base
     folder.mkdir()
     save_file(_trainable(model), folder / "trainable.safetensors")
     torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
@@ -187,12 +197,13 @@ def _save_training_state(model: VLAPolicyModel, state: TrainingState, folder: Pa
     generators = {"python": [version, keys, gauss], "numpy": [kind, numpy_keys.tolist(), *numpy_rest]}
     write_json(folder / "generators.json", generators)
     write_json(folder / "state.json", {"step": state.step, "samples_seen": state.samples_seen})
-    if state.craft is not None:
-        write_json(
-            folder / "craft.json",
-            state.craft.state_dict() | {"anchor_sha256": tensors_hash(state.craft.weights.state_dict())},
-        )
-        save_file(contiguous(state.craft.weights.state_dict()), folder / "craft_anchor.safetensors")
+    if state.scaler is not None:
+        write_json(folder / "scaler.json", state.scaler.state_dict())
+    if state.anchor is not None:
+        anchor = state.anchor.state_dict()
+        record = {"anchor_sha256": tensors_hash(anchor), "base_sha256": None if base is None else base.sha256}
+        write_json(folder / "craft.json", record | ({} if state.craft is None else state.craft.state_dict()))
+        save_file(contiguous(anchor), folder / "craft_anchor.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -294,30 +305,45 @@ class BaseModel:
         return vla
 
 
-def restore_training_state(
-    folder: str | Path, model: VLAPolicyModel, optimizer: torch.optim.Optimizer, craft: CRaFTConstraint | None
-) -> int:
-    """Put a run back where the checkpoint left it and return its step.
+def restore_training_state(folder: str | Path, setup, state: TrainingState) -> int:
+    """Put the objects of `state` and the model of `setup` back where the checkpoint left them; returns its step.
 
-    Raises FileNotFoundError when the folder holds no training state, or no anchor for a CRaFT run.
+    Raises FileNotFoundError when the folder holds no training state, or no anchor for a run that is held to one;
+    ValueError when the trained parameters, the anchor or the base model are not those of the interrupted run.
     """
     folder = existing(Path(folder) / "training_state")
     trainable = load_file(folder / "trainable.safetensors")
-    expected = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    expected = {n: p for n, p in setup.model.named_parameters() if p.requires_grad}
     if trainable.keys() != expected.keys():
         difference = sorted(trainable.keys() ^ expected.keys())[:5]
         raise ValueError(f"{folder}: trained parameters differ from this configuration's, e.g. {difference}")
+    if state.anchor is not None:
+        _restore_anchor(folder, setup.base, state)
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(trainable[name])
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-    if craft is not None:
-        file, record = folder / "craft_anchor.safetensors", read_json(folder / "craft.json")
-        craft.load_state_dict(record, load_file(existing(file)))
-        if tensors_hash(craft.weights.state_dict()) != record["anchor_sha256"]:
-            raise ValueError(f"{file} is not the anchor this run started from: its hash is not the one in craft.json")
+    state.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+    if state.scaler is not None:
+        state.scaler.load_state_dict(read_json(folder / "scaler.json"))
     _restore_generators(folder)
     return read_json(folder / "state.json")["step"]
+
+
+def _restore_anchor(folder: Path, base: BaseModel | None, state: TrainingState) -> None:
+    file, record = folder / "craft_anchor.safetensors", read_json(folder / "craft.json")
+    anchor = load_file(existing(file))
+    if tensors_hash(anchor) != record["anchor_sha256"]:
+        raise ValueError(f"{file} is not the anchor this run started from: its hash is not the one in craft.json")
+    # With adapters the frozen base weights are part of theta_0.
+    if base is not None and record["base_sha256"] != base.sha256:
+        raise ValueError(
+            f"base {base.path}: sha256 of its weights is {base.sha256}, the interrupted run in {folder} started from "
+            f"{record['base_sha256']}"
+        )
+    if state.craft is not None:
+        state.craft.load_state_dict(record, anchor)
+    else:
+        state.anchor.load_state_dict(anchor)
 
 
 def _restore_generators(folder: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 
-from prismatic.training.craft_utils import CRaFTConfig
+from prismatic.training.craft_utils import PRESET_FIELDS, CRaFTConfig, plain_values
 
 # Flags of the published script that this code base does not implement: a value other than the default is an error,
 # not a silent no-op.
@@ -24,6 +25,21 @@ class TuningMode(str, Enum):
     LORA = "lora"
     FULL = "full"
     FROZEN = "frozen"
+
+
+class RetentionMethod(str, Enum):
+    """What holds the model near its start (`retention.py`)."""
+
+    NONE = "none"
+    CRAFT = "craft"
+    L2SP = "l2sp"
+    FEATURE_PENALTY = "feature_penalty"
+    FROZEN = "frozen"
+
+    @property
+    def constrains_features(self) -> bool:
+        """True for the methods that measure the drift of the bridge features in training."""
+        return self in (RetentionMethod.CRAFT, RetentionMethod.FEATURE_PENALTY)
 
 
 class LRSchedule(str, Enum):
@@ -80,6 +96,8 @@ class FinetuneConfig:
     image_aug: bool = True
     num_data_workers: int = 0
     device: str = "auto"  # auto: cuda when there is one
+    mixed_precision: str = "auto"  # no, bf16, fp16; auto: bf16 on cuda, no on the CPU
+    gradient_checkpointing: bool = False
 
     # --- saving
     save_freq: int = 10_000
@@ -96,25 +114,53 @@ class FinetuneConfig:
     lora_emit_unused: bool = False  # zero adapters for layers that are never run, as in published adapter files
     export_published_layout: bool = False  # write {run_id}--{step}_chkpt--published/ beside each checkpoint
     use_fz: bool = False  # freeze the whole VLM
+    freeze_vision: bool = False  # freeze the vision towers; CRaFT then runs them once for both passes
 
-    # --- CRaFT
+    # --- keeping what the start model knew; see retention.py
+    retention_method: str | None = None  # none, craft, feature_penalty, l2sp, frozen; None: as use_craft says
+    l2sp_weight: float = 0.01
+
+    # --- CRaFT. Flags that are None here take the preset's value (`craft_utils/config.py`); `original`'s is given
     use_craft: bool = False
-    craft_retention_weight: float = 1.0
-    craft_retention_budget: float = 0.1
-    craft_dual_lr: float = 0.01
-    craft_projection_eps: float = 1e-8
-    craft_enable_projection: bool = True
+    craft_preset: str = "original"  # or budget
+    craft_retention_weight: float | None = None  # initial lambda: 1.0
+    craft_retention_budget: float | None = None  # eps: 0.1
+    craft_dual_lr: float | None = None  # 0.01
+    craft_dual: str | None = None  # ascent; or pi, off
+    craft_dual_error: str | None = None  # absolute; or relative
+    craft_dual_ki: float = 1.0
+    craft_dual_kp: float = 1.0
+    craft_dual_nu: float = 0.9
+    craft_lambda_max: float | None = None  # inf
     craft_enable_dual: bool = True
     craft_fixed_lambda: float = 0.1
+    craft_enable_projection: bool = True
+    craft_projection_eps: float = 1e-8
+    craft_projection_granularity: str = "tensor"  # or module, layer, global
+    craft_projection_rule: str | None = None  # add; or max, barrier, off
+    craft_projection_when: str | None = None  # always; or active
+    craft_projection_gamma: float = 1.0
+    craft_projection_guard: str | None = None  # additive; or exact
+    craft_projection_metric: str = "euclid"  # or adam
+    craft_barrier_phi: float = 1.0
+    craft_retention_metric: str | None = None  # mse; or rel_mse, cosine, token_rel_mse, gram
+    craft_feature_source: str = "original"  # or bridge
+    craft_w_raw: float = 1.0
+    craft_w_aq: float = 1.0
+    craft_anchor: str | None = None  # online_swap; or disable_adapter, functional, frozen_copy, auto
     craft_anchor_type: str = "concat"
     craft_anchor_layer_idx: int | None = None
     craft_cr_token_mode: str = "vision_only"
     craft_use_mean_pooling: bool = True
     craft_every: int = 1  # constrain every n-th optimizer step; the others are plain steps and cost no more
+    craft_probe_data: str | None = None  # data-set folder on which drift is also measured
+    craft_probe_use: str = "metric"  # or anchor: constrain the drift there instead of on the training batch
+    craft_probe_size: int = 64
     craft_log_freq: int = 10
 
     # --- tracking
     use_wandb: bool = False
+    use_tensorboard: bool = False  # event files in {run_root_dir}/{run_id}/tensorboard
     wandb_entity: str | None = None
     wandb_project: str = "craft-vla"
     wandb_log_freq: int = 10
@@ -128,8 +174,9 @@ class FinetuneConfig:
                 raise ValueError(f"--{name} {getattr(self, name)}: {reason}")
         if not self.use_minivlm:
             raise ValueError("--use_minivlm False: only the Qwen chat prompt is implemented")
-        if self.use_lora and self.use_fz:
-            raise ValueError("--use_lora True and --use_fz True exclude each other")
+        self._resolve_retention_method()
+        if self.use_lora and self.tuning_mode is not TuningMode.LORA:
+            raise ValueError("--use_lora True excludes --use_fz True and --retention_method frozen")
         for name in (
             "batch_size",
             "grad_accumulation_steps",
@@ -138,20 +185,45 @@ class FinetuneConfig:
             "lora_rank",
             "craft_log_freq",
             "craft_every",
+            "craft_probe_size",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected at least 1")
-        if not self.learning_rate > 0:
-            raise ValueError(f"--learning_rate is {self.learning_rate}, expected more than 0")
+        for name in ("learning_rate", "l2sp_weight"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}, expected more than 0")
         self.schedule  # noqa: B018 - validates
-        self.craft_config()  # validates the values even when unused
+        _check_choice("mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
+        self._resolve_craft_flags()
+
+    def _resolve_craft_flags(self) -> None:
+        _check_choice("craft_probe_use", self.craft_probe_use, ("metric", "anchor"))
+        if self.craft_probe_use == "anchor" and self.craft_probe_data is None:
+            raise ValueError("--craft_probe_use anchor needs --craft_probe_data")
+        config = self.craft_config()  # validates the values even when unused
+        for name in PRESET_FIELDS:
+            value = getattr(config, name)
+            setattr(self, f"craft_{name}", value.value if isinstance(value, Enum) else value)
+
+    def _resolve_retention_method(self) -> None:
+        if self.retention_method is None:
+            self.retention_method = "craft" if self.use_craft else "none"
+        _check_choice("retention_method", self.retention_method, [m.value for m in RetentionMethod])
+        if self.use_craft and self.retention_method != "craft":
+            raise ValueError(f"--use_craft True contradicts --retention_method {self.retention_method}")
+        self.use_craft = self.retention_method == "craft"
+
+    @property
+    def retention(self) -> RetentionMethod:
+        """The retention method as an enum."""
+        return RetentionMethod(self.retention_method)
 
     @property
     def tuning_mode(self) -> TuningMode:
         """The published booleans as one choice."""
-        if self.use_lora:
-            return TuningMode.LORA
-        return TuningMode.FROZEN if self.use_fz else TuningMode.FULL
+        if self.use_fz or self.retention is RetentionMethod.FROZEN:
+            return TuningMode.FROZEN
+        return TuningMode.LORA if self.use_lora else TuningMode.FULL
 
     @property
     def schedule(self) -> LRSchedule:
@@ -168,16 +240,20 @@ class FinetuneConfig:
         run_id = f"{start}+{self.dataset_name.replace(',', '+')}+b{effective}+lr-{self.learning_rate}"
         if self.use_lora:
             run_id += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout}"
-        run_id += "+frozen" * self.use_fz + "--image_aug" * self.image_aug + "--craft" * self.use_craft
+        run_id += "+frozen" * (self.tuning_mode is TuningMode.FROZEN) + "--image_aug" * self.image_aug
+        if self.retention is not RetentionMethod.NONE:
+            run_id += f"--{self.retention_method}"
         if self.n_shot_episodes is not None:
             run_id += f"--{self.n_shot_episodes}shot"
         return run_id if self.run_id_note is None else f"{run_id}--{self.run_id_note}"
 
     def craft_config(self) -> CRaFTConfig:
-        """The `craft_*` flags as the algorithm's settings."""
-        names = {f.name for f in fields(CRaFTConfig)}
-        flags = {f.name.removeprefix("craft_"): getattr(self, f.name) for f in fields(self)}
-        return CRaFTConfig(**{name: flags[name] for name in names})
+        """The `craft_*` flags as the algorithm's settings; `feature_penalty` has neither projection nor dual."""
+        flags = {f.name: getattr(self, f"craft_{f.name}") for f in fields(CRaFTConfig)}
+        if self.retention is RetentionMethod.FEATURE_PENALTY:
+            flags |= {"enable_projection": False, "enable_dual": False}
+        given = {k: v for k, v in flags.items() if v is not None or k not in PRESET_FIELDS}
+        return CRaFTConfig.from_preset(self.craft_preset, **given)
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of optimizer step `step` (0-based): linear warm-up from 10 %, then the schedule."""
@@ -191,6 +267,17 @@ class FinetuneConfig:
             factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.learning_rate * factor
 
+    def precision(self, on_cuda: bool) -> str:
+        """Mixed precision: `auto` is bf16 on CUDA and none on the CPU, where bf16 is several times slower."""
+        if self.mixed_precision != "auto":
+            return self.mixed_precision
+        return "bf16" if on_cuda else "no"
+
     def to_dict(self) -> dict:
         """Plain values for JSON."""
-        return {k: v.value if isinstance(v, Enum) else v for k, v in asdict(self).items()}
+        return plain_values(asdict(self))
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"--{name} is {value!r}, expected one of {', '.join(choices)}")

@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from prismatic.training.checkpoints import TrainingState, checkpoint_path, restore_training_state, save_checkpoint
-from prismatic.training.config import FinetuneConfig
-from prismatic.training.craft_utils import CRaFTConstraint
+from prismatic.training.config import FinetuneConfig, RetentionMethod
+from prismatic.training.craft_utils.config import Rule
+from prismatic.training.retention import DriftProbe, L2SPPenalty, ProbeData, build_constraint, to_device
 from prismatic.training.setup import TrainingSetup
-from prismatic.training.step import StepContext, craft_request, optimizer_step
+from prismatic.training.step import StepContext, optimizer_step
 from prismatic.training.tracking import Tracker
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.sampler import EpochSampler
@@ -38,16 +39,24 @@ class Trainer:
         self.bare_model = setup.model
         self.model = accelerator.prepare(setup.model)
         # After `prepare`: DDP has broadcast rank 0's weights, so the snapshot is the same on every rank.
-        self.craft = self._build_constraint() if cfg.use_craft else None
+        self.craft = self.penalty = self.probe = None
+        if cfg.retention.constrains_features:
+            self.craft = build_constraint(self.model, cfg.craft_config(), accelerator)
+        elif cfg.retention is RetentionMethod.L2SP:
+            self.penalty = L2SPPenalty(self.model, cfg.l2sp_weight)
         self.optimizer = self._build_optimizer()
+        self.scaler = torch.amp.GradScaler(accelerator.device.type) if accelerator.mixed_precision == "fp16" else None
         self.sampler = EpochSampler(
             len(setup.dataset), seed=cfg.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
         )
         self.step = 0
         self._constraint_metrics: dict[str, float] = {}
+        self._probe_batches: Iterator[dict] | None = None
         seed_everything(cfg.seed + accelerator.process_index)
         if cfg.resume:
             self._resume()
+        if cfg.craft_probe_data is not None:
+            self._open_probe(ProbeData(cfg.craft_probe_data, setup, cfg.seed))
         self.tracker = self._build_tracker() if accelerator.is_main_process else None
 
     def fit(self) -> None:
@@ -75,9 +84,11 @@ class Trainer:
         metrics = optimizer_step(
             self.step_context(), list(islice(batches, self.cfg.grad_accumulation_steps)), self.step
         )
+        measured = {k: v for k, v in metrics.items() if k.startswith("CRaFT/")}
+        if measured:
+            # Steps between two constrained ones report the last measurement and where it was made.
+            self._constraint_metrics = measured | {"CRaFT/Measured Step": self.step}
         self.step += 1
-        # Steps between two constrained ones report the last measurement.
-        self._constraint_metrics |= {k: v for k, v in metrics.items() if k.startswith("CRaFT/")}
         return self._constraint_metrics | metrics | {"VLA Train/Learning Rate": learning_rate}
 
     def step_context(self) -> StepContext:
@@ -86,6 +97,10 @@ class Trainer:
             model=self.model,
             optimizer=self.optimizer,
             craft=self.craft if self.step % self.cfg.craft_every == 0 else None,
+            penalty=None if self.penalty is None else self.penalty.add_gradient,
+            probe=self._probe_batches,
+            scaler=self.scaler,
+            measure_updates=self._is_logged(self.step + 1),
             max_grad_norm=self.cfg.max_grad_norm,
             no_sync=lambda: self.accelerator.no_sync(self.model),
             autocast=self.accelerator.autocast,
@@ -97,7 +112,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
-        state = TrainingState(self.step, self.samples_seen, self.optimizer, self.craft)
+        state = self._state()
         folder = save_checkpoint(self.cfg, self.setup, state)
         self.tracker.message(f"Saved checkpoint at step {self.step}: {folder}")
 
@@ -107,18 +122,25 @@ class Trainer:
         cfg = self.cfg
         return self.step * cfg.batch_size * cfg.grad_accumulation_steps * self.accelerator.num_processes
 
+    def _state(self) -> TrainingState:
+        return TrainingState(
+            self.step, self.samples_seen, self.optimizer, craft=self.craft, penalty=self.penalty, scaler=self.scaler
+        )
+
     def _resume(self) -> None:
         folder = self.cfg.resum_vla_path or checkpoint_path(self.cfg, self.cfg.resume_step)
-        self.step = restore_training_state(folder, self.bare_model, self.optimizer, self.craft)
+        self.step = restore_training_state(folder, self.setup, self._state())
         self.sampler.start_at(self.samples_seen // self.accelerator.num_processes)
 
-    def _build_constraint(self) -> CRaFTConstraint:
-        def compute_features(bare, batch: dict):
-            request = craft_request(self.craft)
-            with self.accelerator.autocast():
-                return bare.anchor_features(batch, request)
-
-        return CRaFTConstraint(self.model, self.cfg.craft_config(), compute_features)
+    def _open_probe(self, data: ProbeData) -> None:
+        cfg = self.cfg
+        if self.craft is None:
+            raise ValueError(f"--craft_probe_data needs a method that measures features, not {cfg.retention_method}")
+        batches = data.fixed(cfg.craft_probe_size, cfg.batch_size, self.accelerator.device)
+        self.probe = DriftProbe(self.craft, batches)
+        if cfg.craft_probe_use == "anchor":
+            done = -(-self.step // cfg.craft_every) * cfg.grad_accumulation_steps
+            self._probe_batches = data.stream(cfg.batch_size, self.accelerator, done)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         trainable = [p for p in self.bare_model.parameters() if p.requires_grad]
@@ -133,7 +155,7 @@ class Trainer:
                 "name": f"ft+{cfg.run_id}",
                 "config": cfg.to_dict(),
             }
-        return Tracker(self.setup.run_dir, self.step, wandb_settings)
+        return Tracker(self.setup.run_dir, self.step, wandb_settings, cfg.use_tensorboard)
 
     def batches(self) -> Iterator[dict]:
         """Endless batches on the training device, from the sampler's position."""
@@ -151,19 +173,21 @@ class Trainer:
             generator=torch.Generator().manual_seed(self.cfg.seed),
         )
         for batch in loader:
-            yield {
-                k: v.to(self.accelerator.device, non_blocking=True) if isinstance(v, Tensor) else v
-                for k, v in batch.items()
-            }
+            yield to_device(batch, self.accelerator.device)
 
     def _reduce_mean(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="mean")
 
-    def _log(self, metrics: dict[str, float], seconds: float) -> None:
+    def _is_logged(self, steps_done: int) -> bool:
         every = self.cfg.wandb_log_freq if self.craft is None else self.cfg.craft_log_freq
-        due = self.step % every == 0 or self.step in (1, self.cfg.max_steps)
-        if self.tracker is None or not due:
+        return steps_done % every == 0 or steps_done in (1, self.cfg.max_steps)
+
+    def _log(self, metrics: dict[str, float], seconds: float) -> None:
+        if not self._is_logged(self.step) or self.tracker is None:
             return
+        if self.probe is not None:
+            with self.accelerator.autocast():
+                metrics = metrics | self.probe.measure()
         samples = self.cfg.batch_size * self.cfg.grad_accumulation_steps * self.accelerator.num_processes
         metrics = {**metrics, "samples_seen": self.samples_seen, "samples_per_second": samples / seconds}
         # A metrics line describes the step that used the weights before it: step indices are 0-based.
@@ -172,9 +196,11 @@ class Trainer:
             f"step {self.step:>6}  loss {metrics['VLA Train/Loss']:.4f}  {metrics['samples_per_second']:.1f} samples/s"
         )
         if "CRaFT/Lambda" in metrics:
+            line += f"  L_ret {metrics['CRaFT/Retention Loss']:.3e}  lambda {metrics['CRaFT/Lambda']:.3f}"
+        if "CRaFT/Conflict Ratio" in metrics:
             line += (
-                f"  L_ret {metrics['CRaFT/Retention Loss']:.3e}  lambda {metrics['CRaFT/Lambda']:.3f}"
-                f"  conflict {metrics['CRaFT/Conflict Ratio']:.2f}"
+                f"  conflict {metrics['CRaFT/Conflict Ratio']:.2f}  cos {metrics['CRaFT/Gradient Cosine']:+.2f}"
+                f"  shed {metrics['CRaFT/Shed Energy']:.1%}"
             )
         self.tracker.message(line)
 
@@ -192,7 +218,12 @@ class Trainer:
             self.tracker.message(
                 f"CRaFT: saved {self.craft.weights.num_parameters:,} initial trainable parameters; "
                 f"retention budget eps = {craft.retention_budget}, dual learning rate = {craft.dual_lr}, "
-                f"projection {'enabled' if craft.enable_projection else 'disabled'}"
+                f"projection {'disabled' if craft.rule is Rule.OFF else 'enabled'}"
+            )
+            self.tracker.message(
+                f"CRaFT: preset {self.cfg.craft_preset}, anchor {self.craft.anchor.kind.value}, metric "
+                f"{craft.retention_metric.value}, rule {craft.rule.value} per {craft.projection_granularity.value}, "
+                f"dual {craft.dual_kind.value}, every {self.cfg.craft_every} steps"
             )
 
 

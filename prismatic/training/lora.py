@@ -12,14 +12,14 @@ from prismatic.models.vla_policy import VLAPolicyModel
 ADAPTER_PREFIX = "base_model.model."
 
 
-def lora_targets(vla: OpenVLAForActionPrediction) -> list[str]:
-    """Names of all linear and convolution layers that the forward pass runs.
+def lora_targets(vla: OpenVLAForActionPrediction, skip_vision: bool = False) -> list[str]:
+    """Names of all linear and convolution layers that the forward pass runs; `skip_vision` leaves the towers out.
 
     The language-model head, the attention pools and the last block of each vision tower are never executed: adapters
     there would get no gradient.
     """
-    unreached = tuple(vla.unreached_module_names())
-    return [name for name, _ in _adaptable(vla) if not name.startswith(unreached)]
+    left_out = tuple(vla.unreached_module_names()) + (("vision_backbone.",) if skip_vision else ())
+    return [name for name, _ in _adaptable(vla) if not name.startswith(left_out)]
 
 
 def unused_targets(vla: OpenVLAForActionPrediction) -> list[str]:

@@ -178,6 +178,11 @@ def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
     The action queries, the head and the proprio projector are trained in every mode.
     """
     _freeze_unreached(model.vla)
+    if cfg.freeze_vision:
+        model.vla.vision_backbone.requires_grad_(False)
+    if cfg.gradient_checkpointing:
+        # Only the non-reentrant kind lets `autograd.grad` through, which CRaFT needs.
+        model.vla.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if cfg.tuning_mode is TuningMode.FULL:
         return
     model.vla.requires_grad_(False)
@@ -187,7 +192,7 @@ def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
             r=cfg.lora_rank,
             lora_alpha=2 * cfg.lora_rank,
             lora_dropout=cfg.lora_dropout,
-            target_modules=lora_targets(model.vla),
+            target_modules=lora_targets(model.vla, skip_vision=cfg.freeze_vision),
             init_lora_weights="gaussian",
         )
         model.vla = get_peft_model(model.vla, lora)

@@ -1,4 +1,4 @@
-"""Metrics of a run: a JSONL file always, console lines, Weights & Biases when asked."""
+"""Metrics of a run: a JSONL file always, console lines, Weights & Biases and TensorBoard when asked."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ class Tracker:
         run_dir: folder of the run, created when missing.
         start_step: first optimizer step that will be logged.
         wandb_settings: keyword arguments of `wandb.init`, or None for no W&B.
+        tensorboard: also write event files to `{run_dir}/tensorboard`.
     """
 
-    def __init__(self, run_dir: Path, start_step: int = 0, wandb_settings: dict | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, start_step: int = 0, wandb_settings: dict | None = None, tensorboard: bool = False
+    ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / "metrics.jsonl"
         _truncate_after(self._path, start_step)
@@ -29,6 +32,11 @@ class Tracker:
             import wandb  # optional dependency, only when asked for
 
             self._wandb = wandb.init(**wandb_settings)
+        self._tensorboard = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # optional dependency, only when asked for
+
+            self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=start_step)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record the metrics (plain numbers) of optimizer step `step`."""
@@ -36,6 +44,9 @@ class Tracker:
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
 
     def message(self, text: str) -> None:
         """A line on the console that does not disturb a progress bar."""
@@ -46,6 +57,8 @@ class Tracker:
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 def _truncate_after(path: Path, start_step: int) -> None:

@@ -6,6 +6,7 @@ i >= 1 therefore sits at absolute position N + i.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -288,6 +289,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         output_craft_features: bool | None = None,
         craft_layer_idx: int | None = None,
         craft_cr_token_mode: CrTokenMode | str = CrTokenMode.VISION_ONLY,
+        craft_raw_only: bool = False,
+        vision_features: torch.Tensor | None = None,
         output_logits: bool = False,
         **compat: Any,
     ) -> PrismaticCausalLMOutputWithPast | tuple:
@@ -300,6 +303,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             labels, action_mask: (B, L); bool mask of the Q placeholders, or published-style labels to derive it from.
             output_craft_features, craft_layer_idx: also return C_AQ, and C_R of this hidden state (None: the middle).
             craft_cr_token_mode: "vision_only", or "vision_plus_prompt" (whole layer plus `raw_latent_mask`).
+            craft_raw_only: return C_R alone and run the LLM only up to its layer; other hidden states are then missing.
+            vision_features: (B, N, embed_dim) output of the towers for these pixels, when it is known already.
             compat: published arguments without a role here; diffusion and FiLM inputs must be None/False.
         Raises ValueError for inconsistent images, masks or layer index, NotImplementedError for unsupported inputs.
         """
@@ -310,9 +315,13 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         projected, mask, full_mask = None, None, attention_mask
         if pixel_values is not None:
             mask = self.resolve_action_mask(action_mask, labels)
-            projected = self.projector(self.vision_backbone(pixel_values))
+            features = self.vision_backbone(pixel_values) if vision_features is None else vision_features
+            projected = self.projector(features)
             inputs_embeds, full_mask = self._multimodal_inputs(input_ids, attention_mask, projected, mask)
-        output = self.language_model.model(
+        body = self.language_model.model
+        if craft_raw_only:
+            body = first_layers(body, resolve_craft_layer(craft_layer_idx, len(body.layers) + 1))
+        output = body(
             input_ids=input_ids if inputs_embeds is None else None,
             inputs_embeds=inputs_embeds,
             attention_mask=hide_right_padding(full_mask),
@@ -330,6 +339,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         if output_craft_features:
             options = craft_layer_idx, CrTokenMode(craft_cr_token_mode)
             self._add_craft_features(result, output.hidden_states, (full_mask, mask), *options)
+        elif craft_raw_only:
+            raise ValueError("craft_raw_only needs output_craft_features")
         return result if return_dict is not False else result.to_tuple()
 
     def _add_craft_features(
@@ -341,8 +352,10 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         mode: CrTokenMode,
     ) -> None:
         full_mask, action_mask = masks
-        layer = hidden_states[resolve_craft_layer(layer_idx, len(hidden_states))]
-        result.action_query_features = _gather_tokens(hidden_states[-1], self._query_positions(action_mask))
+        num_layers = len(self.language_model.model.layers)
+        layer = hidden_states[resolve_craft_layer(layer_idx, num_layers + 1)]
+        if len(hidden_states) == num_layers + 1:
+            result.action_query_features = _gather_tokens(hidden_states[-1], self._query_positions(action_mask))
         if mode is CrTokenMode.VISION_ONLY:
             result.raw_latent_features = layer[:, 1 : 1 + self.vision_backbone.num_vision_tokens]
             return
@@ -512,6 +525,18 @@ def resolve_craft_layer(layer_idx: int | None, num_hidden_states: int) -> int:
             f"got {layer_idx}"
         )
     return layer_idx % num_hidden_states
+
+
+def first_layers(body: nn.Module, count: int) -> nn.Module:
+    """The LLM body cut after `count` layers, sharing every module with it; its last output is hidden state `count`.
+
+    With all layers it is the body itself, whose last output is normed.
+    """
+    if count >= len(body.layers):
+        return body
+    view = copy.copy(body)
+    view._modules = {**body._modules, "layers": body.layers[:count], "norm": nn.Identity()}
+    return view
 
 
 def _gather_tokens(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -150,6 +150,7 @@ class VisionTransformer(nn.Module):
         """Build every parameter the published layout names."""
         super().__init__()
         self.spec = spec
+        self.gradient_checkpointing = False  # set by `PreTrainedModel.gradient_checkpointing_enable`
         dim = spec.embed_dim
         if spec.class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -193,5 +194,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"vision tower: expected images of {size} pixels, got {tuple(images.shape[-2:])}")
         x = self._embed(images)
         for block in self.blocks[: self.spec.depth - 1]:
-            x = block(x)
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x)
+            else:
+                x = block(x)
         return x[:, self.spec.num_prefix_tokens :]
