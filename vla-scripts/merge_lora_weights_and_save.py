@@ -5,6 +5,9 @@ python vla-scripts/merge_lora_weights_and_save.py --lora_finetuned_checkpoint_di
 The merged VLM (trained action queries included) is written into the checkpoint folder, or into a copy of it named by
 `--output_dir`, read back, and compared with the adapted model on a fixed batch; the largest difference is printed and
 stored in `craft_checkpoint.json`. Runs on the CPU with at most one more copy of the model in memory.
+
+`--adapter_scale` below 1 merges a part of what the adapters learned; action queries and head stay as trained
+(`interpolate_weights.py` moves them as well).
 """
 
 import shutil
@@ -13,8 +16,9 @@ from pathlib import Path
 
 import draccus
 
-from prismatic.training.checkpoint_files import MANIFEST, has_weights
+from prismatic.training.checkpoint_files import MANIFEST, has_weights, read_json, read_manifest, write_json
 from prismatic.training.checkpoints import add_merged_model, load_checkpoint, load_unmerged
+from prismatic.training.interpolation import check_scale, scale_adapters
 from prismatic.training.published import check_exportable, export_published
 
 
@@ -26,6 +30,7 @@ class MergeConfig:
     base_checkpoint: str = ""
     output_dir: str = ""
     tolerance: float = 1e-3  # of a normalised action
+    adapter_scale: float = 1.0  # factor on what the adapters add; other than 1 needs --output_dir
     export_published_layout: bool = False  # also write {folder}--published/ for the public evaluation code
 
 
@@ -37,7 +42,13 @@ def merge(cfg: MergeConfig) -> None:
     source = Path(cfg.lora_finetuned_checkpoint_dir)
     if has_weights(source):
         raise ValueError(f"--lora_finetuned_checkpoint_dir {source}: holds a whole model already")
+    if check_scale(cfg.adapter_scale) != 1 and not cfg.output_dir:
+        raise ValueError(
+            f"--adapter_scale {cfg.adapter_scale} needs --output_dir: in {source} itself the merged weights would not "
+            "be those of the adapters beside them"
+        )
     adapted = load_unmerged(source, cfg.base_checkpoint or None)
+    scale_adapters(adapted.model.vla, cfg.adapter_scale)
     if cfg.export_published_layout:
         check_exportable(adapted.model)
     folder = Path(cfg.output_dir) if cfg.output_dir else source
@@ -47,11 +58,22 @@ def merge(cfg: MergeConfig) -> None:
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(source, work, ignore=shutil.ignore_patterns("training_state"))
     difference = add_merged_model(adapted.model, work, cfg.tolerance)
+    _record_scale(work, cfg.adapter_scale)
     _publish(work, folder)
     print(f"merged into {folder}: largest difference of a normalised action {difference:.3g} (allowed {cfg.tolerance})")
     if cfg.export_published_layout:
         suffix = adapted.manifest["file_suffix"]
         print(f"exported to {export_published(load_checkpoint(folder), f'{folder}--published', suffix)}")
+
+
+def _record_scale(work: Path, scale: float) -> None:
+    """Note the scale in the manifest, and give it to the copied adapters, which then still equal the merged model."""
+    manifest = read_manifest(work)
+    write_json(work / MANIFEST, manifest | {"merge": manifest["merge"] | {"adapter_scale": scale}})
+    if scale != 1:
+        file = work / "lora_adapter" / "adapter_config.json"
+        config = read_json(file)
+        write_json(file, config | {"lora_alpha": config["lora_alpha"] * scale})
 
 
 def _publish(work: Path, folder: Path) -> None:

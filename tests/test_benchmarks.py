@@ -1,0 +1,84 @@
+"""The cost benchmark: statistics, floors and page; one short run."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from prismatic.training.craft_utils import CRaFTConfig, Plan
+
+
+@pytest.fixture(scope="module")
+def overhead():
+    path = Path(__file__).parent.parent / "benchmarks" / "craft_overhead.py"
+    spec = importlib.util.spec_from_file_location("craft_overhead", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PARTS = {"shared": 5, "forward": 10, "backward": 20, "anchor": 9, "retention": 18, "fused": 21}
+
+
+def test_ratio_is_paired_by_round(overhead):
+    machine = [1.0, 3.0, 1.0, 2.0, 10.0]
+    median, low, high = overhead.paired_ratio([1.5 * m for m in machine], machine)
+    assert (median, low, high) == pytest.approx((1.5, 1.5, 1.5))
+
+
+def test_interval_encloses_the_median_and_depends_on_the_spread(overhead):
+    median, low, high = overhead.paired_ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
+    assert low <= median <= high and low < high
+
+
+def test_time_of_several_steps_is_averaged(overhead):
+    assert overhead.per_step([[3.0, 1.0], [1.0, 1.0]]) == [2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("plain", 35),
+        ("plain_logits", 35),
+        ("closed", 44),
+        ("priced", 45),
+        ("open", 62),
+        ("original", 62),
+        ("procedure", 62),
+        ("open_every4", 35 + 27 / 4),
+    ],
+)
+def test_floor_counts_what_the_plan_needs(overhead, name, expected):
+    assert overhead.floor_flops(overhead.ROWS[name], PARTS) == pytest.approx(expected)
+
+
+def test_rows_are_valid_settings_and_have_a_baseline(overhead):
+    for row in overhead.ROWS.values():
+        assert overhead.ROWS[row.baseline].method == "plain"
+        if row.method == "craft":
+            assert row.plan in Plan
+            CRaFTConfig.from_preset(row.preset, **row.craft)
+    assert set(overhead.DERIVED) <= set(overhead.ROWS)
+
+
+def test_unknown_row_is_refused(overhead):
+    with pytest.raises(ValueError, match="unknown rows"):
+        overhead._selected("plain,fast", list(overhead.ROWS))
+
+
+@pytest.mark.slow
+def test_short_run_makes_a_page(overhead):
+    names = ["plain", "procedure", "open", "frozen_plain", "frozen_raw_closed"]
+    cfg = overhead.OverheadConfig(
+        rounds=1, warmup=0, batch_size=1, threads=1, lora_rank=4, rows=",".join(names), memory_rows="none"
+    )
+    result = overhead.run_all(cfg)
+    assert list(result["seconds"]) == names
+    flops = result["flops"]
+    assert flops["plain"]["executed"] == flops["plain"]["floor"]
+    assert flops["open"]["executed"] == flops["open"]["floor"]
+    assert flops["procedure"]["executed"] > flops["procedure"]["floor"]
+    page = overhead.report([result])
+    assert all(overhead.ROWS[name].label in page for name in names)
+    assert "--rows plain,procedure,open,frozen_plain,frozen_raw_closed" in page

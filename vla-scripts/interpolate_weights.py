@@ -1,0 +1,45 @@
+"""Write the policy between a trained checkpoint and the model it started from: theta_0 + scale (theta - theta_0).
+
+python vla-scripts/interpolate_weights.py --checkpoint runs/...--20000_chkpt --adapter_scale 0.5 --output runs/half
+
+After training and for free: a smaller scale keeps more of what the start model knew (WiSE-FT, arXiv 2109.01903; RETAIN,
+arXiv 2512.08333). The output is an ordinary checkpoint folder with merged weights, to evaluate or to start from. Runs
+on the CPU with the two models in memory.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import draccus
+
+from prismatic.training.interpolation import check_scale, interpolate_checkpoint, save_policy
+
+
+@dataclass
+class InterpolateConfig:
+    """Flags. `base`: the start model's folder; empty takes the one recorded in the checkpoint, if it is still there."""
+
+    checkpoint: str = ""
+    base: str = ""
+    adapter_scale: float = 0.5  # 0: start model, 1: trained model, above 1: beyond it
+    parts: str = "all"  # or vlm: head and proprio projector as trained
+    output: str = ""
+
+
+@draccus.wrap()
+def interpolate(cfg: InterpolateConfig) -> None:
+    """Check, interpolate, write; ValueError or FileExistsError name the flag or the file that does not fit."""
+    for name in ("checkpoint", "output"):
+        if not getattr(cfg, name):
+            raise ValueError(f"--{name} is missing: name the folder")
+    check_scale(cfg.adapter_scale)
+    if Path(cfg.output).exists():
+        raise FileExistsError(f"--output {cfg.output} exists already")
+    policy = interpolate_checkpoint(cfg.checkpoint, cfg.adapter_scale, cfg.base or None, cfg.parts)
+    folder = save_policy(policy, cfg.output)
+    record = policy.manifest["interpolation"]
+    print(f"{folder}: {record['base']} + {cfg.adapter_scale} ({cfg.checkpoint} - {record['base']}), {cfg.parts}")
+
+
+if __name__ == "__main__":
+    interpolate()
