@@ -338,7 +338,9 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         )
         if output_craft_features:
             options = craft_layer_idx, CrTokenMode(craft_cr_token_mode)
-            self._add_craft_features(result, output.hidden_states, (full_mask, mask), *options)
+            # A body cut to no layers records no states: its only one is its input.
+            states = output.hidden_states or (inputs_embeds,)
+            self._add_craft_features(result, states, (full_mask, mask), *options)
         elif craft_raw_only:
             raise ValueError("craft_raw_only needs output_craft_features")
         return result if return_dict is not False else result.to_tuple()

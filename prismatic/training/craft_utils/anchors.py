@@ -89,6 +89,7 @@ class CRaFTWeightManager:
         self.save_current_weights()
         for name, p in self._parameters.items():
             p.data = self._initial[name]
+        torch.clear_autocast_cache()  # it holds low-precision copies of the weights that were in place
 
     def swap_to_current(self) -> None:
         """Put the remembered weights back; does nothing when they are in place."""
@@ -97,6 +98,7 @@ class CRaFTWeightManager:
         for name, p in self._parameters.items():
             p.data = self._current[name]
         self._current = None
+        torch.clear_autocast_cache()
 
     @contextmanager
     def initial_weights(self) -> Iterator[None]:

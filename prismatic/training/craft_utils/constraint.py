@@ -199,7 +199,8 @@ class CRaFTConstraint:
             loss_scale: factor that the retention gradients still carry; `p.grad` no longer does.
 
         Raises NonFiniteRetentionError after `max_non_finite` steps in a row with a retention gradient that is not
-        finite. Until then such a step is a plain one.
+        finite. Until then such a step is a plain one. (When one backward pass does for both losses the retention
+        gradient cannot be told apart; the optimizer step then stops at the norm of the sum.)
         """
         if reduce_mean is not None:
             self._reduce(reduce_mean)
@@ -336,7 +337,7 @@ def _summary(products: Products, projection: Tensor, groups: Groups) -> dict[str
     return {
         "CRaFT/Conflict Ratio": (products.dot < 0).float().mean(),
         "CRaFT/Shed Energy": shed.sum() / act.clamp(min=tiny),
-        "CRaFT/Gradient Cosine": dot / (act * ret).sqrt().clamp(min=tiny),
+        "CRaFT/Gradient Cosine": dot / (act.sqrt() * ret.sqrt()).clamp(min=tiny),
         "CRaFT/Retention Gradient Norm": ret.sqrt(),
         "informative": (ret > threshold(act)).float(),
         "finite": torch.isfinite(ret + products.ret.sum()).float(),

@@ -140,7 +140,8 @@ def _relative_square(x: Tensor, anchor: Tensor) -> Tensor:
 
 def _cosine(part: PartFeatures, anchor: PartFeatures) -> Tensor:
     _require_same_shape(part.pooled, anchor.pooled)
-    return 1 - F.cosine_similarity(part.pooled, anchor.pooled.detach(), dim=-1)
+    # Half the squared distance of the unit vectors is 1 - cos, and exactly zero at the anchor.
+    return 0.5 * (F.normalize(part.pooled, dim=-1) - F.normalize(anchor.pooled.detach(), dim=-1)).square().sum(dim=-1)
 
 
 def _gram(part: PartFeatures, anchor: PartFeatures) -> Tensor:

@@ -92,7 +92,7 @@ class CRaFTGradientProjector:
 
         A tensor with a missing gradient on either side takes no part: its coefficient is not used.
         """
-        products = inner_products(g_act, g_ret)
+        products = inner_products(g_act, [None if a is None else r for a, r in zip(g_act, g_ret, strict=True)])
         self.conflict_ratio = (products.dot < 0).float().mean()
         groups = self.groups(len(g_act)).to(products.dot.device)
         return projection_coefficients(products, groups, self.config)[groups.index]
@@ -210,7 +210,7 @@ def adam_scaling(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
     options = {p: group for group in optimizer.param_groups for p in group["params"]}
     for p in parameters:
         state = optimizer.state.get(p, {})
-        if not state:
+        if "betas" in options[p] and not state:
             scales.append(None)
             continue
         if "exp_avg_sq" not in state:

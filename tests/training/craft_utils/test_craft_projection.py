@@ -96,7 +96,6 @@ class TestOneSidedProjection:
             elif is_informative([x], [y]):
                 assert dot([p], [y]) >= -tolerance([x]) * norm([x]) * norm([y])
 
-    @pytest.mark.xfail(reason="||r||^2 of a group also counts tensors without an action gradient, which take no part")
     @pytest.mark.parametrize("granularity", ["module", "global"])
     def test_missing_action_gradients_do_not_disturb_their_group(self, granularity):
         a, r = [torch.tensor([1.0]), None], [torch.tensor([-1.0]), torch.tensor([3.0])]
@@ -490,7 +489,7 @@ class TestAdamMetric:
 
     @pytest.mark.parametrize(
         "momentum",
-        [pytest.param(0.0, marks=pytest.mark.xfail(reason="SGD without momentum has no state: taken for unused")), 0.9],
+        [0.0, 0.9],
     )
     def test_an_optimizer_without_second_moments_is_refused(self, momentum):
         p = nn.Parameter(torch.randn(3))
