@@ -17,7 +17,8 @@ CURVES = (
 )
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -26,7 +27,8 @@ def _new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: str | os.PathLike) -> Path:
+def save_figure(figure: Any, path: str | os.PathLike) -> Path:
+    """Write a PNG beside `path` and rename it; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -68,7 +70,7 @@ def plot_training_curves(
     panels = [(key, label) for key, label in CURVES if any(run.series(key)[0] for run in runs)]
     if not panels:
         raise ValueError(f"runs {[run.name for run in runs]}: found none of the metrics {[key for key, _ in CURVES]}")
-    figure = _new_figure(4.6 * len(panels), 3.4)
+    figure = new_figure(4.6 * len(panels), 3.4)
     for axis, (key, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for index, run in enumerate(runs):
             _draw_curve(axis, run, key, _colour(run.name, index, colours))
@@ -78,7 +80,7 @@ def plot_training_curves(
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _colour(label: str, index: int, colours: dict[str, str] | None) -> str:
@@ -104,7 +106,7 @@ def plot_success_bars(
         colours: row label -> colour; others are taken from ``COLOURS`` in order.
     """
     width = sum(1.2 + 0.95 * len(rows) for rows in columns.values())
-    figure = _new_figure(max(4.0, width), 3.8)
+    figure = new_figure(max(4.0, width), 3.8)
     ratios = [len(rows) for rows in columns.values()]
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False, gridspec_kw={"width_ratios": ratios})[0]
     for axis, (title, rows) in zip(axes, columns.items(), strict=True):
@@ -119,4 +121,4 @@ def plot_success_bars(
         axis.set_ylim(0, 1.12)
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("success rate, 95 % interval")
-    return _save(figure, path)
+    return save_figure(figure, path)

@@ -1,36 +1,83 @@
-"""Run by test_distributed.py under torchrun: trains a few steps and saves this rank's weights, lambda and metrics."""
+"""Run by test_distributed.py, alone or under torchrun: trains each scenario and saves what this rank saw.
 
+Arguments: output folder, data folder, start checkpoint for LoRA, JSON list of scenarios.
+"""
+
+import json
 import os
 import sys
 
 import torch
 from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
 
+from prismatic.training import loop
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.loop import Trainer, seed_everything
 from prismatic.training.setup import build_setup
+from prismatic.training.step import action_loss
 
 torch.set_num_threads(1)
-output, data_root, batch_size, accumulation = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-rank = int(os.environ.get("RANK", 0))
-cfg = FinetuneConfig(
-    config_file_path="tiny",
-    data_root_dir=data_root,
-    dataset_name="libero_mini_no_noops",
-    run_root_dir=output,
-    run_id_override="run",
-    batch_size=batch_size,
-    grad_accumulation_steps=accumulation,
-    max_steps=4,
-    save_freq=100,
-    use_craft=True,
-    device="cpu",
-)
-seed_everything(cfg.seed)
-trainer = Trainer(cfg, build_setup(cfg), Accelerator(cpu=True))
-# SGD: AdamW's first steps are sign(gradient), which turns rounding of tiny gradients into full steps.
-trainer.optimizer = torch.optim.SGD([p for p in trainer.bare_model.parameters() if p.requires_grad], lr=0.1)
-trainer.cfg.learning_rate = 0.1
-trainer.fit()
-state = {name: p.detach() for name, p in trainer.bare_model.named_parameters()}
-torch.save({"weights": state, "lambda": trainer.craft.dual.get_lambda()}, f"{output}/rank{rank}.pt")
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+output, data_root, start, scenarios = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+
+
+def build(scenario: dict) -> Trainer:
+    flags = {
+        "config_file_path": start,
+        "data_root_dir": data_root,
+        "dataset_name": "libero_mini_no_noops",
+        "run_root_dir": output,
+        "run_id_override": scenario["name"],
+        "batch_size": scenario.get("global_batch", 4) // world,
+        "save_freq": 1000,
+        "save_training_state": False,
+        "craft_log_freq": 1,
+        "device": "cpu",
+    }
+    cfg = FinetuneConfig(**flags | scenario["flags"])
+    seed_everything(cfg.seed)
+    trainer = Trainer(cfg, build_setup(cfg), Accelerator(cpu=True))
+    if scenario.get("sgd"):
+        # AdamW's first steps are sign(gradient), which turns rounding of tiny gradients into full steps.
+        trainer.optimizer = torch.optim.SGD([p for p in trainer.bare_model.parameters() if p.requires_grad], lr=0.1)
+        trainer.cfg.learning_rate = 0.1
+    return trainer
+
+
+def train(scenario: dict) -> dict:
+    trainer = build(scenario)
+    collectives, steps, reduce, step = [], [], trainer._reduce_mean, loop.optimizer_step
+    trainer._reduce_mean = lambda tensor: collectives.append(tensor.numel()) or reduce(tensor)
+    loop.optimizer_step = lambda *a: steps.append(step(*a)) or steps[-1]
+    trainer.fit()
+    loop.optimizer_step = step
+    keep = ("CRaFT/Lambda", "CRaFT/Retention Loss", "CRaFT/Conflict Ratio", "CRaFT/Gate Open")
+    return {
+        "weights": {name: p.detach() for name, p in trainer.bare_model.named_parameters()},
+        "metrics": [{k: v for k, v in line.items() if k in keep} for line in steps],
+        "dual": trainer.craft.dual.state_dict(),
+        "collectives": len(collectives),
+        "constrained_steps": trainer.craft.statistics["constrained_steps"],
+    }
+
+
+def head_gradients(scenario: dict) -> dict:
+    """Gradient of the action head after a backward pass: in our wrapper, and called past its own, as published."""
+    trainer = build(scenario)
+    batch, model = next(trainer.batches()), trainer.bare_model
+    parameter = max((p for p in model.action_head.parameters() if p.requires_grad), key=torch.Tensor.numel)
+    action_loss(trainer.model(batch), batch["actions"])[0].backward()
+    ours = parameter.grad.clone()
+    model.zero_grad()
+    vla = DistributedDataParallel(model.vla, find_unused_parameters=True)
+    head = DistributedDataParallel(model.action_head)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values", "action_mask")}
+    states = model.vla.bridge_states(vla(**inputs, output_hidden_states=True).hidden_states, batch["action_mask"])
+    actions = head.module(states, model.proprio_projector(batch["proprio"]))
+    (actions - batch["actions"]).abs().mean().backward()
+    return {"ours": ours, "published": parameter.grad.clone()}
+
+
+results = {s["name"]: (head_gradients if s.get("head") else train)(s) for s in scenarios}
+torch.save(results, f"{output}/rank{rank}.pt")
