@@ -19,7 +19,7 @@ import importlib.metadata
 import random
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +69,8 @@ class TrainingState:
     craft: CRaFTConstraint | None = None
     penalty: L2SPPenalty | None = None
     scaler: torch.amp.GradScaler | None = None
+    # The last measurement of the constraint, which the log repeats until the next one.
+    constraint_metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def anchor(self) -> CRaFTWeightManager | None:
@@ -196,7 +198,10 @@ def _save_training_state(setup, state: TrainingState, folder: Path) -> None:
     kind, numpy_keys, *numpy_rest = np.random.get_state()  # noqa: NPY002 - the global generator is what libraries use
     generators = {"python": [version, keys, gauss], "numpy": [kind, numpy_keys.tolist(), *numpy_rest]}
     write_json(folder / "generators.json", generators)
-    write_json(folder / "state.json", {"step": state.step, "samples_seen": state.samples_seen})
+    write_json(
+        folder / "state.json",
+        {"step": state.step, "samples_seen": state.samples_seen, "constraint_metrics": state.constraint_metrics},
+    )
     if state.scaler is not None:
         write_json(folder / "scaler.json", state.scaler.state_dict())
     if state.anchor is not None:
@@ -256,7 +261,8 @@ def _load_own(path: Path, merged: bool, base_path: str | Path | None = None) -> 
 
 def _load_adapted_vla(path: Path, manifest: dict) -> PeftModel:
     base = BaseModel.from_dict(manifest["base"], path / MANIFEST)
-    adapted = PeftModel.from_pretrained(base.load(path, manifest["num_images"]), path / "lora_adapter")
+    adapter = existing(path / "lora_adapter")
+    adapted = PeftModel.from_pretrained(base.load(path, manifest["num_images"]), adapter)
     queries = load_file(existing(path / f"action_queries--{manifest['file_suffix']}.safetensors"))
     adapted.get_base_model().action_queries.load_state_dict(queries)
     return adapted
@@ -326,7 +332,9 @@ def restore_training_state(folder: str | Path, setup, state: TrainingState) -> i
     if state.scaler is not None:
         state.scaler.load_state_dict(read_json(folder / "scaler.json"))
     _restore_generators(folder)
-    return read_json(folder / "state.json")["step"]
+    counters = read_json(folder / "state.json")
+    state.constraint_metrics = counters["constraint_metrics"]
+    return counters["step"]
 
 
 def _restore_anchor(folder: Path, base: BaseModel | None, state: TrainingState) -> None:

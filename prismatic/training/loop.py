@@ -124,12 +124,20 @@ class Trainer:
 
     def _state(self) -> TrainingState:
         return TrainingState(
-            self.step, self.samples_seen, self.optimizer, craft=self.craft, penalty=self.penalty, scaler=self.scaler
+            self.step,
+            self.samples_seen,
+            self.optimizer,
+            craft=self.craft,
+            penalty=self.penalty,
+            scaler=self.scaler,
+            constraint_metrics=self._constraint_metrics,
         )
 
     def _resume(self) -> None:
         folder = self.cfg.resum_vla_path or checkpoint_path(self.cfg, self.cfg.resume_step)
-        self.step = restore_training_state(folder, self.setup, self._state())
+        state = self._state()
+        self.step = restore_training_state(folder, self.setup, state)
+        self._constraint_metrics = state.constraint_metrics
         self.sampler.start_at(self.samples_seen // self.accelerator.num_processes)
 
     def _open_probe(self, data: ProbeData) -> None:

@@ -64,11 +64,11 @@ class CRaFTWeightManager:
     @contextmanager
     def live_graph(self) -> Iterator[None]:
         """Marks the time from a forward pass with gradients to the end of its backward pass: no swap may happen."""
-        self._graph_is_alive = True
+        before, self._graph_is_alive = self._graph_is_alive, True
         try:
             yield
         finally:
-            self._graph_is_alive = False
+            self._graph_is_alive = before
 
     def save_current_weights(self) -> None:
         """Remember the weights now in place.
@@ -167,19 +167,20 @@ class DisableAdapterAnchor(Anchor):
         super().__init__(module, lambda name: name not in adapter_names and (keep is None or keep(name)))
 
     def run(self, compute: Callable[[nn.Module], T]) -> T:
-        with self._disabled(), self.weights.initial_weights():
+        with self.weights.initial_weights(), self._disabled():
             return compute(self.module)
 
     @contextmanager
     def _disabled(self) -> Iterator[None]:
         # `enable_adapters` also sets requires_grad, which is not ours to change: it is put back as it was.
         flags = [(p, p.requires_grad) for layer in self._layers for p in layer.parameters()]
-        for layer in self._layers:
+        enabled = [layer for layer in self._layers if not layer.disable_adapters]
+        for layer in enabled:
             layer.enable_adapters(False)
         try:
             yield
         finally:
-            for layer in self._layers:
+            for layer in enabled:
                 layer.enable_adapters(True)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)

@@ -203,8 +203,11 @@ class CRaFTConfig:
         if self.cr_token_mode not in ("vision_only", "vision_plus_prompt"):
             raise ValueError(f"cr_token_mode is {self.cr_token_mode!r}, expected vision_only or vision_plus_prompt")
         for name in _NON_NEGATIVE:
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
-        for name in ("retention_budget", "lambda_max", "projection_gamma", "barrier_phi"):
+            value = getattr(self, name)
+            _require(name, value, 0 <= value < math.inf, "a finite number >= 0")
+        for name in ("projection_gamma", "barrier_phi"):
+            _require(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a finite number > 0")
+        for name in ("retention_budget", "lambda_max"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "a number > 0")
         _require("dual_nu", self.dual_nu, 0 <= self.dual_nu < 1, "a number in [0, 1)")
         self._check_combinations()

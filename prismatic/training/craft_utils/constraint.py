@@ -105,7 +105,11 @@ class CRaFTConstraint:
     # ------------------------------------------------------------------------------------------- one micro-batch
 
     def anchor_features(self, batch: dict) -> BridgeFeatures:
-        """Features under theta_0 for this batch, no grad. Must run before the forward pass with gradients."""
+        """Features under theta_0 for this batch, no grad.
+
+        Must run before the forward pass with gradients, and not inside the same autocast context: autocast keeps its
+        low-precision copies of weights until the context ends.
+        """
         started = time.perf_counter()
         features = extract_anchor_features_online(
             self._module, lambda bare: self.extractor.parts(*self._compute_features(bare, batch)), self.anchor
@@ -205,6 +209,7 @@ class CRaFTConstraint:
         if reduce_mean is not None:
             self._reduce(reduce_mean)
         multiplier, plan = self.dual.get_lambda(), self.plan
+        self._last_plan = plan
         can_reduce, metrics = True, {}
         if plan is Plan.SEPARATE:
             can_reduce, metrics = self._combine_gradients(multiplier, optimizer, loss_scale)
@@ -215,7 +220,6 @@ class CRaFTConstraint:
         metrics |= {"CRaFT/Anchor Seconds": self._anchor_seconds, "CRaFT/Gate Open": float(self._gate_is_open)}
         self.statistics["constrained_steps"] += 1
         self.dual.step(loss, can_reduce)
-        self._last_plan = plan
         self._begin_step()
         return metrics
 
@@ -256,6 +260,7 @@ class CRaFTConstraint:
             values |= self._conflicts_by_part(products)
         else:
             values = {}
+            self._last_plan = None
         return informative and is_finite, values
 
     def _add_to_gradients(self, coefficients: Tensor) -> None:
