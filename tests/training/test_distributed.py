@@ -18,8 +18,14 @@ START = ROOT / "pretrained_models" / "tiny-libero-object"
 LORA = {"use_lora": True, "lora_rank": 4}
 PRESETS = {
     "original": {"craft_retention_budget": 1e-4},
-    # A budget between the drifts of these few steps: the gate opens and closes, so that all plans occur.
-    "budget": {"craft_preset": "budget", "craft_retention_budget": 1e-3, "craft_projection_granularity": "module"},
+    # A budget between the drifts of these few steps: the gate opens and closes, so that all plans occur. The small
+    # rate keeps lambda near 1: a large one multiplies rounding errors of the features.
+    "budget": {
+        "craft_preset": "budget",
+        "craft_retention_budget": 1e-5,
+        "craft_dual_lr": 0.005,
+        "craft_projection_granularity": "module",
+    },
 }
 EQUAL = [
     {
