@@ -70,6 +70,14 @@ class CRaFTWeightManager:
         finally:
             self._graph_is_alive = before
 
+    def require_no_graph(self) -> None:
+        """RuntimeError between a forward pass with gradients and the end of its backward pass."""
+        if self._graph_is_alive:
+            raise RuntimeError(
+                "weights must not be exchanged between a forward pass and its backward pass: the gradients would be "
+                "wrong without any error"
+            )
+
     def save_current_weights(self) -> None:
         """Remember the weights now in place.
 
@@ -77,11 +85,7 @@ class CRaFTWeightManager:
         """
         if self.is_swapped:
             raise RuntimeError("the initial weights are already in place; nested swaps would lose the current weights")
-        if self._graph_is_alive:
-            raise RuntimeError(
-                "weights must not be exchanged between a forward pass and its backward pass: the gradients would be "
-                "wrong without any error"
-            )
+        self.require_no_graph()
         self._current = {name: p.data for name, p in self._parameters.items()}
 
     def swap_to_initial(self) -> None:
@@ -192,9 +196,8 @@ class FunctionalAnchor(Anchor):
     kind = AnchorKind.FUNCTIONAL
 
     def run(self, compute: Callable[[nn.Module], T]) -> T:
-        if self.weights._graph_is_alive:
-            # The parametrisation replaces module attributes, which a checkpointed layer reads again in backward.
-            self.weights.save_current_weights()
+        # The parametrisation replaces module attributes, which a checkpointed layer reads again in backward.
+        self.weights.require_no_graph()
         snapshot = {f"module.{name}": tensor for name, tensor in self.weights.state_dict().items()}
         return torch.func.functional_call(_Call(self.module, compute), snapshot, ())
 

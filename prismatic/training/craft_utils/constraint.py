@@ -10,7 +10,12 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from prismatic.training.craft_utils.anchors import build_anchor, extract_anchor_features_online, unwrap
+from prismatic.training.craft_utils.anchors import (
+    CRaFTWeightManager,
+    build_anchor,
+    extract_anchor_features_online,
+    unwrap,
+)
 from prismatic.training.craft_utils.config import ConflictMetric, CRaFTConfig, Rule, When
 from prismatic.training.craft_utils.dual import CRaFTDualOptimizer
 from prismatic.training.craft_utils.features import (
@@ -98,8 +103,8 @@ class CRaFTConstraint:
         return unwrap(self._module)
 
     @property
-    def weights(self):
-        """The snapshot theta_0 (`CRaFTWeightManager`)."""
+    def weights(self) -> CRaFTWeightManager:
+        """The snapshot theta_0."""
         return self.anchor.weights
 
     # ------------------------------------------------------------------------------------------- one micro-batch
