@@ -24,8 +24,12 @@ VARIANTS = {
     "budget": ["--craft_preset", "budget"],
     # The original rule in the same unit as the budget preset, so that one eps means one thing.
     "original": ["--craft_preset", "original", "--craft_retention_metric", "rel_mse"],
-    "budget, every 4": ["--craft_preset", "budget", "--craft_every", "4"],
-    "budget, every 10": ["--craft_preset", "budget", "--craft_every", "10"],
+    # The dual sees every fourth step and so needs four times the rate.
+    "budget, every 4": ["--craft_preset", "budget", "--craft_every", "4", "--craft_dual_lr", "0.2"],
+    "budget, no projection, every 4": [
+        *("--craft_preset", "budget", "--craft_enable_projection", "False"),
+        *("--craft_every", "4", "--craft_dual_lr", "0.2"),
+    ],
 }
 KEPT = ("CRaFT/Retention Loss", "CRaFT/Lambda", "CRaFT/Gate Open", "CRaFT/Conflict Ratio")
 
@@ -37,9 +41,9 @@ class BudgetConfig:
     start: str = "pretrained_models/tiny-libero-object"
     data_root_dir: str = "datasets/rlds"
     dataset_name: str = "libero_spatial_scripted_no_noops"
-    budgets: str = "0.002,0.005,0.01,0.02,0.05"  # relative squared drift of the features
+    budgets: str = "0.003,0.006,0.01,0.02,0.03"  # relative squared drift of the features
     seeds: str = "0,1,2"
-    max_steps: int = 300
+    max_steps: int = 500
     batch_size: int = 8
     learning_rate: float = 5e-4
     slots: int = 2  # runs at the same time, one core each
