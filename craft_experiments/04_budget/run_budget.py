@@ -26,10 +26,6 @@ VARIANTS = {
     "original": ["--craft_preset", "original", "--craft_retention_metric", "rel_mse"],
     # The dual sees every fourth step and so needs four times the rate.
     "budget, every 4": ["--craft_preset", "budget", "--craft_every", "4", "--craft_dual_lr", "0.2"],
-    "budget, no projection, every 4": [
-        *("--craft_preset", "budget", "--craft_enable_projection", "False"),
-        *("--craft_every", "4", "--craft_dual_lr", "0.2"),
-    ],
 }
 KEPT = ("CRaFT/Retention Loss", "CRaFT/Lambda", "CRaFT/Gate Open", "CRaFT/Conflict Ratio")
 
