@@ -1,0 +1,92 @@
+"""What every storage format gives: random access to the frames of a data set, as stored."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FORMATS = ("rlds", "lerobot", "hdf5")
+
+
+class DataSetError(ValueError):
+    """Files of a data set that are damaged, contradict each other or do not hold what they declare."""
+
+
+class MissingFeatureError(KeyError):
+    """A feature that the data set does not declare or a record does not hold."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+@dataclass(frozen=True)
+class SourceKeys:
+    """Where one storage format keeps what a policy needs.
+
+    format: `rlds`, `lerobot` or `hdf5`. cameras: keys of the images in model order, primary first. state: keys whose
+    values are concatenated along the last axis. action: key of the actions. rotated: frames are stored as the simulator
+    gives them, upside down, and are turned by 180 degrees on reading. Keys are those of the format: RLDS below `steps/`
+    (action) and `steps/observation/` (cameras, state), LeRobot column names, HDF5 below `data/demo_i/`.
+    """
+
+    format: str
+    cameras: tuple[str, ...]
+    state: tuple[str, ...]
+    action: str
+    rotated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"SourceKeys.format is {self.format!r}, expected one of {', '.join(FORMATS)}")
+        for name in ("cameras", "state"):
+            if isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ValueError(f"SourceKeys.{name} is {getattr(self, name)!r}, expected a tuple of keys")
+
+
+class EpisodeSource(ABC):
+    """One split of a data set, opened with the keys to read.
+
+    Opening costs no pass over the frames once the index exists. Objects can be pickled: workers reopen their files.
+    """
+
+    directory: Path
+    keys: SourceKeys
+
+    @property
+    @abstractmethod
+    def lengths(self) -> np.ndarray:
+        """Steps of every episode, (E,) int64."""
+
+    @property
+    @abstractmethod
+    def instructions(self) -> Sequence[str]:
+        """The instruction of every episode."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of the content; equal for equal episodes wherever the files lie and whenever they were written."""
+
+    @property
+    def metadata(self) -> dict | None:
+        """How the data were collected (`craft_metadata.json`), None when there is no record."""
+        return None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @abstractmethod
+    def actions(self, episode: int) -> np.ndarray:
+        """Actions as stored, (T, A) float32."""
+
+    @abstractmethod
+    def state(self, episode: int) -> np.ndarray:
+        """State as stored, (T, S) float32, the keys' values side by side."""
+
+    @abstractmethod
+    def frame(self, camera: str, episode: int, step: int) -> bytes | np.ndarray:
+        """One image, upright: JPEG or PNG bytes, or uint8 (H, W, 3) RGB. DataSetError when it cannot be read."""
