@@ -74,9 +74,7 @@ class IndexWriter:
         self._stack = ExitStack()
         self._files: dict = {}
 
-    def add(
-        self, instruction: str, arrays: Mapping[str, np.ndarray], content: bytes, record: object = None
-    ) -> None:
+    def add(self, instruction: str, arrays: Mapping[str, np.ndarray], content: bytes, record: object = None) -> None:
         """Append an episode.
 
         Args:
@@ -190,17 +188,19 @@ def _build(folder: Path, stamp: list, build: Callable[[IndexWriter], None]) -> E
     try:
         build(writer)
         header = writer.close(stamp)
-        _install(temporary, folder)
+        _install(temporary, folder, stamp)
     finally:
         writer.abort()
         shutil.rmtree(temporary, ignore_errors=True)
     return EpisodeIndex(folder, header)
 
 
-def _install(temporary: Path, folder: Path) -> None:
-    # Several processes may build at once; each has a complete index of the same content, so the last one may stay.
+def _install(temporary: Path, folder: Path, stamp: list) -> None:
+    # Several processes may build at once, each a complete index of the same content: the first one stays.
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
     for _ in range(100):
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
+        if _read_header(folder, stamp) is not None:
+            return
         try:
             if folder.exists():
                 os.replace(folder, old)

@@ -6,14 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from prismatic.vla.datasets.source import MissingFeatureError
+
+__all__ = ["FeatureSpec", "MissingFeatureError", "libero_features", "read_features"]
+
 _PREFIX = "tensorflow_datasets.core.features"
-
-
-class MissingFeatureError(KeyError):
-    """A feature that the data set does not declare or a record does not hold."""
-
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
 
 
 @dataclass(frozen=True)
