@@ -3,9 +3,9 @@
     {directory}/.craft_index/{label}/index.json        files it was built from, episodes, arrays, fingerprint
     {directory}/.craft_index/{label}/{array}.bin       one row per frame (steps of all episodes one after another)
 
-Numbers (actions, states) are stored whole; of images the place in the data files. An index is rebuilt when a file it was
-built from has another size or modification time. It is written under a temporary name and renamed. When the directory
-cannot be written, the index goes to the user's cache directory.
+Numbers (actions, states) are stored whole; of images the place in the data files. An index is rebuilt when one of its
+files has another size or modification time. It is written under a temporary name and renamed. When the directory cannot
+be written, the index goes to the user's cache directory.
 """
 
 from __future__ import annotations
