@@ -9,6 +9,8 @@
       action_head--{step}_checkpoint.safetensors, proprio_projector--{step}_checkpoint.safetensors
       training_state/                                optimizer, RNG, lambda, CRaFT anchor (optional)
 
+With `--ema_decay` the policy above is the averaged one; `training_state/` holds the weights training goes on with.
+
 Folders are written under a temporary name and renamed, so a folder that exists is complete. Folders in the published
 layout (`published.py`) are read as well.
 """
@@ -19,6 +21,7 @@ import importlib.metadata
 import random
 import re
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +54,7 @@ from prismatic.training.checkpoint_files import (
 )
 from prismatic.training.config import FinetuneConfig, TuningMode
 from prismatic.training.craft_utils import CRaFTConstraint, CRaFTWeightManager
+from prismatic.training.ema import WeightAverage
 from prismatic.training.lora import merged_state_dict, verify_merge, with_unused_targets
 from prismatic.training.published import export_published, is_published, load_published
 from prismatic.training.retention import L2SPPenalty
@@ -68,6 +72,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     craft: CRaFTConstraint | None = None
     penalty: L2SPPenalty | None = None
+    ema: WeightAverage | None = None
     scaler: torch.amp.GradScaler | None = None
     # The last measurement of the constraint, which the log repeats until the next one.
     constraint_metrics: dict[str, float] = field(default_factory=dict)
@@ -77,6 +82,10 @@ class TrainingState:
         """The weights theta_0 the run is held to, if it is."""
         holder = self.craft or self.penalty
         return None if holder is None else holder.weights
+
+    def policy_weights(self) -> AbstractContextManager:
+        """Context in which the model holds the weights of the policy: the averaged ones, if there are any."""
+        return nullcontext() if self.ema is None else self.ema.averaged_weights()
 
 
 def checkpoint_path(cfg: FinetuneConfig, step: int | None = None) -> Path:
@@ -106,13 +115,15 @@ def save_checkpoint(cfg: FinetuneConfig, setup, state: TrainingState) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     suffix = "latest_checkpoint" if cfg.save_latest_checkpoint_only else f"{state.step}_checkpoint"
-    _save_modules(cfg, setup.model, temporary, suffix)
+    with state.policy_weights():
+        _save_modules(cfg, setup.model, temporary, suffix)
     setup.processor.save_pretrained(temporary)
     write_json(temporary / "dataset_statistics.json", setup.statistics)
     manifest = _manifest(cfg, setup, state, suffix)
     write_json(temporary / MANIFEST, manifest)
     if cfg.merge_lora_during_training:
-        add_merged_model(setup.model, temporary)
+        with state.policy_weights():
+            add_merged_model(setup.model, temporary)
     if cfg.export_published_layout:
         export_published(load_checkpoint(temporary), folder.with_name(f"{folder.name}--published"), suffix)
     if cfg.save_training_state:
@@ -204,6 +215,8 @@ def _save_training_state(setup, state: TrainingState, folder: Path) -> None:
     )
     if state.scaler is not None:
         write_json(folder / "scaler.json", state.scaler.state_dict())
+    if state.ema is not None:
+        save_file(state.ema.state_dict(), folder / "ema.safetensors")
     if state.anchor is not None:
         anchor = state.anchor.state_dict()
         record = {"anchor_sha256": tensors_hash(anchor), "base_sha256": None if base is None else base.sha256}
@@ -331,6 +344,8 @@ def restore_training_state(folder: str | Path, setup, state: TrainingState) -> i
     state.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
     if state.scaler is not None:
         state.scaler.load_state_dict(read_json(folder / "scaler.json"))
+    if state.ema is not None:
+        state.ema.load_state_dict(load_file(existing(folder / "ema.safetensors")))
     _restore_generators(folder)
     counters = read_json(folder / "state.json")
     state.constraint_metrics = counters["constraint_metrics"]
