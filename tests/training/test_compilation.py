@@ -7,19 +7,13 @@ import torch
 
 LORA = {"use_lora": True, "lora_rank": 4, "config_file_path": "pretrained_models/tiny-libero-object"}
 CRAFT = {"use_craft": True, "craft_preset": "budget", "craft_retention_budget": 1e-6}
-ANCHORS = [CRAFT | {"craft_anchor": kind} for kind in ("online_swap", "functional", "frozen_copy")]
 COMBINATIONS = {
-    "plain": {},
-    "lora": LORA,
-    "accumulation": {"grad_accumulation_steps": 2, "batch_size": 1},
-    "checkpointing": {"gradient_checkpointing": True},
-    "online_swap": ANCHORS[0],
-    "functional": ANCHORS[1],
-    "frozen_copy": ANCHORS[2],
+    "lora_accumulation": LORA | {"grad_accumulation_steps": 2, "batch_size": 1},
+    "online_swap": CRAFT | {"craft_anchor": "online_swap"},
+    "functional_frozen_vision": CRAFT | {"craft_anchor": "functional", "freeze_vision": True},
+    "frozen_copy_average": CRAFT | {"craft_anchor": "frozen_copy", "ema_decay": 0.9},
     "disable_adapter": LORA | CRAFT | {"craft_anchor": "disable_adapter"},
-    "craft_checkpointing": ANCHORS[0] | {"gradient_checkpointing": True},
-    "frozen_vision": ANCHORS[0] | {"freeze_vision": True},
-    "original": {"use_craft": True},
+    "craft_checkpointing": CRAFT | {"gradient_checkpointing": True},
 }
 
 

@@ -14,6 +14,7 @@ CRAFT = {"use_craft": True, "craft_retention_weight": 1.0}
 PLANS = {
     "plain": {},
     "original": CRAFT,
+    "prompt": CRAFT | {"craft_cr_token_mode": "vision_plus_prompt"},
     "priced": CRAFT | {"craft_preset": "budget", "craft_retention_budget": 1e9},
     "lora": {"use_lora": True, "lora_rank": 4, "config_file_path": "pretrained_models/tiny-libero-object"} | CRAFT,
 }
