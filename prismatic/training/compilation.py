@@ -17,10 +17,12 @@ def compile_policy(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
 
     Raises ValueError for an unknown backend.
     """
-    backends = torch._dynamo.list_backends(exclude_tags=())
+    backends = torch.compiler.list_backends(exclude_tags=())
     if cfg.compile_backend not in backends:
         raise ValueError(f"--compile_backend is {cfg.compile_backend!r}, expected one of {', '.join(backends)}")
     if cfg.retention.constrains_features:
         # The retention gradient keeps the graph for the action loss, so the backward pass must not reuse its buffers.
-        torch._functorch.config.donated_buffer = False
+        from torch._functorch import config as functorch  # loads the compiler, which other runs do without
+
+        functorch.donated_buffer = False
     model.compile(backend=cfg.compile_backend)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from torch._functorch import config as functorch
 
 LORA = {"use_lora": True, "lora_rank": 4, "config_file_path": "pretrained_models/tiny-libero-object"}
 CRAFT = {"use_craft": True, "craft_preset": "budget", "craft_retention_budget": 1e-6}
@@ -35,11 +36,11 @@ def assert_close(first: dict, second: dict) -> None:
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     """Nothing compiled is left over, and the compiler's settings are as before."""
-    donated = torch._functorch.config.donated_buffer
+    donated = functorch.donated_buffer
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = donated
+    functorch.donated_buffer = donated
 
 
 @pytest.mark.slow

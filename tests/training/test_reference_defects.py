@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prismatic.training import loop
@@ -93,8 +94,18 @@ def test_d10_clipping_bounds_the_gradient_that_is_applied(make_trainer, monkeypa
     assert applied == pytest.approx([free, limit], rel=1e-3)
 
 
+@pytest.fixture
+def bf16(monkeypatch):
+    """Trainers made in this test run in bf16; accelerate keeps the precision in a global state."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [{}, CRAFT])
+@pytest.mark.usefixtures("bf16")
 def test_d10_weights_and_optimizer_are_fp32_under_bf16(make_trainer, method):
     trainer = make_trainer("run", mixed_precision="bf16", max_steps=8, image_aug=False, **method)
     trainer.sampler, kinds = EpochSampler(4, seed=7), set()
