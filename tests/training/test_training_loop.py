@@ -14,6 +14,7 @@ from prismatic.training.checkpoint_files import tensors_hash
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.craft_utils import CRaFTConstraint
 from prismatic.training.step import NonFiniteLossError, optimizer_step
+from prismatic.vla.datasets.sampler import EpochSampler
 
 MONITOR = {
     "use_craft": True,
@@ -290,6 +291,6 @@ def test_overfitting_sixteen_samples_reaches_an_l1_below_two_percent(make_traine
         "overfit", batch_size=16, max_steps=400, save_freq=1000, image_aug=False, learning_rate=2e-3,
         lr_schedule="cosine", lr_warmup_steps=0.05, weight_decay=0.0, max_grad_norm=1.0, wandb_log_freq=50,
     )  # fmt: skip
-    trainer.sampler.num_samples = 16
+    trainer.sampler = EpochSampler(16, seed=7)
     trainer.fit()
     assert metrics(trainer)[-1]["VLA Train/Loss"] < 0.02
