@@ -157,7 +157,10 @@ def _add_file(writer: IndexWriter, path: Path, keys: SourceKeys) -> None:
             where = f"{path}: data/{name}"
             with _reading(path):
                 arrays, content = _read_demo(file[f"data/{name}"], keys, where)
-            writer.add(instruction_of(path.name), arrays, content, [path.name, name])
+            try:
+                writer.add(instruction_of(path.name), arrays, content, [path.name, name])
+            except DataSetError as error:  # another number of dimensions than the demonstrations before
+                raise DataSetError(f"{where}: {error}") from error
 
 
 def _read_demo(demo, keys: SourceKeys, where: str) -> tuple[dict[str, np.ndarray], bytes]:
