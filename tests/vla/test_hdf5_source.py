@@ -119,6 +119,10 @@ def replace(key, value):
         (replace("obs/agentview_rgb", np.zeros((10, 4, 4, 1), np.uint8)), r"expected uint8 \(10, H, W, 3\)"),
         (replace("obs/agentview_rgb", np.zeros((8, 4, 4, 3), np.uint8)), r"expected uint8 \(10, H, W, 3\)"),
         (replace("actions", np.zeros((10, 6))), r"actions is .*'shape': \[6\].*, earlier episodes have .*\[7\]"),
+        (
+            lambda demo: (demo.pop("actions"), demo.create_dataset("actions", (10, 7), "f4")),
+            r"\(10, 7\) without content",
+        ),
         (lambda demo: (demo.pop("actions"), demo.create_group("actions")), "actions: a group, expected a dataset"),
     ],
 )

@@ -170,7 +170,8 @@ def test_lost_image_files_of_the_index_are_built_again(v21):
     [
         ({"codebase_version": "v2.0"}, "codebase_version is 'v2.0', expected v2.1 or v3.0"),
         ({"codebase_version": ...}, "codebase_version is None, expected str"),
-        ({"fps": 0}, "fps is 0.0, expected a positive number"),
+        ({"fps": 0}, "fps is 0, expected a positive number"),
+        ({"fps": 10**400}, "fps is 1000"),
         ({"fps": "10"}, "fps is '10', expected int or float"),
         ({"features": []}, r"features is \[\], expected dict"),
         ({"splits": ...}, "splits is None, expected dict"),
@@ -193,7 +194,7 @@ def test_wrong_info(v21, changes, message):
         (FIRST, {"dtype": "float32", "shape": [16, 16, 3]}, "dtype 'float32', expected 'video' or 'image'"),
         (FIRST, {"dtype": "image", "shape": [16, 16]}, r"shape \(16, 16\), expected \(H, W, 3\)"),
         (FIRST, {"dtype": "image", "shape": [16, 17, 3]}, r"image \(16, 16, 3\), .* declares \(16, 17, 3\)"),
-        (FIRST, {"dtype": "video", "shape": [16, 16, 3]}, r"image/episode_000000.mp4 is missing|video_path"),
+        (FIRST, {"dtype": "video", "shape": [16, 16, 3]}, "image/episode_000000.mp4 is missing"),
         ("action", {"dtype": "float32", "shape": [7, 1]}, r"shape \(7, 1\), expected one dimension"),
         ("action", {"dtype": "float32", "shape": [0]}, r"shape \[0\], expected positive integers"),
         ("action", {"dtype": "float32", "shape": [6]}, r"action: \[7\] values per step, expected 6"),
@@ -232,7 +233,7 @@ def test_missing_and_damaged_files_v30(v30, name):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"episode_index": 3, "length": 6}, r"episode_index \[3, 1, 2\], expected 0, 1, 2, ..."),
+        ({"episode_index": 3, "length": 6}, r"episode_index \[1, 2, 3\], expected 0, 1, 2, ..."),
         ({"episode_index": 0, "length": 0}, "line 1: length is 0, expected a positive integer"),
         ({"episode_index": 0}, "line 1: length is None, expected int"),
         ({"episode_index": 0, "length": 5}, "episode_000000.parquet: 6 rows, meta/episodes.jsonl declares 5"),
@@ -251,7 +252,7 @@ def test_wrong_episode_lines(v21, line, message):
 @pytest.mark.parametrize(
     ("column", "change", "message"),
     [
-        ("episode_index", lambda values: [7, *values[1:]], r"episode_index \[7, 1, 2\]"),
+        ("episode_index", lambda values: [7, *values[1:]], r"episode_index \[1, 2, 7\]"),
         ("length", lambda values: [5, *values[1:]], "dataset_from_index 0 to dataset_to_index 6, but length is 5"),
         ("dataset_from_index", lambda values: [0, 5, 13], "dataset_from_index 5 to dataset_to_index 13"),
         ("data/file_index", lambda values: [0, 0, 0], r"file-000.parquet: 13 rows, expected at least 21"),
@@ -270,20 +271,34 @@ def test_missing_columns_of_the_episode_table(v30):
     open_fails(v30, r"no columns \['dataset_from_index'\], found \['data/chunk_index'", MissingFeatureError)
 
 
+def test_order_of_episode_lines_does_not_matter(v21):
+    path = v21 / "meta" / "episodes.jsonl"
+    path.write_text("\n".join(reversed(path.read_text().splitlines())))
+    assert LeRobotSource(v21, LEROBOT_KEYS).lengths.tolist() == [6, 7, 8]
+
+
+def test_task_that_is_not_unicode(v21):
+    (v21 / "meta" / "tasks.jsonl").write_text('{"task_index": 0, "task": "\\ud800"}\n{"task_index": 1, "task": "b"}\n')
+    edit_lines = [json.dumps({"episode_index": i, "length": 6 + i}) for i in range(3)]
+    (v21 / "meta" / "episodes.jsonl").write_text("\n".join(edit_lines))
+    open_fails(v21, "episode 0: .*surrogates not allowed")
+
+
 # Data files
 
 
 @pytest.mark.parametrize(
     ("column", "change", "message"),
     [
-        ("action", lambda values: [None, *values[1:]], "episode 1: action: missing values"),
-        ("action", lambda values: [[None] * 7, *values[1:]], "episode 1: action: missing values"),
+        ("action", lambda values: [None, *values[1:]], ": action: missing values"),
+        ("action", lambda values: [[None] * 7, *values[1:]], ": action: missing values"),
         ("action", lambda values: [[1.0] * 6, *values[1:]], r"action: \[6, 7\] values per step, expected 7"),
         ("action", lambda values: ["a"] * 7, "action: string, expected numbers or lists of numbers"),
         ("action", lambda values: values[0], r"action: \[1.0\] values per step, expected 7"),
         ("episode_index", lambda values: [2] * 7, r"episode_index is \[2, 2, 2, 2, 2\]..., expected 1"),
         ("frame_index", lambda values: values[::-1], r"frame_index is \[6, 5, 4, 3, 2\]..., expected 0 to 6"),
         ("task_index", lambda values: [0, *values[1:]], r"task_index changes within the episode: \[0, 1\]"),
+        ("task_index", lambda values: [0.5] * 7, "task_index is float64, expected integers"),
         ("task_index", lambda values: [9] * 7, "task_index 9 is not in the tasks of meta, found 2"),
         (FIRST, lambda values: [b"png"] * 7, r"image: binary, expected struct<bytes: binary"),
         (FIRST, lambda values: [{"path": "a.png"}] * 7, "expected struct<bytes: binary"),
@@ -298,7 +313,7 @@ def test_missing_columns_of_the_episode_table(v30):
 )
 def test_wrong_rows(v21, column, change, message):
     edit_table(v21 / V21_DATA, column, change)
-    open_fails(v21, f"episode_000001.parquet: episode 1.*{message}|{message}")
+    open_fails(v21, f"episode_000001.parquet: episode 1.*{message}")
 
 
 @pytest.mark.parametrize("column", ["action", "task_index", FIRST])
@@ -413,7 +428,7 @@ def test_subsampled_chroma_with_short_groups(tmp_path, codec):
     stored = np.stack(images_of(episode)).astype(int)
     for step in np.random.default_rng(0).permutation(11):
         distance = np.abs(source.frame(FIRST, 0, int(step)) - stored).mean(axis=(1, 2, 3))
-        assert np.argmin(distance) == step and distance[step] < 4  # measured: at most 2.7; neighbours are above 5
+        assert np.argmin(distance) == step and distance[step] < 3  # measured: at most 1.9, other steps above 4.4
 
 
 # Memory

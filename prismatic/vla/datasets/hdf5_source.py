@@ -136,6 +136,8 @@ def _dataset(demo, key: str, where: str):
         raise MissingFeatureError(f"{where}: no {key!r}, found {_keys(demo)}")
     if not isinstance(found, h5py.Dataset):
         raise DataSetError(f"{where}/{key}: a group, expected a dataset")
+    if found.size and not found.id.get_storage_size():
+        raise DataSetError(f"{where}/{key}: {found.dtype} {found.shape} without content")
     return found
 
 
@@ -159,7 +161,8 @@ def _add_file(writer: IndexWriter, path: Path, keys: SourceKeys) -> None:
                 arrays, content = _read_demo(file[f"data/{name}"], keys, where)
             try:
                 writer.add(instruction_of(path.name), arrays, content, [path.name, name])
-            except DataSetError as error:  # another number of dimensions than the demonstrations before
+            # Another number of dimensions than the demonstrations before, or a file name that is not valid Unicode.
+            except (DataSetError, UnicodeEncodeError) as error:
                 raise DataSetError(f"{where}: {error}") from error
 
 

@@ -166,9 +166,10 @@ class _Info:
         self.version = self.field("codebase_version", str)
         if self.version not in VERSIONS:
             raise DataSetError(f"{self.path}: codebase_version is {self.version!r}, expected {' or '.join(VERSIONS)}")
-        self.fps = float(self.field("fps", (int, float)))
-        if not 0 < self.fps < 1e6:
-            raise DataSetError(f"{self.path}: fps is {self.fps}, expected a positive number")
+        fps = self.field("fps", (int, float))
+        if not 0 < fps < 1e6:
+            raise DataSetError(f"{self.path}: fps is {fps}, expected a positive number")
+        self.fps = float(fps)
         self.features = self.field("features", dict)
         for key in (keys.action, *keys.state, *keys.cameras):
             if key not in self.features:
@@ -299,8 +300,8 @@ def _tasks_v30(info: _Info) -> dict[int, str]:
 
 def _places_v21(info: _Info) -> tuple[list[_Place], list[Path]]:
     path = info.directory / "meta" / "episodes.jsonl"
-    lines = _json_lines(path)
-    info.check_episodes([_field(line, "episode_index", int, where) for line, where in lines], path)
+    lines = sorted(_json_lines(path), key=_number)
+    info.check_episodes([_number(line) for line in lines], path)
     chunk = info.field("chunks_size", int)
     if chunk < 1:
         raise DataSetError(f"{info.path}: chunks_size is {chunk}, expected a positive integer")
@@ -323,8 +324,8 @@ def _places_v30(info: _Info) -> tuple[list[_Place], list[Path]]:
     for key in info.video_cameras:
         columns += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")]
     columns += ["tasks", "dataset_to_index"]
-    rows = [(row, str(file)) for file in files for row in _table(file, columns)]
-    info.check_episodes([_field(row, "episode_index", int, where) for row, where in rows], folder)
+    rows = sorted(((row, str(file)) for file in files for row in _table(file, columns)), key=_number)
+    info.check_episodes([_number(row) for row in rows], folder)
     first_rows: dict[Path, int] = {}
     for row, where in rows:
         begin = _field(row, "dataset_from_index", int, where)
@@ -348,12 +349,17 @@ def _place_v30(info: _Info, row: Mapping, where: str, first_rows: Mapping[Path, 
     videos = {}
     for key in info.video_cameras:
         chunk, file = (_field(row, f"videos/{key}/{name}", int, where) for name in ("chunk_index", "file_index"))
-        start, stop = (_field(row, f"videos/{key}/{name}_timestamp", float, where) for name in ("from", "to"))
+        start, stop = (_field(row, f"videos/{key}/{name}_timestamp", (int, float), where) for name in ("from", "to"))
         if not abs((stop - start) * info.fps - length) <= 1:
             raise DataSetError(f"{where}: {key} from {start} s to {stop} s, expected {length} steps at {info.fps} fps")
         videos[key] = (info.file("video_path", video_key=key, chunk_index=chunk, file_index=file), start)
     tasks = _texts(row["tasks"], where)
     return _Place(row["episode_index"], length, tasks, data, begin - first_rows[data], videos)
+
+
+def _number(entry: tuple[Mapping, str]) -> int:
+    row, where = entry
+    return _field(row, "episode_index", int, where)
 
 
 def _length(row: Mapping, where: str) -> int:
@@ -531,10 +537,10 @@ class _Builder:
 
     def _add(self, writer: IndexWriter, place: _Place) -> None:
         where = f"{place.data}: episode {place.number}"
-        numbers, images, digest = self._read_rows(place, where)
+        numbers, images, content = self._read_rows(place, where)
         actions = as_float32(numbers[self._keys.action])
         state = np.concatenate([as_float32(numbers[key]) for key in self._keys.state], axis=1)
-        digest.update(repr((actions.shape, state.shape)).encode() + actions.tobytes() + state.tobytes())
+        content += repr((actions.shape, state.shape)).encode() + actions.tobytes() + state.tobytes()
         instruction = self._instruction(numbers, place, where)
         arrays = {"actions": actions, "state": state}
         arrays |= {f"place.{camera}": rows for camera, rows in images.items()}
@@ -542,31 +548,35 @@ class _Builder:
             scan = self._scan(camera, file)
             rows = scan.locate(start + numbers["timestamp"][:, 0], self._info.fps, f"{file}: episode {place.number}")
             arrays[f"place.{camera}"] = np.stack([scan.pts[rows], scan.seeks[rows]], axis=1)
-            digest.update(scan.digests[rows].tobytes())
+            content += scan.digests[rows].tobytes()
         record = {
             camera: file.relative_to(self._info.directory).as_posix() for camera, (file, _) in place.videos.items()
         }
-        writer.add(instruction, arrays, digest.digest(), record)
+        try:
+            writer.add(instruction, arrays, hashlib.sha256(content).digest(), record)
+        except (DataSetError, UnicodeEncodeError) as error:  # the latter: a task that is not valid Unicode
+            raise DataSetError(f"{where}: {error}") from error
 
     def _read_rows(self, place: _Place, where: str):
-        """Numbers {key: (T, width)}, places of the embedded images {camera: (T, 2)} and their hash."""
+        """Numbers {key: (T, width)}, places of the embedded images {camera: (T, 2)} and the images' hashes."""
         widths = self._widths | self._helpers
         pieces: dict[str, list[np.ndarray]] = {name: [] for name in widths}
         images: dict[str, list] = {camera: [] for camera in self._embedded}
-        digest = hashlib.sha256()
+        digests = {camera: hashlib.sha256() for camera in self._embedded}
         for batch in self._rows(place).read(place.row, place.row + place.length):
             for name, width in widths.items():
                 pieces[name].append(_matrix(batch.column(name), width, f"{where}: {name}"))
             for camera, found in images.items():
                 for image in _embedded_images(batch.column(camera), f"{where}: {camera}"):
                     found.append(self._blobs[camera].append(image, f"{where} step {len(found)}: {camera}"))
-                    digest.update(len(image).to_bytes(8, "little") + image)
+                    digests[camera].update(len(image).to_bytes(8, "little") + image)
         numbers = {name: np.concatenate(parts) for name, parts in pieces.items()}
         for name, expected in (("episode_index", place.number), ("frame_index", np.arange(place.length))):
             if not np.array_equal(numbers[name][:, 0], np.broadcast_to(expected, place.length)):
                 expected = f"0 to {place.length - 1}" if name == "frame_index" else expected
                 raise DataSetError(f"{where}: {name} is {numbers[name][:5, 0].tolist()}..., expected {expected}")
-        return numbers, {camera: np.array(rows, dtype=np.int64) for camera, rows in images.items()}, digest
+        content = b"".join(digest.digest() for digest in digests.values())
+        return numbers, {camera: np.array(rows, dtype=np.int64) for camera, rows in images.items()}, content
 
     def _rows(self, place: _Place) -> _RowStream:
         if self._stream is None or self._stream.path != place.data:
@@ -583,6 +593,8 @@ class _Builder:
 
     def _instruction(self, numbers: Mapping[str, np.ndarray], place: _Place, where: str) -> str:
         indices = np.unique(numbers["task_index"])
+        if indices.dtype.kind not in "iu":
+            raise DataSetError(f"{where}: task_index is {indices.dtype}, expected integers")
         if len(indices) != 1:
             raise DataSetError(f"{where}: task_index changes within the episode: {indices.tolist()[:10]}")
         task = self._tasks.get(int(indices[0]))
