@@ -344,6 +344,12 @@ def test_too_short_video(video, episodes):
     )
 
 
+def test_video_without_displayed_frames(video, monkeypatch):
+    """Damaged edit lists can hide all frames."""
+    monkeypatch.setattr(lerobot_source, "_packets", lambda *_: ([], [(0, 0)]))
+    open_fails(video, "file-000.mp4: no frames that are displayed")
+
+
 def test_video_of_another_size(video):
     write_video(video / VIDEO_FILE, [np.zeros((32, 16, 3), np.uint8)] * 13, **LOSSLESS)
     source = LeRobotSource(video, LEROBOT_KEYS)

@@ -665,7 +665,9 @@ class _VideoScan:
         # The last keyframe displayed no later than the frame, by its time of decoding: that is what files are
         # searched by, and it is not later than its time of display.
         before = np.searchsorted([pts for pts, _ in keys], self.pts, side="right") - 1
-        if len(keys) == 0 or (before < 0).any():
+        if not rows:
+            raise DataSetError(f"{path}: no frames that are displayed")
+        if not keys or (before < 0).any():
             raise DataSetError(f"{path}: no keyframe before the first of {len(rows)} frames")
         self.seeks = np.array([dts for _, dts in keys], dtype=np.int64)[before]
 
