@@ -294,7 +294,8 @@ def parse_all_results(path: str | os.PathLike) -> dict[str, float | FailureCode]
 
     Raises:
         FileNotFoundError: no such file.
-        LogFormatError: no UTF-8 text, a line of another shape, a rate outside [0, 1], an unknown code, or a suite listed twice.
+        LogFormatError: no UTF-8 text, a line of another shape, a rate outside [0, 1], an unknown code, or a suite
+            listed twice.
     """
     path = Path(path)
     if not path.is_file():
