@@ -13,6 +13,9 @@ from prismatic.vla.datasets.source import DataSetError, MissingFeatureError
 __all__ = ["FeatureSpec", "MissingFeatureError", "libero_features", "read_features"]
 
 _PREFIX = "tensorflow_datasets.core.features"
+_NUMBERS = {"bool", "float16", "float32", "float64"} | {
+    f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)
+}
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,7 @@ class FeatureSpec:
     @property
     def number_type(self) -> np.dtype | None:
         """The numpy type of a declared number or bool; None for text, images and types that numpy does not have."""
-        if self.kind != "tensor":
-            return None
-        try:
-            dtype = np.dtype(self.dtype)
-        except TypeError:
-            return None
-        return dtype if dtype.kind in "biuf" else None
+        return np.dtype(self.dtype) if self.kind == "tensor" and self.dtype in _NUMBERS else None
 
 
 def read_features(path: Path) -> dict[str, FeatureSpec]:
