@@ -29,8 +29,7 @@ from prismatic.vla.datasets.hdf5_source import HDF5Source
 from prismatic.vla.datasets.lerobot_source import LeRobotSource
 from prismatic.vla.datasets.rlds import RLDSReader
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError
-from prismatic.vla.datasets.source_files import decode_image
-from prismatic.vla.images import decode_jpeg
+from prismatic.vla.images import decode_image, decode_jpeg
 
 WRITERS = {
     "v21-png": lambda root, episodes: write_lerobot_v21(root, episodes, "png"),
@@ -70,7 +69,7 @@ def cameras_of(name):
 
 
 def pixels(frame):
-    return decode_image(frame, "test") if isinstance(frame, bytes) else frame
+    return decode_image(frame) if isinstance(frame, bytes) else frame
 
 
 def all_steps(source):

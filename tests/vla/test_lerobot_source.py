@@ -22,8 +22,7 @@ from format_writers import (
 from prismatic.vla.datasets import lerobot_source
 from prismatic.vla.datasets.lerobot_source import LeRobotSource
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
-from prismatic.vla.datasets.source_files import decode_image
-from prismatic.vla.images import decode_jpeg
+from prismatic.vla.images import decode_image, decode_jpeg
 
 FIRST, SECOND = CAMERAS.values()
 INFO = "meta/info.json"
@@ -453,9 +452,7 @@ def test_rows_are_read_a_few_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(lerobot_source, "_embedded_images", counting)
     source = LeRobotSource(folder, LEROBOT_KEYS)
     assert max(sizes) <= 32 and sum(sizes) == 80
-    np.testing.assert_array_equal(
-        decode_image(source.frame(FIRST, 0, 39), "here"), decode_jpeg(episode.images["image"][39])
-    )
+    np.testing.assert_array_equal(decode_image(source.frame(FIRST, 0, 39)), decode_jpeg(episode.images["image"][39]))
 
 
 def test_episodes_in_any_order_of_rows(tmp_path, episodes):

@@ -15,6 +15,7 @@ from prismatic.vla.datasets import rlds_source
 from prismatic.vla.datasets.rlds import RLDSReader
 from prismatic.vla.datasets.rlds_source import RLDSSource
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
+from prismatic.vla.images import decode_jpeg
 
 KEYS = SourceKeys("rlds", ("image", "wrist_image"), ("state",), "action")
 EPISODES = [make_episode(i, length=8 + i, instruction=f"task {i % 2}") for i in range(5)]
@@ -50,6 +51,13 @@ def test_every_number_and_frame_is_the_readers(directory):
         assert source.instructions[number] == episode.instruction
         for camera in KEYS.cameras:
             assert [source.frame(camera, number, step) for step in range(len(episode))] == episode.images[camera]
+
+
+def test_rotated_frames_are_turned(directory):
+    keys = SourceKeys("rlds", ("image",), ("state",), "action", rotated=True)
+    np.testing.assert_array_equal(
+        RLDSSource(directory, keys).frame("image", 2, 3), decode_jpeg(EPISODES[2].images["image"][3])[::-1, ::-1]
+    )
 
 
 def test_several_state_keys_lie_side_by_side(directory):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from prismatic.vla.datasets.source import DataSetError, SourceKeys
-from prismatic.vla.datasets.source_files import OpenFiles, as_float32, decode_image, index_label, turn
-from prismatic.vla.images import encode_jpeg
+from prismatic.vla.datasets.source_files import OpenFiles, as_float32, index_label, turn, turned_frame
+from prismatic.vla.images import decode_jpeg, encode_jpeg
 
 
 class Handle:
@@ -60,11 +60,11 @@ def test_turn_by_180_degrees():
     np.testing.assert_array_equal(turn(turn(image)), image)
 
 
-def test_decode_image():
-    data = encode_jpeg(np.zeros((8, 6, 3), dtype=np.uint8))
-    assert decode_image(data, "here").shape == (8, 6, 3)
+def test_turned_frame():
+    data = encode_jpeg(np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3))
+    np.testing.assert_array_equal(turned_frame(data, "here"), turn(decode_jpeg(data)))
     with pytest.raises(DataSetError, match="^here: not a complete JPEG or PNG"):
-        decode_image(data[:40], "here")
+        turned_frame(data[:40], "here")
 
 
 def test_numbers_beyond_float32_become_infinite():

@@ -30,10 +30,10 @@ from prismatic.vla.datasets.source import DataSetError, EpisodeSource, MissingFe
 from prismatic.vla.datasets.source_files import (
     OpenFiles,
     as_float32,
-    decode_image,
     index_label,
     require_format,
     turn,
+    turned_frame,
 )
 
 VERSIONS = ("v2.1", "v3.0")
@@ -113,7 +113,7 @@ class LeRobotSource(EpisodeSource):
             return turn(image) if self.keys.rotated else image
         data = self._blob(camera)[place[0] : place[0] + place[1]].tobytes()
         where = f"{self.directory}: episode {episode} step {step}: {camera}"
-        return turn(decode_image(data, where)) if self.keys.rotated else data
+        return turned_frame(data, where) if self.keys.rotated else data
 
     def _blob(self, camera: str) -> np.memmap:
         if camera not in self._blobs:

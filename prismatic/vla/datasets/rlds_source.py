@@ -12,6 +12,7 @@ from prismatic.vla.datasets.index import IndexWriter, open_index
 from prismatic.vla.datasets.rlds import RLDSReader
 from prismatic.vla.datasets.rlds_features import FeatureSpec
 from prismatic.vla.datasets.source import DataSetError, EpisodeSource, SourceKeys
+from prismatic.vla.datasets.source_files import turned_frame
 from prismatic.vla.datasets.tfrecord import HEADER_BYTES
 
 _OBSERVATION = "steps/observation/"
@@ -69,7 +70,7 @@ class RLDSSource(EpisodeSource):
             raise DataSetError(
                 f"{self._shards[shard]}: {len(data)} bytes at offset {offset}, expected {size}: the file was changed"
             )
-        return data
+        return turned_frame(data, str(self._shards[shard])) if self.keys.rotated else data
 
     def _numbers(self, name: str, episode: int) -> np.ndarray:
         values = self._index.rows(name, episode)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
 
 from prismatic.vla.datasets.source import DataSetError, SourceKeys
+from prismatic.vla.images import decode_image
 
 _ABANDONED: list = []
 
@@ -74,13 +73,12 @@ def turn(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image[::-1, ::-1])
 
 
-def decode_image(data: bytes, where: str) -> np.ndarray:
-    """JPEG or PNG bytes -> uint8 (H, W, 3) RGB; DataSetError that begins with `where`."""
+def turned_frame(data: bytes, where: str) -> np.ndarray:
+    """JPEG or PNG bytes -> uint8 (H, W, 3) turned by 180 degrees; DataSetError that begins with `where`."""
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-            return np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow: SyntaxError for damaged PNG chunks
-        raise DataSetError(f"{where}: not a complete JPEG or PNG image ({len(data)} bytes): {error}") from error
+        return turn(decode_image(data))
+    except ValueError as error:
+        raise DataSetError(f"{where}: {error}") from error
 
 
 def as_float32(values: np.ndarray) -> np.ndarray:
