@@ -6,7 +6,8 @@
 Every measurement is a process of its own, tied to as many cores as its row says; the order is shuffled in each round
 and a row is compared with the TensorFlow row of the same cores in the same round. Both sides decode two 256 px JPEG
 images per sample, resize them to 224 px with a Lanczos filter, augment them and build batches. Without --tf_python only
-our rows are measured. Writes results/data_loading/data_loading.json.
+our rows are measured. Writes results/data_loading/data_loading.json and the section of docs/performance.md made from it
+(`--report_only True`: only the section).
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ import platform
 import random
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import draccus
+from benchmark_page import write_section
 
 HERE = Path(__file__).parent
 
@@ -43,6 +47,8 @@ class LoadingConfig:
     rounds: int = 5
     seed: int = 0
     output: str = "results/data_loading/data_loading.json"
+    report: str = "docs/performance.md"
+    report_only: bool = False
     measure_workers: int | None = None  # measure one of our rows in this process, print JSON
 
 
@@ -74,6 +80,14 @@ def main() -> None:
     if cfg.measure_workers is not None:
         print(json.dumps(measure(cfg)))
         return
+    if not cfg.report_only:
+        measure_rows(cfg)
+    content = json.loads(Path(cfg.output).read_text(encoding="utf-8"))
+    write_section(Path(cfg.report), "data_loading", report(content))
+
+
+def measure_rows(cfg: LoadingConfig) -> None:
+    """All rows in shuffled rounds."""
     rows = [row for row in ROWS if (row.workers is not None or cfg.tf_python) and (not row.small or cfg.small_root)]
     shuffler, measured = random.Random(cfg.seed), {row.label: [] for row in rows}
     for number in range(cfg.rounds):
@@ -135,7 +149,9 @@ def measure(cfg: LoadingConfig) -> dict[str, float]:
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     samples = cfg.batches * cfg.batch_size
-    return {"first_batch": first, "seconds": seconds, "samples": samples, "peak_gib": peak, "before_gib": before}
+    times = {"first_batch": first, "seconds": seconds, "samples": samples}
+    frames = dataset.statistics[cfg.name]["num_transitions"]
+    return times | {"peak_gib": peak, "before_gib": before, "frames": frames}
 
 
 def stack(samples: list[dict]) -> dict:
@@ -170,6 +186,57 @@ def write(cfg: LoadingConfig, rows: list[Row], measured: dict[str, list]) -> Non
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+HEAD = """\
+# How fast samples come from disk
+
+This section is written by `python benchmarks/data_loading.py` from `results/data_loading/data_loading.json`.
+Do not edit.
+
+One sample is two 256 px JPEG images, decoded, resized to 224 px with a Lanczos filter and augmented, with its action
+chunk. Every measurement is a process of its own on the stated cores; a ratio is the median over rounds, with the range,
+of a row against the TensorFlow row on the same cores in the same round (tensorflow-datasets + tf.data with the
+published shuffle buffer of encoded frames). Imports are not counted. Both sides read from the page cache.
+"""
+
+
+def report(content: dict) -> str:
+    """The section."""
+    command = (
+        f"python benchmarks/data_loading.py --batch_size {content['batch_size']} --batches {content['batches']} "
+        f"--rounds {len(content['rows'][0]['rounds'])} --data_root ... --small_root ... --tf_python ..."
+    )
+    lines = [HEAD, f"    {command}", ""]
+    frames = max(measured.get("frames", 0) for row in content["rows"] for measured in row["rounds"])
+    size = f"{frames:,} frames in {content['bytes'] / 2**30:.2f} GiB"
+    lines.append(f"{size}; batches of {content['batch_size']}; shuffle buffer {content['shuffle_buffer']:,}.")
+    lines += [
+        "",
+        "| loader | cores | samples/s | samples/s to TensorFlow | first batch, s | first batch to TensorFlow "
+        "| peak memory, GiB | peak to TensorFlow |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    reference = {row["cores"]: row["rounds"] for row in content["rows"] if row["workers"] is None}
+    for row in content["rows"]:
+        rounds, other = row["rounds"], reference.get(row["cores"])
+        cells = [row["label"], str(row["cores"])]
+        for value, digits in ((speed, 0), (lambda r: r["first_batch"], 2), (lambda r: r["peak_gib"], 2)):
+            cells.append(f"{statistics.median(value(r) for r in rounds):.{digits}f}")
+            cells.append(ratio(value, rounds, other) if other and row["workers"] is not None else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speed(measured: dict) -> float:
+    """Samples per second after the first batch."""
+    return measured["samples"] / measured["seconds"]
+
+
+def ratio(value: Callable[[dict], float], rounds: list[dict], reference: list[dict]) -> str:
+    """Median over rounds of a quantity against the reference, with its range."""
+    ratios = [value(ours) / value(theirs) for ours, theirs in zip(rounds, reference, strict=True)]
+    return f"{statistics.median(ratios):.2g} ({min(ratios):.2g}-{max(ratios):.2g})"
 
 
 if __name__ == "__main__":
