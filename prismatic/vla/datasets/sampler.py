@@ -24,10 +24,10 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self._start = 0
+        self._position = 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        position = self._start * self.world_size + self.rank
+        position = self._position + self.rank
         epoch, permutation = -1, np.empty(0, dtype=np.int64)
         while True:
             if position // self.num_samples != epoch:
@@ -40,25 +40,25 @@ class EpochSampler(Sampler[tuple[int, int]]):
         """Let the next iterator begin after `samples_consumed` samples of this rank, counted from the very start."""
         if samples_consumed < 0:
             raise ValueError(f"samples_consumed is {samples_consumed}, expected 0 or more")
-        self._start = samples_consumed
+        self._position = samples_consumed * self.world_size
 
-    def state_dict(self, samples_consumed: int) -> dict[str, int]:
-        """JSON-ready position after `samples_consumed` samples of this rank.
+    def state_dict(self, samples_seen: int) -> dict[str, int]:
+        """JSON-ready position after `samples_seen` samples of all ranks together.
 
         The caller counts: workers prefetch, so the sampler itself is ahead of what was trained on.
         """
         return {
             "seed": self.seed,
             "num_samples": self.num_samples,
-            "position": samples_consumed * self.world_size,
+            "position": samples_seen,
+            "epoch": samples_seen // self.num_samples,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from `state_dict`; ValueError when seed or data differ or the position does not divide evenly."""
+        """Continue from `state_dict`, also with another world size; ValueError when seed or data differ."""
         for name in ("seed", "num_samples"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"sampler state has {name} {state[name]}, expected {getattr(self, name)}")
-        consumed, rest = divmod(state["position"], self.world_size)
-        if rest:
-            raise ValueError(f"sampler position {state['position']} is not a multiple of {self.world_size} ranks")
-        self.start_at(consumed)
+        if state["position"] < 0:
+            raise ValueError(f"sampler state has position {state['position']}, expected 0 or more")
+        self._position = state["position"]
