@@ -23,7 +23,7 @@ MANIFEST = "craft_checkpoint.json"
 TRAINING_STATE = "training_state"
 _TMP, _OLD, _DELETED = ".tmp", ".old", ".deleted"
 # What a run keeps in its own folder, which `--save_latest_checkpoint_only True` shares with the checkpoint.
-_RUN_FILES = ("metrics.jsonl", "tensorboard", LATEST)
+_RUN_FILES = ("metrics.jsonl", "data_manifest.json", "tensorboard", LATEST)
 # Hashing these costs nothing, and they decide how much memory a model takes.
 _ALWAYS_HASHED = 1 << 20
 
@@ -192,7 +192,10 @@ def _files_of_the_run(folder: Path) -> list[Path]:
     entries = list(folder.iterdir())
     if not (folder / MANIFEST).exists():  # a run's folder before its first checkpoint
         return entries
-    return [path for path in entries if path.name in _RUN_FILES]
+    if not (folder / LISTING).exists():
+        return [path for path in entries if path.name in _RUN_FILES]
+    of_checkpoint = {LISTING, *(name.split("/")[0] for name in _read_listing(folder / LISTING))}
+    return [path for path in entries if path.name not in of_checkpoint]
 
 
 def remove_folder(folder: Path) -> None:

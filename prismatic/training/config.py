@@ -63,10 +63,12 @@ class FinetuneConfig:
     use_minivlm: bool = True  # Qwen chat prompt, the only one implemented
     resum_vla_path: str = ""  # checkpoint folder to resume from; empty: found from run_root_dir and the run id
     data_root_dir: str = "datasets/rlds"
-    dataset_name: str = "libero_spatial_no_noops"  # several, separated by commas, are trained on together
+    dataset_name: str = "libero_spatial_no_noops"  # several: a,b or, with weights, a:0.5,b:2
     run_root_dir: str = "runs"
     shuffle_buffer_size: int = 100_000  # accepted for compatibility; sampling is a true permutation
     n_shot_episodes: int | None = None  # keep N demonstrations per instruction
+    subset_seed: int | None = None  # of the choice of demonstrations; None: seed
+    data_set_file: str | None = None  # Python file that registers data sets of your own (docs/datasets.md)
     frame_stride: int = 1  # use every n-th frame as the start of a sample
 
     # --- model
@@ -262,7 +264,7 @@ class FinetuneConfig:
             return self.run_id_override
         start = self.config_file_path.rstrip("/").split("/")[-1]
         effective = self.batch_size * self.grad_accumulation_steps
-        run_id = f"{start}+{self.dataset_name.replace(',', '+')}+b{effective}+lr-{self.learning_rate}"
+        run_id = f"{start}+{self.dataset_name.replace(',', '+').replace(':', 'x')}+b{effective}+lr-{self.learning_rate}"
         if self.use_lora:
             run_id += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout}"
         run_id += "+frozen" * (self.tuning_mode is TuningMode.FROZEN) + "--image_aug" * self.image_aug

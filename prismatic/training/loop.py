@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from prismatic.training.checkpoint_folder import write_json
 from prismatic.training.config import FinetuneConfig, RetentionMethod
 from prismatic.training.craft_utils.config import Rule
 from prismatic.training.faults import explained_faults
@@ -50,7 +51,11 @@ class Trainer:
         self.optimizer = self._build_optimizer()
         self.scaler = torch.amp.GradScaler(accelerator.device.type) if accelerator.mixed_precision == "fp16" else None
         self.sampler = EpochSampler(
-            len(setup.dataset), seed=cfg.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
+            setup.dataset.group_sizes,
+            cfg.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+            setup.dataset.weights,
         )
         self.step = 0
         self._resumed_at = 0, 0  # step and samples seen until then
@@ -245,6 +250,7 @@ class Trainer:
     def _announce(self) -> None:
         if self.tracker is None:
             return
+        write_json(self.setup.run_dir / "data_manifest.json", self.setup.dataset.manifest())
         trainable = sum(p.numel() for p in self.bare_model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.bare_model.parameters())
         self.tracker.message(

@@ -25,8 +25,9 @@ from prismatic.training.checkpoints import BaseModel, load_checkpoint
 from prismatic.training.config import FinetuneConfig, TuningMode
 from prismatic.training.lora import lora_targets
 from prismatic.training.published import check_exportable
-from prismatic.vla.action_spec import ActionSpec, get_action_spec
+from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
+from prismatic.vla.datasets.registry import expand_data_set_names, get_data_set_config, load_data_set_file
 from prismatic.vla.images import ImageSpec
 
 
@@ -79,6 +80,8 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
 
     Raises ValueError when a flag contradicts the start model, FileNotFoundError for missing files.
     """
+    if cfg.data_set_file is not None:
+        load_data_set_file(cfg.data_set_file)
     start = load_start_model(cfg)
     _check_flags(cfg, start)
     apply_tuning(start.model, cfg)
@@ -88,6 +91,7 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
         num_images=start.model.num_images,
         image_aug=cfg.image_aug,
         seed=cfg.seed,
+        subset_seed=cfg.subset_seed,
         n_shot_episodes=cfg.n_shot_episodes,
         frame_stride=cfg.frame_stride,
     )
@@ -119,9 +123,9 @@ def load_start_model(cfg: FinetuneConfig) -> StartModel:
     if cfg.vlm_path:
         return _native_start(cfg, source)
     if source in PRESETS:
-        vla, head, projector = build_vla(source, seed=cfg.seed, **_head_flags(cfg))
+        spec, image = _action_spec_of_data(cfg), image_spec_of(source)
+        vla, head, projector = build_vla(source, cfg.seed, spec.proprio_dim, **_head_flags(cfg, spec))
         model = VLAPolicyModel(vla, head, projector, legacy_slices=bool(cfg.legacy_slices))
-        spec, image = get_action_spec("libero"), image_spec_of(source)
         return StartModel(model, build_processor(source, cfg.tokenizer_path), spec, image, None, "random")
     if not Path(source).is_dir():
         raise FileNotFoundError(
@@ -156,17 +160,28 @@ def _native_start(cfg: FinetuneConfig, source: str) -> StartModel:
     if cfg.num_images_in_input is not None:
         config.num_images_in_input = cfg.num_images_in_input
     check_native_config(cfg.vlm_path, config)
-    vla, head, projector = build_policy_parts(config, cfg.seed, **_head_flags(cfg))
+    spec = _action_spec_of_data(cfg)
+    vla, head, projector = build_policy_parts(config, cfg.seed, spec.proprio_dim, **_head_flags(cfg, spec))
     report = load_native_weights(vla, cfg.vlm_path)
     model = VLAPolicyModel(vla, head, projector, legacy_slices=bool(cfg.legacy_slices))
     image = ImageSpec(size=config.tower_specs()[0].image_size)
     base = BaseModel("native", str(report.file), report.sha256)
-    return StartModel(model, processor, get_action_spec("libero"), image, base, "native")
+    return StartModel(model, processor, spec, image, base, "native")
 
 
-def _head_flags(cfg: FinetuneConfig) -> dict:
-    """Options of a new head that the command line decides."""
-    flags = {} if cfg.use_pro_version is None else {"use_pro_version": cfg.use_pro_version}
+def _action_spec_of_data(cfg: FinetuneConfig) -> ActionSpec:
+    """Sizes of the robot that a new head is made for; ValueError when the data sets are of different ones."""
+    names = expand_data_set_names(cfg.dataset_name)
+    specs = {name: get_data_set_config(name).action_spec for name in names}
+    if len(set(specs.values())) != 1:
+        raise ValueError(f"--dataset_name {cfg.dataset_name}: one new head cannot serve robots as different as {specs}")
+    return next(iter(specs.values()))
+
+
+def _head_flags(cfg: FinetuneConfig, spec: ActionSpec) -> dict:
+    """Options of a new head that the data and the command line decide."""
+    flags = {"action_dim": spec.action_dim, "chunk_len": spec.chunk_len}
+    flags |= {} if cfg.use_pro_version is None else {"use_pro_version": cfg.use_pro_version}
     if cfg.legacy_slices:
         flags |= {"rope_mode": "legacy", "chunk_start": "zeros", "published_layout": True}
     return flags

@@ -65,13 +65,23 @@ class AugmentSettings:
 
 def decode_jpeg(data: bytes) -> np.ndarray:
     """JPEG bytes -> uint8 (H, W, 3), accurate DCT. Raises ValueError for anything that is not an RGB JPEG."""
+    return _decode(data, ("JPEG",))
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """JPEG or PNG bytes -> uint8 (H, W, 3). Raises ValueError for anything that is not an RGB image of these kinds."""
+    return _decode(data, ("JPEG", "PNG"))
+
+
+def _decode(data: bytes, formats: tuple[str, ...]) -> np.ndarray:
+    kind = " or ".join(formats)
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             pixels = np.asarray(image)
-    except OSError as error:
-        raise ValueError(f"not a complete JPEG image ({len(data)} bytes): {error}") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's PNG reader raises SyntaxError
+        raise ValueError(f"not a complete {kind} image ({len(data)} bytes): {error}") from error
     if pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"JPEG image has shape {pixels.shape}, expected (H, W, 3)")
+        raise ValueError(f"{kind} image has shape {pixels.shape}, expected (H, W, 3)")
     return pixels
 
 
@@ -221,9 +231,10 @@ def _to_images(planes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(levels.transpose(0, 2, 3, 1))
 
 
-def prepare_train_image(jpeg: bytes, spec: ImageSpec) -> np.ndarray:
-    """Stored JPEG frame -> uint8 (size, size, 3), decoded and resized. Crops belong to the augmentation."""
-    return resize_lanczos3(decode_jpeg(jpeg), (spec.size, spec.size))
+def prepare_train_image(frame: bytes | np.ndarray, spec: ImageSpec) -> np.ndarray:
+    """Stored frame (JPEG or PNG bytes, or uint8 (H, W, 3)) -> uint8 (size, size, 3). Crops belong to augmentation."""
+    pixels = decode_image(frame) if isinstance(frame, bytes) else frame
+    return resize_lanczos3(pixels, (spec.size, spec.size))
 
 
 def prepare_eval_image(rgb: np.ndarray, spec: ImageSpec) -> np.ndarray:

@@ -37,7 +37,7 @@ def pages():
 def test_cells_are_distinct_training_commands_with_their_budget(driver):
     cfg = driver.BudgetConfig()
     cells = driver.cells(cfg)
-    assert len({driver.result_file(cfg, cell) for cell in cells}) == len(cells) == 3 + 5 * 3 * len(driver.VARIANTS)
+    assert len({driver.result_file(cfg, cell) for cell in cells}) == len(cells) == 3 + 6 * 3 * len(driver.VARIANTS)
     for cell in cells:
         flags = draccus.parse(FinetuneConfig, args=driver.command(cfg, cell)[1:])
         assert (flags.craft_retention_budget, flags.seed, flags.use_craft) == (cell.budget, cell.seed, True)

@@ -50,7 +50,7 @@ def make_dataset(golden, reader, config):
     """make_dataset(normalisation kind) -> windows of all frames at their stored size, without augmentation."""
     _, chunk_len, action_dim = golden.values["ep0/chunk_actions"].shape
     proprio_dim = golden.values["ep0/chunk_proprio"].shape[1]
-    size = reader.require_camera(config.cameras[0]).shape[0]
+    size = reader.require_camera(config.keys[0].cameras[0]).shape[0]
 
     def make(kind):
         spec = ActionSpec(chunk_len, action_dim, proprio_dim, kind)
@@ -109,7 +109,7 @@ def test_prompts(golden):
 
 
 def test_writer_reproduces_the_description_files(golden, reader, config, tmp_path):
-    shape, shards = reader.require_camera(config.cameras[0]).shape, len(reader.shard_lengths)
+    shape, shards = reader.require_camera(config.keys[0].cameras[0]).shape, len(reader.shard_lengths)
     version = reader.directory.name
     directory = write_rlds(tmp_path / golden.name / version, reader.name, list(reader), shards, shape)
     assert read_json(directory / "features.json") == read_json(reader.features_path)
@@ -212,7 +212,7 @@ def frame_position(config, frame):
     """`epI_tT_CAMERA` -> (episode, step, position of the camera in a sample, its key)."""
     episode, step, camera = re.fullmatch(r"ep(\d+)_t(\d+)_(primary|wrist)", frame).groups()
     position = ("primary", "wrist").index(camera)
-    return int(episode), int(step), position, config.cameras[position]
+    return int(episode), int(step), position, config.keys[0].cameras[position]
 
 
 def test_decoded_images(golden, reader, config):

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from experiments.robot.policy import VLAPolicy
 from prismatic.training import loop
 from prismatic.training.checkpoint_files import tensors_hash
+from prismatic.training.checkpoint_folder import LISTING, CheckpointError
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.craft_utils import CRaFTConstraint
 from prismatic.training.step import NonFiniteLossError, optimizer_step
+from prismatic.vla.datasets.sampler import EpochSampler
 
 MONITOR = {
     "use_craft": True,
@@ -268,6 +270,9 @@ def test_a_changed_anchor_file_is_refused(make_trainer):
     trainer.fit()
     file = trainer.setup.run_dir.parent / "run--1_chkpt" / "training_state" / "craft_anchor.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match="craft_anchor.safetensors: sha256 is"):
+        make_trainer("run", use_craft=True, max_steps=2, resume=True)
+    (file.parents[1] / LISTING).unlink()  # as in an older folder
     with pytest.raises(ValueError, match="craft_anchor.safetensors is not the anchor"):
         make_trainer("run", use_craft=True, max_steps=2, resume=True)
 
@@ -286,6 +291,6 @@ def test_overfitting_sixteen_samples_reaches_an_l1_below_two_percent(make_traine
         "overfit", batch_size=16, max_steps=400, save_freq=1000, image_aug=False, learning_rate=2e-3,
         lr_schedule="cosine", lr_warmup_steps=0.05, weight_decay=0.0, max_grad_norm=1.0, wandb_log_freq=50,
     )  # fmt: skip
-    trainer.sampler.num_samples = 16
+    trainer.sampler = EpochSampler(16)
     trainer.fit()
     assert metrics(trainer)[-1]["VLA Train/Loss"] < 0.02

@@ -7,9 +7,10 @@ from data_fixtures import make_episode, write_data_set
 from torch.utils.data import DataLoader
 
 from prismatic.vla.action_spec import ActionSpec
-from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset, select_few_shot
+from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset, select_few_shot, select_validation
 from prismatic.vla.datasets.rlds import MissingFeatureError, RLDSReader, find_version_directory
 from prismatic.vla.datasets.sampler import EpochSampler
+from prismatic.vla.datasets.source import DataSetError
 from prismatic.vla.images import ImageSpec, decode_jpeg
 from prismatic.vla.normalization import Normalizer
 
@@ -126,6 +127,9 @@ def test_concatenation_keeps_statistics_per_data_set(small_root, small):
     assert both.statistics == {**small.statistics, **alone.statistics}
     assert len(both) == len(small) + len(alone)
     assert_same(both[0, len(small)], alone[0, 0])
+    assert both.group_sizes == [len(small), len(alone)] and both.weights == [1.0, 1.0]
+    weighted = VLADataset(small_root, "libero_a:0.25,libero_b:2", PLAIN)
+    assert weighted.weights == [0.25, 2.0] and len(weighted) == len(both)
     with pytest.raises(ValueError, match="several data sets"):
         _ = both.normalizer
 
@@ -191,7 +195,79 @@ def test_more_shots_than_demonstrations(small_root):
         VLADataset(small_root, "libero_a", dataclasses.replace(SMALL, n_shot_episodes=5))
 
 
+def test_the_subset_seed_is_its_own(small_root):
+    def kept(**change):
+        settings = dataclasses.replace(SMALL, n_shot_episodes=2, **change)
+        return VLADataset(small_root, "libero_a", settings).episode_ids
+
+    assert kept(seed=1, subset_seed=7) == kept(seed=2, subset_seed=7) == kept(seed=7)
+    assert kept(seed=7, subset_seed=8) != kept(seed=7)
+
+
+def test_the_manifest_lists_the_used_episodes_by_instruction(small_root):
+    dataset = VLADataset(small_root, "libero_a,libero_b", dataclasses.replace(SMALL, n_shot_episodes=2))
+    manifest = json.loads(json.dumps(dataset.manifest()))
+    assert manifest.keys() == {"libero_a_no_noops", "libero_b_no_noops"}
+    entry = manifest["libero_a_no_noops"]
+    assert entry["fingerprint"] == dataset.fingerprints["libero_a_no_noops"] and entry["seed"] == 7
+    assert {text: len(ids) for text, ids in entry["episodes"].items()} == {
+        "Open the drawer": 2, "close the drawer": 2, "push the plate": 2,
+    }  # fmt: skip
+    assert sorted(sum(entry["episodes"].values(), [])) == dataset.episode_ids["libero_a_no_noops"]
+
+
+# Validation
+
+
+def test_validation_takes_episodes_of_every_instruction_and_shares_none(small_root):
+    parts = {}
+    for part in ("train", "val"):
+        settings = dataclasses.replace(SMALL, val_fraction=0.3, part=part)
+        dataset = VLADataset(small_root, "libero_a", settings)
+        parts[part] = dataset.episode_ids["libero_a_no_noops"]
+        assert {dataset[0, i]["sample_id"][0] for i in range(len(dataset))} == set(parts[part])
+    assert sorted(parts["train"] + parts["val"]) == list(range(12))
+    assert np.bincount(np.array(parts["val"]) % 3).tolist() == [1, 1, 1]
+
+
+def test_few_shot_episodes_come_from_the_training_part(small_root):
+    train = dataclasses.replace(SMALL, val_fraction=0.25, n_shot_episodes=3)
+    val = dataclasses.replace(SMALL, val_fraction=0.25, part="val")
+    kept, held_out = (VLADataset(small_root, "libero_a", s).episode_ids["libero_a_no_noops"] for s in (train, val))
+    assert len(kept) == 9 and not set(kept) & set(held_out)
+
+
+def test_an_instruction_keeps_at_least_one_episode_for_training():
+    assert select_validation(["a", "b", "b", "c"], 0.9, 7) in ([1], [2])
+    assert len(select_validation(["a"] * 100, 0.05, 7)) == 5
+    assert select_validation(["a"] * 100, 0.05, 7) != select_validation(["a"] * 100, 0.05, 8)
+
+
+def test_nothing_to_hold_out(tmp_path):
+    write_data_set(tmp_path, "libero_single", [make_episode(0)])
+    with pytest.raises(ValueError, match="libero_single: no instruction has two demonstrations"):
+        VLADataset(tmp_path, "libero_single", dataclasses.replace(SMALL, val_fraction=0.5, part="val"))
+
+
+@pytest.mark.parametrize("change", [{"val_fraction": 1.0}, {"val_fraction": -0.1}, {"part": "val"}, {"part": "test"}])
+def test_bad_validation_settings(change):
+    with pytest.raises(ValueError, match="DatasetSettings"):
+        DatasetSettings(**change)
+
+
 # Bad data
+
+
+def test_an_image_that_does_not_decode_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("prismatic.vla.datasets.rlds._image_features", lambda episode, *_: {
+        f"steps/observation/{key}": frames for key, frames in episode.images.items()
+    })  # fmt: skip
+    episode = make_episode(0)
+    episode.images["wrist_image"][3] = episode.images["wrist_image"][3][:-200]
+    write_data_set(tmp_path, "libero_torn", [episode])
+    dataset = VLADataset(tmp_path, "libero_torn", SMALL)
+    with pytest.raises(DataSetError, match="libero_torn: episode 0, camera wrist_image, step 3: not a complete JPEG"):
+        dataset[0, 3]
 
 
 def write_unchecked(root, episode, monkeypatch):

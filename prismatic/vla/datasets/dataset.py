@@ -1,4 +1,4 @@
-"""Training samples: windows of RLDS episodes with augmentation that depends only on (seed, epoch, index)."""
+"""Training samples: windows of episodes with augmentation that depends only on (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from prismatic.vla.action_spec import ActionSpec
+from prismatic.vla.datasets.formats import list_data_sets, open_data_set
 from prismatic.vla.datasets.registry import (
     DataSetConfig,
     alternative_name,
     expand_data_set_names,
     get_data_set_config,
 )
-from prismatic.vla.datasets.rlds import Episode, RLDSReader, find_version_directory, list_data_sets
+from prismatic.vla.datasets.source import DataSetError, EpisodeSource
 from prismatic.vla.images import AugmentSettings, ImageSpec, augment_images, prepare_train_image
 from prismatic.vla.normalization import Normalizer, compute_statistics
+
+PARTS = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,11 @@ class DatasetSettings:
     """How episodes become samples.
 
     num_images: cameras per sample, primary first. image_aug: random augmentation, seeded by `seed`.
-    n_shot_episodes: demonstrations kept per distinct instruction, None = all; the subset depends on `seed` and the
-    instruction only, and a smaller subset is part of a larger one. frame_stride: every n-th window start of an
-    episode. normalizer: statistics to use instead of computing them, one Normalizer or {data set name: Normalizer}.
+    n_shot_episodes: demonstrations kept per distinct instruction, None = all; the subset depends on `subset_seed` (None
+    = `seed`) and the instruction only, and a smaller subset is part of a larger one. val_fraction: share of the
+    episodes of each instruction that are held out; `part` says which of the two parts (`train` or `val`) this data set
+    is. frame_stride: every n-th window start of an episode. normalizer: statistics to use instead of computing them,
+    one Normalizer or {data set name: Normalizer}.
     """
 
     action_spec: ActionSpec = field(default_factory=ActionSpec)
@@ -39,7 +43,10 @@ class DatasetSettings:
     num_images: int = 2
     image_aug: bool = True
     seed: int = 7
+    subset_seed: int | None = None
     n_shot_episodes: int | None = None
+    val_fraction: float = 0.0
+    part: str = "train"
     frame_stride: int = 1
     split: str = "train"
     normalizer: Normalizer | Mapping[str, Normalizer] | None = None
@@ -49,50 +56,68 @@ class DatasetSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"DatasetSettings.{name} is {value}, expected a positive integer")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"DatasetSettings.val_fraction is {self.val_fraction}, expected 0 <= fraction < 1")
+        if self.part not in PARTS or (self.part == "val" and self.val_fraction == 0):
+            raise ValueError(
+                f"DatasetSettings.part is {self.part!r} with val_fraction {self.val_fraction}, expected one of "
+                f"{', '.join(PARTS)} and a positive fraction for val"
+            )
 
 
-@dataclass(eq=False)
-class _LoadedEpisode:
-    """Normalised actions (T, A) and proprio (T, P) float32; per camera one byte blob with T + 1 offsets.
+class _Part:
+    """The kept episodes of one data set: where their frames are, and their numbers, ready for the model.
 
-    Blobs instead of lists of bytes: forked workers then share the pages, no reference counts are touched.
+    actions (F, A) and proprio (F, P) float32, normalised, of the kept episodes one after another: 60 bytes per frame
+    for LIBERO, shared by forked workers. Images stay on disk.
     """
 
-    data_set: str
-    episode: int
-    instruction: str
-    actions: np.ndarray
-    proprio: np.ndarray
-    blobs: list[np.ndarray]
-    offsets: list[np.ndarray]
+    def __init__(self, name: str, source: EpisodeSource, kept: list[int], config: DataSetConfig) -> None:
+        self.name, self.source, self.kept = name, source, kept
+        self.lengths = source.lengths[kept]
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        episodes = [_numbers(source, episode, config, name) for episode in kept]
+        self.actions = np.concatenate([actions for actions, _ in episodes])
+        self.proprio = np.concatenate([proprio for _, proprio in episodes])
 
-    def jpeg(self, camera: int, step: int) -> bytes:
-        start, stop = self.offsets[camera][step : step + 2]
-        return self.blobs[camera][start:stop].tobytes()
+    def split(self, values: np.ndarray) -> list[np.ndarray]:
+        """Rows per episode."""
+        return np.split(values, self.starts[1:])
+
+    def normalize(self, normalizer: Normalizer) -> None:
+        self.actions = normalizer.normalize_action(self.actions)
+        self.proprio = normalizer.normalize_proprio(self.proprio)
+
+    def frame(self, position: int, camera: int, step: int, spec: ImageSpec) -> np.ndarray:
+        """One prepared image (S, S, 3) of the episode at `position` of the kept ones."""
+        key, episode = self.source.keys.cameras[camera], self.kept[position]
+        try:
+            return prepare_train_image(self.source.frame(key, episode, step), spec)
+        except ValueError as error:
+            raise DataSetError(f"{self.name}: episode {episode}, camera {key}, step {step}: {error}") from error
 
 
 class VLADataset(Dataset):
-    """Map-style data set over all windows t = 0 .. T - chunk_len of all episodes, held in memory as JPEG bytes.
+    """Map-style data set over all windows t = 0 .. T - chunk_len of all kept episodes; images are read when needed.
 
-    `dataset_name` is a folder of `data_root_dir`, a registered mixture or a comma separated list; `libero_x` and
-    `libero_x_no_noops` stand for each other when only one is there. Several data sets are concatenated, each with its
-    own statistics (of the episodes kept by `n_shot_episodes`).
+    `dataset_name` is a folder of `data_root_dir`, a registered mixture or a comma separated list with optional weights
+    (`a,b:0.5`); `libero_x` and `libero_x_no_noops` stand for each other when only one is there. Several data sets are
+    concatenated, each with its own statistics (of the episodes kept); `group_sizes` and `weights` are for the sampler.
 
     Raises FileNotFoundError (data root, data set), ValueError (split, NaN, too few demonstrations, statistics that do
-    not fit, episodes shorter than a chunk), MissingFeatureError (camera), CorruptRecordError.
+    not fit, episodes shorter than a chunk), MissingFeatureError (camera), DataSetError (damaged files).
     """
 
     def __init__(self, data_root_dir: str | os.PathLike, dataset_name: str, settings: DatasetSettings):
         self.settings = settings
         self.normalizers: dict[str, Normalizer] = {}
-        self.episode_ids: dict[str, list[int]] = {}
-        self.metadata: dict[str, dict | None] = {}
-        self._episodes: list[_LoadedEpisode] = []
-        names = [_existing_name(data_root_dir, name) for name in expand_data_set_names(dataset_name)]
-        given = _given_normalizers(settings, names)
-        for name in names:
-            self._load(name, find_version_directory(data_root_dir, name), given.get(name))
-        self._starts = _window_starts(self._episodes, settings)
+        named = expand_data_set_names(dataset_name)
+        names = {_existing_name(data_root_dir, name): weight for name, weight in named.items()}
+        self.weights: list[float] = list(names.values())
+        given = _given_normalizers(settings, list(names))
+        self._parts = [self._load(data_root_dir, name, given.get(name)) for name in names]
+        self._windows = [_window_counts(part, settings) for part in self._parts]
+        self._first = np.cumsum([0, *self.group_sizes])
         self._augment = AugmentSettings(crop_area=settings.image_spec.crop_area)
 
     @property
@@ -112,8 +137,39 @@ class VLADataset(Dataset):
         """{data set name: statistics}, the content of `dataset_statistics.json`."""
         return {name: normalizer.statistics for name, normalizer in self.normalizers.items()}
 
+    @property
+    def episode_ids(self) -> dict[str, list[int]]:
+        """{data set name: kept episodes}."""
+        return {part.name: part.kept for part in self._parts}
+
+    @property
+    def metadata(self) -> dict[str, dict | None]:
+        """{data set name: how its data were collected}."""
+        return {part.name: part.source.metadata for part in self._parts}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """{data set name: hash of all its episodes}."""
+        return {part.name: part.source.fingerprint for part in self._parts}
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Samples per data set."""
+        return [int(ends[-1]) for ends in self._windows]
+
+    def manifest(self) -> dict[str, dict]:
+        """Which episodes are used: {data set name: {fingerprint, seed, episodes: {instruction: ids}}}, JSON-ready."""
+        seed = _subset_seed(self.settings)
+        content = {}
+        for part in self._parts:
+            episodes: dict[str, list[int]] = defaultdict(list)
+            for episode in part.kept:
+                episodes[part.source.instructions[episode]].append(int(episode))
+            content[part.name] = {"fingerprint": part.source.fingerprint, "seed": seed, "episodes": dict(episodes)}
+        return content
+
     def __len__(self) -> int:
-        return len(self._starts)
+        return int(self._first[-1])
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Sample `index` as seen in `epoch`, key = (epoch, index).
@@ -122,55 +178,79 @@ class VLADataset(Dataset):
         dataset_name and sample_id = (episode number in the data set, t).
         """
         epoch, index = key
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index}: expected 0 <= index < {len(self)}")
-        number, step = self._starts[index]
-        episode = self._episodes[number]
+        part, position, step = self._locate(index)
         spec = self.settings.image_spec
-        images = np.stack(
-            [prepare_train_image(episode.jpeg(camera, step), spec) for camera in range(self.settings.num_images)]
-        )
+        images = np.stack([part.frame(position, camera, step, spec) for camera in range(self.settings.num_images)])
         if self.settings.image_aug:
             images = augment_images(images, np.random.default_rng((self.settings.seed, epoch, index)), self._augment)
+        row = part.starts[position] + step
+        episode = part.kept[position]
         return {
             "images": images,
-            "proprio": episode.proprio[step],
-            "actions": episode.actions[step : step + self.settings.action_spec.chunk_len],
-            "instruction": episode.instruction,
-            "dataset_name": episode.data_set,
-            "sample_id": (episode.episode, int(step)),
+            "proprio": part.proprio[row],
+            "actions": part.actions[row : row + self.settings.action_spec.chunk_len],
+            "instruction": part.source.instructions[episode],
+            "dataset_name": part.name,
+            "sample_id": (int(episode), step),
         }
 
-    def _load(self, name: str, directory: Path, normalizer: Normalizer | None) -> None:
-        config = get_data_set_config(name)
-        reader = RLDSReader(directory, self.settings.split)
-        cameras = _cameras(config, reader, self.settings.num_images, name)
-        episodes = [_pack(episode, config, cameras, name) for episode in reader]
-        if not episodes:
-            raise ValueError(f"{directory}: split {self.settings.split!r} has no episodes")
-        kept = select_few_shot(
-            [episode.instruction for episode in episodes], self.settings.n_shot_episodes, self.settings.seed, name
-        )
-        episodes = [episodes[index] for index in kept]
-        if normalizer is None:
-            normalizer = self._compute_normalizer(name, episodes, config)
-        for episode in episodes:
-            if len(episode.actions) < self.settings.action_spec.chunk_len:
-                raise ValueError(
-                    f"{name}: episode {episode.episode} has {len(episode.actions)} steps, "
-                    f"expected at least one chunk of {self.settings.action_spec.chunk_len}"
-                )
-            episode.actions = normalizer.normalize_action(episode.actions)
-            episode.proprio = normalizer.normalize_proprio(episode.proprio)
-        self.normalizers[name] = normalizer
-        self.episode_ids[name] = kept
-        self.metadata[name] = reader.metadata
-        self._episodes.extend(episodes)
+    def _locate(self, index: int) -> tuple[_Part, int, int]:
+        """Data set, position among its kept episodes and first step of a window."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index}: expected 0 <= index < {len(self)}")
+        group = int(np.searchsorted(self._first, index, side="right")) - 1
+        inside, ends = index - int(self._first[group]), self._windows[group]
+        position = int(np.searchsorted(ends, inside, side="right"))
+        before = 0 if position == 0 else int(ends[position - 1])
+        return self._parts[group], position, (inside - before) * self.settings.frame_stride
 
-    def _compute_normalizer(self, name: str, episodes: list[_LoadedEpisode], config: DataSetConfig) -> Normalizer:
-        actions = [episode.actions for episode in episodes]
-        proprios = [episode.proprio for episode in episodes]
-        return Normalizer(compute_statistics(actions, proprios, config.action_mask), self.settings.action_spec, name)
+    def _load(self, data_root: str | os.PathLike, name: str, normalizer: Normalizer | None) -> _Part:
+        settings, config = self.settings, get_data_set_config(name)
+        source = open_data_set(data_root, name, config, settings.split, settings.num_images)
+        if not len(source):
+            raise DataSetError(f"{source.directory}: split {settings.split!r} has no episodes")
+        part = _Part(name, source, _kept_episodes(source.instructions, settings, name), config)
+        if normalizer is None:
+            statistics = compute_statistics(part.split(part.actions), part.split(part.proprio), config.action_mask)
+            normalizer = Normalizer(statistics, settings.action_spec, name)
+        for episode, length in zip(part.kept, part.lengths, strict=True):
+            if length < settings.action_spec.chunk_len:
+                raise ValueError(
+                    f"{name}: episode {episode} has {length} steps, "
+                    f"expected at least one chunk of {settings.action_spec.chunk_len}"
+                )
+        part.normalize(normalizer)
+        self.normalizers[name] = normalizer
+        return part
+
+
+def _subset_seed(settings: DatasetSettings) -> int:
+    return settings.seed if settings.subset_seed is None else settings.subset_seed
+
+
+def _kept_episodes(instructions: Sequence[str], settings: DatasetSettings, name: str) -> list[int]:
+    seed = _subset_seed(settings)
+    held_out = select_validation(instructions, settings.val_fraction, seed)
+    if settings.part == "val":
+        if not held_out:
+            raise ValueError(f"{name}: no instruction has two demonstrations, so none can be held out for validation")
+        return held_out
+    rest = sorted(set(range(len(instructions))) - set(held_out))
+    chosen = select_few_shot([instructions[i] for i in rest], settings.n_shot_episodes, seed, name)
+    return [rest[i] for i in chosen]
+
+
+def select_validation(instructions: Sequence[str], fraction: float, seed: int) -> list[int]:
+    """Sorted numbers of the held-out episodes: of each instruction `fraction`, at least one and not all.
+
+    An instruction with a single demonstration keeps it for training. Seeded by (seed, text).
+    """
+    held_out: list[int] = []
+    for instruction, members in _by_instruction(instructions).items():
+        count = min(len(members) - 1, max(1, round(fraction * len(members)))) if fraction else 0
+        order = np.random.default_rng((seed, zlib.crc32(instruction.encode()), 1)).permutation(len(members))
+        held_out.extend(members[position] for position in order[:count])
+    return sorted(held_out)
 
 
 def select_few_shot(instructions: Sequence[str], n_shot: int | None, seed: int, data_set: str) -> list[int]:
@@ -181,11 +261,8 @@ def select_few_shot(instructions: Sequence[str], n_shot: int | None, seed: int, 
     """
     if n_shot is None:
         return list(range(len(instructions)))
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, instruction in enumerate(instructions):
-        groups[instruction].append(index)
     kept: list[int] = []
-    for instruction, members in groups.items():
+    for instruction, members in _by_instruction(instructions).items():
         if len(members) < n_shot:
             raise ValueError(
                 f"{data_set}: n_shot_episodes is {n_shot}, but {instruction!r} has {len(members)} demonstrations"
@@ -193,6 +270,13 @@ def select_few_shot(instructions: Sequence[str], n_shot: int | None, seed: int, 
         order = np.random.default_rng((seed, zlib.crc32(instruction.encode()))).permutation(len(members))
         kept.extend(members[position] for position in order[:n_shot])
     return sorted(kept)
+
+
+def _by_instruction(instructions: Sequence[str]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, instruction in enumerate(instructions):
+        groups[instruction].append(index)
+    return groups
 
 
 def _existing_name(data_root: str | os.PathLike, name: str) -> str:
@@ -216,40 +300,20 @@ def _given_normalizers(settings: DatasetSettings, names: list[str]) -> dict[str,
     return {name: given[name] for name in names}
 
 
-def _cameras(config: DataSetConfig, reader: RLDSReader, num_images: int, name: str) -> tuple[str, ...]:
-    if num_images > len(config.cameras):
-        raise ValueError(f"{name}: num_images is {num_images}, the data set has cameras {list(config.cameras)}")
-    cameras = config.cameras[:num_images]
-    for camera in cameras:
-        reader.require_camera(camera)
-    return cameras
-
-
-def _pack(episode: Episode, config: DataSetConfig, cameras: tuple[str, ...], name: str) -> _LoadedEpisode:
-    where = f"{name}: episode {episode.index}"
-    for group, values in (("action", episode.actions), ("state", episode.state)):
+def _numbers(source: EpisodeSource, episode: int, config: DataSetConfig, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Standardised actions (T, A) and proprio (T, P) of one episode."""
+    where = f"{name}: episode {episode}"
+    actions, state = source.actions(episode), source.state(episode)
+    for group, values in (("action", actions), ("state", state)):
         bad = np.argwhere(~np.isfinite(values))
         if bad.size:
-            raise ValueError(f"{where}: {group} is not finite at (step, dim) {tuple(bad[0].tolist())}")
-    if not episode.instruction.strip():
-        raise ValueError(f"{where}: the language instruction is empty")
-    actions, proprio = config.standardize(episode.actions, episode.state)
-    frames = [episode.images[camera] for camera in cameras]
-    return _LoadedEpisode(
-        data_set=name,
-        episode=episode.index,
-        instruction=episode.instruction,
-        actions=actions,
-        proprio=proprio,
-        blobs=[np.frombuffer(b"".join(jpegs), dtype=np.uint8) for jpegs in frames],
-        offsets=[np.cumsum([0, *(len(jpeg) for jpeg in jpegs)]) for jpegs in frames],
-    )
+            raise DataSetError(f"{where}: {group} is not finite at (step, dim) {tuple(bad[0].tolist())}")
+    if not source.instructions[episode].strip():
+        raise DataSetError(f"{where}: the language instruction is empty")
+    return config.standardize(actions, state)
 
 
-def _window_starts(episodes: list[_LoadedEpisode], settings: DatasetSettings) -> np.ndarray:
-    """(samples, 2) int64: episode position in memory and first step of each window."""
-    windows = []
-    for number, episode in enumerate(episodes):
-        steps = np.arange(0, len(episode.actions) - settings.action_spec.chunk_len + 1, settings.frame_stride)
-        windows.append(np.stack([np.full_like(steps, number), steps], axis=1))
-    return np.concatenate(windows)
+def _window_counts(part: _Part, settings: DatasetSettings) -> np.ndarray:
+    """(E,) int64: number of windows up to and including each kept episode."""
+    counts = (part.lengths - settings.action_spec.chunk_len) // settings.frame_stride + 1
+    return np.cumsum(counts)

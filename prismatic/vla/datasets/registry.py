@@ -1,30 +1,55 @@
-"""Known data sets: how their stored actions and states become the policy's, and which cameras they have."""
+"""Known data sets: where their files keep things, and how stored actions and states become the policy's.
+
+Users describe their own data in a file of theirs (`--data_set_file`, docs/datasets.md).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from prismatic.vla.action_spec import ActionSpec
+from prismatic.vla.datasets.source import SourceKeys
+
 _SUFFIX = "_no_noops"
+_LEROBOT = "observation.images."
 _LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
-MIXTURES: dict[str, tuple[str, ...]] = {
-    f"libero_4_task_suites{_SUFFIX}": tuple(f"{suite}{_SUFFIX}" for suite in _LIBERO_SUITES[:4]),
+MIXTURES: dict[str, dict[str, float]] = {
+    f"libero_4_task_suites{_SUFFIX}": {f"{suite}{_SUFFIX}": 1.0 for suite in _LIBERO_SUITES[:4]},
 }
 
 
 @dataclass(frozen=True)
 class DataSetConfig:
-    """standardize: (actions (T, A), state (T, S)) -> (actions (T, A), proprio (T, P)), float32.
+    """Description of a data set.
 
-    cameras: image keys in model order (primary first). action_mask: dimensions that are normalised.
+    standardize: (actions (T, A), state (T, S)) of an episode -> (actions (T, A), proprio (T, P)), float32. keys: where
+    the storage formats keep cameras, state and action; the first entry of the found format whose keys exist is used.
+    action_mask: dimensions that are normalised. action_spec: sizes and normalisation kind of a model made for this
+    data; a checkpoint brings its own. control_hz: rate of the actions, None when unknown.
     """
 
     standardize: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-    cameras: tuple[str, ...]
+    keys: tuple[SourceKeys, ...]
     action_mask: tuple[bool, ...]
+    action_spec: ActionSpec = field(default_factory=ActionSpec)
+    control_hz: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.keys:
+            raise ValueError("DataSetConfig.keys is empty, expected at least one SourceKeys")
+        if len(self.action_mask) != self.action_spec.action_dim:
+            raise ValueError(
+                f"DataSetConfig.action_mask has {len(self.action_mask)} entries, expected one per action dimension "
+                f"({self.action_spec.action_dim})"
+            )
 
 
 def standardize_libero(actions: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -39,19 +64,63 @@ def standardize_libero(actions: np.ndarray, state: np.ndarray) -> tuple[np.ndarr
     return np.concatenate([actions[:, :6], opening], axis=1), np.concatenate([state[:, :6], state[:, -2:]], axis=1)
 
 
-_LIBERO = DataSetConfig(standardize_libero, ("image", "wrist_image"), (True,) * 6 + (False,))
-
+_LIBERO = DataSetConfig(
+    standardize_libero,
+    keys=(
+        SourceKeys("rlds", ("image", "wrist_image"), ("state",), "action"),
+        SourceKeys("lerobot", (f"{_LEROBOT}image", f"{_LEROBOT}image2"), ("observation.state",), "action"),
+        SourceKeys("lerobot", (f"{_LEROBOT}image", f"{_LEROBOT}wrist_image"), ("observation.state",), "action"),
+        SourceKeys("lerobot", ("image", "wrist_image"), ("state",), "actions"),
+        # Regenerated with the simulator's own orientation: upside down.
+        SourceKeys(
+            "hdf5",
+            ("obs/agentview_rgb", "obs/eye_in_hand_rgb"),
+            ("obs/ee_states", "obs/gripper_states"),
+            "actions",
+            rotated=True,
+        ),
+    ),
+    action_mask=(True,) * 6 + (False,),
+    control_hz=20.0,
+)
 
 _REGISTERED: dict[str, DataSetConfig] = {}
 
 
 def register_data_set(name: str, config: DataSetConfig) -> None:
-    """Say how data set `name` is standardised; ValueError when it is known with another configuration.
+    """Say how data set `name` is read; ValueError when it is known with another configuration.
 
     For data in LIBERO's conventions under another name: `register_data_set(name, get_data_set_config("libero_"))`.
     """
     if _REGISTERED.setdefault(name, config) != config:
         raise ValueError(f"data set {name!r} is registered with another configuration")
+
+
+def register_mixture(name: str, weights: Mapping[str, float]) -> None:
+    """Name a mixture of data sets; ValueError when the name is taken by another one or a weight is not positive."""
+    weights = {data_set: float(weight) for data_set, weight in weights.items()}
+    if not weights or not all(0 < weight < float("inf") for weight in weights.values()):
+        raise ValueError(f"mixture {name!r} has weights {weights}, expected positive numbers")
+    if MIXTURES.setdefault(name, weights) != weights:
+        raise ValueError(f"mixture {name!r} is registered with other weights")
+
+
+def load_data_set_file(path: str | os.PathLike) -> None:
+    """Run a user's Python file that calls `register_data_set`; FileNotFoundError when there is none."""
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"data set file {path} does not exist")
+    name = f"craft_data_sets_{path.stem}"
+    if getattr(sys.modules.get(name), "__file__", None) == str(path):
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
 
 
 def get_data_set_config(name: str) -> DataSetConfig:
@@ -62,18 +131,31 @@ def get_data_set_config(name: str) -> DataSetConfig:
         return _LIBERO
     raise KeyError(
         f"data set {name!r} has no registered standardisation, expected a name that starts with 'libero_' or one given "
-        "to prismatic.vla.datasets.registry.register_data_set"
+        "to prismatic.vla.datasets.registry.register_data_set (--data_set_file, docs/datasets.md)"
     )
 
 
-def expand_data_set_names(name: str) -> list[str]:
-    """Data sets behind a `--dataset_name`: a name, a registered mixture, or a comma separated list of these."""
-    names: list[str] = []
+def expand_data_set_names(name: str) -> dict[str, float]:
+    """Data sets behind a `--dataset_name`, with their weights.
+
+    `name` is a data set, a registered mixture, or a comma separated list of these; `data_set:2.5` multiplies the
+    weight, which says how often the samples of the data set are used in an epoch. ValueError for empty or repeated
+    names and for weights that are not positive numbers.
+    """
+    weights: dict[str, float] = {}
     for part in name.split(","):
-        names.extend(MIXTURES.get(part.strip(), (part.strip(),)))
-    if not all(names) or len(set(names)) != len(names):
-        raise ValueError(f"data set name {name!r} means {names}, expected distinct non-empty names")
-    return names
+        part, _, factor = part.strip().partition(":")
+        try:
+            factor = float(factor) if factor else 1.0
+        except ValueError:
+            factor = float("nan")
+        if not 0 < factor < float("inf"):
+            raise ValueError(f"data set name {name!r}: the weight of {part!r} is not a positive number")
+        for data_set, weight in MIXTURES.get(part, {part: 1.0}).items():
+            if not data_set or data_set in weights:
+                raise ValueError(f"data set name {name!r} names {data_set!r} twice or not at all")
+            weights[data_set] = weight * factor
+    return weights
 
 
 def alternative_name(name: str) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from PIL import Image
 
 from prismatic.vla.datasets.example_proto import build_example, parse_example
 from prismatic.vla.datasets.rlds_features import FeatureSpec, MissingFeatureError, libero_features, read_features
+from prismatic.vla.datasets.source import DataSetError
 from prismatic.vla.datasets.tfrecord import (
     CorruptRecordError,
     RecordSpan,
@@ -79,14 +80,14 @@ def list_data_sets(data_root: str | os.PathLike) -> list[str]:
     root = Path(data_root)
     if not root.is_dir():
         raise FileNotFoundError(f"data root {root} is not a directory")
-    return sorted(child.name for child in root.iterdir() if child.is_dir() and _versions(child))
+    return sorted(child.name for child in root.iterdir() if child.is_dir() and version_directories(child))
 
 
 def find_version_directory(data_root: str | os.PathLike, name: str) -> Path:
     """`<data_root>/<name>/<highest version>`; FileNotFoundError lists the data sets that are there."""
     root = Path(data_root)
     available = list_data_sets(root)
-    versions = _versions(root / name)
+    versions = version_directories(root / name)
     if not versions:
         raise FileNotFoundError(
             f"data set {name!r} not found below {root}: expected {root / name}/<x.y.z>/dataset_info.json, "
@@ -95,7 +96,8 @@ def find_version_directory(data_root: str | os.PathLike, name: str) -> Path:
     return versions[-1]
 
 
-def _versions(folder: Path) -> list[Path]:
+def version_directories(folder: Path) -> list[Path]:
+    """The `x.y.z` directories with a `dataset_info.json`, lowest version first."""
     if not folder.is_dir():
         return []
     found = [
@@ -106,22 +108,40 @@ def _versions(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: tuple(int(part) for part in path.name.split(".")))
 
 
+@dataclass(frozen=True)
+class EpisodeRecord:
+    """One record: number of its shard, byte offset of the record there, payload, and its place in words."""
+
+    shard: int
+    offset: int
+    payload: bytes
+    where: str
+
+    def values(self) -> dict[str, list[bytes] | np.ndarray]:
+        """Flat features; CorruptRecordError when the payload is no Example."""
+        try:
+            return parse_example(self.payload)
+        except ValueError as error:
+            raise CorruptRecordError(f"{self.where}: {error}") from error
+
+
 class RLDSReader:
     """Random access to the episodes of one split of a version directory.
 
     Opening reads the two JSON files and the record headers: a missing shard raises FileNotFoundError, a truncated one
     CorruptRecordError, a record count other than the declared one ValueError, a missing split ValueError, an
-    undeclared required feature MissingFeatureError; each names the file. Payload checksums are checked on reading.
+    undeclared feature among `required` MissingFeatureError; each names the file. Payload checksums are checked on
+    reading.
     """
 
-    def __init__(self, directory: str | os.PathLike, split: str = "train"):
+    def __init__(self, directory: str | os.PathLike, split: str = "train", required: Sequence[str] = _REQUIRED):
         self.directory = Path(directory)
         for file_name in ("features.json", "dataset_info.json"):
             if not (self.directory / file_name).is_file():
                 raise FileNotFoundError(f"{self.directory / file_name} is missing")
         self.features_path = self.directory / "features.json"
         self.features = read_features(self.features_path)
-        for name in _REQUIRED:
+        for name in required:
             self.require(name)
         self.name, self.shard_lengths, self.shard_paths = self._shards(split)
         self._records = self._index()
@@ -158,17 +178,16 @@ class RLDSReader:
 
     def episode(self, index: int) -> Episode:
         """Episode `index` in file order (0 <= index < num_episodes)."""
+        record = self.record(index)
+        return self._build_episode(index, record.values(), record.where)
+
+    def record(self, index: int) -> EpisodeRecord:
+        """The bytes of episode `index`, checked."""
         if not 0 <= index < self.num_episodes:
             raise IndexError(f"episode {index} of {self.directory}: expected 0 <= index < {self.num_episodes}")
         path, span = self._records[index]
         where = f"{path}: record {span.number} at offset {span.offset}"
-        try:
-            values = parse_example(read_record(path, span))
-        except CorruptRecordError:
-            raise
-        except ValueError as error:
-            raise CorruptRecordError(f"{where}: {error}") from error
-        return self._build_episode(index, values, where)
+        return EpisodeRecord(self.shard_paths.index(path), span.offset, read_record(path, span), where)
 
     def __iter__(self) -> Iterator[Episode]:
         return (self.episode(index) for index in range(self.num_episodes))
@@ -182,12 +201,12 @@ class RLDSReader:
             info = json.loads(path.read_text())
             name, splits = info["name"], {entry["name"]: entry for entry in info["splits"]}
             lengths = [int(length) for length in splits.get(split, {"shardLengths": []})["shardLengths"]]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataSetError(
                 f"{path}: expected JSON with name and splits of name and shardLengths: {error!r}"
             ) from error
         if split not in splits:
-            raise ValueError(f"{path}: no split {split!r}, found splits {sorted(splits)}")
+            raise DataSetError(f"{path}: no split {split!r}, found splits {sorted(splits)}")
         template = splits[split].get("filepathTemplate", _DEFAULT_TEMPLATE)
         paths = []
         for shard in range(len(lengths)):
@@ -209,38 +228,56 @@ class RLDSReader:
         for path, declared in zip(self.shard_paths, self.shard_lengths, strict=True):
             spans = index_records(path)
             if len(spans) != declared:
-                raise ValueError(f"{path}: {len(spans)} records, dataset_info.json declares {declared}")
+                raise DataSetError(f"{path}: {len(spans)} records, dataset_info.json declares {declared}")
             records.extend((path, span) for span in spans)
         return records
 
-    def _build_episode(self, index: int, values: Mapping, where: str) -> Episode:
-        length = len(_get(values, _INSTRUCTION, where))
-        if length == 0:
+    def instruction(self, values: Mapping, where: str) -> tuple[str, int]:
+        """Text of an episode and its number of steps; `where` is for messages."""
+        texts = _get(values, _INSTRUCTION, where)
+        if len(texts) == 0:
             raise CorruptRecordError(f"{where}: {_INSTRUCTION} is empty, expected one text per step")
+        distinct = {_text(value, _INSTRUCTION, where) for value in texts}
+        if len(distinct) != 1:
+            raise DataSetError(f"{where}: {_INSTRUCTION} changes within the episode: {sorted(distinct)}")
+        return distinct.pop(), len(texts)
 
-        def steps(name: str, required: bool = False) -> np.ndarray | None:
-            if not required and (name not in self.features or name not in values):
-                return None
-            return _step_array(_get(values, name, where), self.require(name), length, where)
+    def numbers(self, values: Mapping, name: str, length: int, where: str) -> np.ndarray:
+        """Declared feature `name` of an episode of `length` steps, (T, ...)."""
+        return _step_array(_get(values, name, where), self.require(name), length, where)
 
+    def images(self, values: Mapping, length: int, where: str) -> dict[str, list[bytes]]:
+        """{camera key: T encoded images}."""
         images = {}
         for key in self.camera_keys:
-            images[key] = _get(values, f"{_IMAGE_PREFIX}{key}", where)
-            if len(images[key]) != length:
-                raise CorruptRecordError(f"{where}: {_IMAGE_PREFIX}{key} has {len(images[key])} steps, not {length}")
-        instructions = set(_get(values, _INSTRUCTION, where))
-        if len(instructions) != 1:
-            raise ValueError(f"{where}: {_INSTRUCTION} changes within the episode: {sorted(instructions)}")
-        file_path = values.get(_FILE_PATH) or [b""]
+            images[key] = frames = _get(values, f"{_IMAGE_PREFIX}{key}", where)
+            if len(frames) != length or not isinstance(frames, list):
+                raise CorruptRecordError(
+                    f"{where}: {_IMAGE_PREFIX}{key} has {len(frames)} {type(frames).__name__} entries, expected "
+                    f"{length} byte strings"
+                )
+        return images
+
+    def _build_episode(self, index: int, values: Mapping, where: str) -> Episode:
+        instruction, length = self.instruction(values, where)
+
+        def optional(name: str) -> np.ndarray | None:
+            if name not in self.features or name not in values:
+                return None
+            return self.numbers(values, name, length, where)
+
+        file_path = _get(values, _FILE_PATH, where) if _FILE_PATH in values else []
         return Episode(
             index=index,
-            instruction=instructions.pop().decode("utf-8"),
-            actions=steps(_ACTION, required=True),
-            state=steps(_STATE, required=True),
-            joint_state=steps(_JOINTS),
-            images=images,
-            file_path=file_path[0].decode("utf-8"),
-            **{name: steps(f"steps/{name}") for name in ("reward", "discount", "is_first", "is_last", "is_terminal")},
+            instruction=instruction,
+            actions=self.numbers(values, _ACTION, length, where),
+            state=self.numbers(values, _STATE, length, where),
+            joint_state=optional(_JOINTS),
+            images=self.images(values, length, where),
+            file_path=_text(file_path[0], _FILE_PATH, where) if len(file_path) else "",
+            **{
+                name: optional(f"steps/{name}") for name in ("reward", "discount", "is_first", "is_last", "is_terminal")
+            },
         )
 
 
@@ -248,6 +285,13 @@ def _get(values: Mapping, name: str, where: str):
     if name not in values:
         raise MissingFeatureError(f"{where}: no feature {name!r}, found {sorted(values)}")
     return values[name]
+
+
+def _text(value: bytes, name: str, where: str) -> str:
+    try:
+        return value.decode("utf-8")
+    except (UnicodeDecodeError, AttributeError) as error:
+        raise CorruptRecordError(f"{where}: {name} is not text: {error}") from error
 
 
 def _step_array(value, spec: FeatureSpec, length: int, where: str) -> np.ndarray:

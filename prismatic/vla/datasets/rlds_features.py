@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from prismatic.vla.datasets.source import MissingFeatureError
+from prismatic.vla.datasets.source import DataSetError, MissingFeatureError
 
 __all__ = ["FeatureSpec", "MissingFeatureError", "libero_features", "read_features"]
 
@@ -32,18 +32,18 @@ class FeatureSpec:
 def read_features(path: Path) -> dict[str, FeatureSpec]:
     """Leaves of a `features.json`, by flat name.
 
-    Raises FileNotFoundError for a missing file and ValueError (with the file) for JSON or feature types that this
+    Raises FileNotFoundError for a missing file and DataSetError (with the file) for JSON or feature types that this
     reader does not know.
     """
     try:
-        tree = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataSetError(f"{path}: not valid JSON: {error}") from error
     leaves: dict[str, FeatureSpec] = {}
     try:
         _collect(tree, "", False, leaves)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: unsupported feature description: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise DataSetError(f"{path}: unsupported feature description: {error}") from error
     return leaves
 
 

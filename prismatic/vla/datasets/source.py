@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,12 @@ class SourceKeys:
         for name in ("cameras", "state"):
             if isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"SourceKeys.{name} is {getattr(self, name)!r}, expected a tuple of keys")
+
+    def with_cameras(self, count: int | None, data_set: str) -> SourceKeys:
+        """The keys with the first `count` cameras, all for None; ValueError when there are fewer."""
+        if count is not None and count > len(self.cameras):
+            raise ValueError(f"{data_set}: num_images is {count}, the data set has cameras {list(self.cameras)}")
+        return replace(self, cameras=self.cameras[:count])
 
 
 class EpisodeSource(ABC):

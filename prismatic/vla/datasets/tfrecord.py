@@ -15,13 +15,15 @@ from typing import BinaryIO
 
 import google_crc32c
 
+from prismatic.vla.datasets.source import DataSetError
+
 _LENGTH = struct.Struct("<Q")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _LENGTH.size + _CRC.size
 FOOTER_BYTES = _CRC.size
 
 
-class CorruptRecordError(ValueError):
+class CorruptRecordError(DataSetError):
     """A record whose bytes do not agree with its framing, its checksum or its declared content."""
 
 

@@ -1,0 +1,176 @@
+"""How fast samples come from disk: our loader per worker count beside tensorflow-datasets + tf.data on the same files.
+
+    python benchmarks/synthetic_data.py --output runs/synthetic
+    python benchmarks/data_loading.py --data_root runs/synthetic --tf_python PYTHON_WITH_TENSORFLOW
+
+Every measurement is a process of its own, tied to as many cores as its row says; the order is shuffled in each round
+and a row is compared with the TensorFlow row of the same cores in the same round. Both sides decode two 256 px JPEG
+images per sample, resize them to 224 px with a Lanczos filter, augment them and build batches. Without --tf_python only
+our rows are measured. Writes results/data_loading/data_loading.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import draccus
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class LoadingConfig:
+    """Flags."""
+
+    data_root: str = "runs/synthetic"
+    name: str = "libero_synthetic"
+    small_root: str = ""  # the same data with fewer frames: how memory depends on the size
+    tf_python: str = ""  # interpreter with the extra `tfds`; empty: no comparison
+    shuffle_buffer: int = 100_000  # of the TensorFlow pipeline, the published default
+    batch_size: int = 32
+    batches: int = 60
+    rounds: int = 5
+    seed: int = 0
+    output: str = "results/data_loading/data_loading.json"
+    measure: str = ""  # one row in this process, as JSON on the last line
+
+
+@dataclass(frozen=True)
+class Row:
+    """workers: data loader processes, 0 = in the training process; None: TensorFlow."""
+
+    label: str
+    cores: int
+    workers: int | None
+    cold: bool = False
+    small: bool = False
+
+
+ROWS = (
+    Row("ours, in the training process", 1, 0),
+    Row("ours, 1 worker", 1, 1),
+    Row("ours, 2 workers", 2, 2),
+    Row("ours, in the training process, first use (index is built)", 1, 0, cold=True),
+    Row("ours, in the training process, a tenth of the data", 1, 0, small=True),
+    Row("tensorflow-datasets + tf.data, 1 thread", 1, None),
+    Row("tensorflow-datasets + tf.data, 2 threads", 2, None),
+)
+
+
+def main() -> None:
+    """Measure all rows in shuffled rounds, or one row."""
+    cfg = draccus.parse(LoadingConfig)
+    if cfg.measure:
+        print(json.dumps(measure(cfg, json.loads(cfg.measure))))
+        return
+    rows = [row for row in ROWS if (row.workers is not None or cfg.tf_python) and (not row.small or cfg.small_root)]
+    shuffler, measured = random.Random(cfg.seed), {row.label: [] for row in rows}
+    for number in range(cfg.rounds):
+        for row in shuffler.sample(rows, len(rows)):
+            measured[row.label].append(run(cfg, row))
+            print(f"round {number}: {row.label}: {measured[row.label][-1]}", flush=True)
+        write(cfg, rows, measured)
+
+
+def run(cfg: LoadingConfig, row: Row) -> dict[str, float]:
+    """One measurement in a process of its own."""
+    root = Path(cfg.small_root if row.small else cfg.data_root)
+    directory = sorted((root / cfg.name).glob("*.*.*"))[-1]
+    if row.cold:
+        shutil.rmtree(directory / ".craft_index", ignore_errors=True)
+    if row.workers is None:
+        numbers = (cfg.batch_size, cfg.batches, row.cores, cfg.shuffle_buffer)
+        command = [cfg.tf_python, str(HERE / "tfdata_pipeline.py"), str(directory), *map(str, numbers)]
+    else:
+        request = json.dumps({"root": str(root), "workers": row.workers})
+        command = [sys.executable, __file__, "--measure", request, "--name", cfg.name]
+        command += ["--batch_size", str(cfg.batch_size), "--batches", str(cfg.batches)]
+    cores = sorted(os.sched_getaffinity(0))[: row.cores]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=quiet,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{row.label}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(cfg: LoadingConfig, request: dict) -> dict[str, float]:
+    """Seconds to the first batch and for the later ones; memory of this process (GiB), peak and before opening."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
+    from prismatic.vla.datasets.sampler import EpochSampler
+
+    torch.set_num_threads(1)
+    before = resident_gib()
+    started = time.perf_counter()
+    dataset = VLADataset(request["root"], cfg.name, DatasetSettings())
+    loader = DataLoader(
+        dataset, cfg.batch_size, sampler=EpochSampler(len(dataset)), num_workers=request["workers"], collate_fn=stack
+    )
+    batches = iter(loader)
+    next(batches)
+    first = time.perf_counter() - started
+    started = time.perf_counter()
+    for _ in islice(batches, cfg.batches):
+        pass
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    samples = cfg.batches * cfg.batch_size
+    return {"first_batch": first, "seconds": seconds, "samples": samples, "peak_gib": peak, "before_gib": before}
+
+
+def stack(samples: list[dict]) -> dict:
+    """Arrays of a batch; tokens belong to the model, not to this comparison."""
+    import numpy as np
+
+    return {name: np.stack([sample[name] for sample in samples]) for name in ("images", "actions", "proprio")}
+
+
+def resident_gib() -> float:
+    """Memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def write(cfg: LoadingConfig, rows: list[Row], measured: dict[str, list]) -> None:
+    """Raw measurements of all finished rounds."""
+    info = json.loads((sorted((Path(cfg.data_root) / cfg.name).glob("*.*.*"))[-1] / "dataset_info.json").read_text())
+    content = {
+        "batch_size": cfg.batch_size,
+        "batches": cfg.batches,
+        "shuffle_buffer": cfg.shuffle_buffer,
+        "bytes": sum(int(split["numBytes"]) for split in info["splits"]),
+        "python": platform.python_version(),
+        "rows": [
+            {"label": row.label, "cores": row.cores, "workers": row.workers, "rounds": measured[row.label]}
+            for row in rows
+        ],
+    }
+    path = Path(cfg.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main()
