@@ -204,7 +204,7 @@ class FinetuneConfig:
         self._check_saving_flags()
 
     def _check_saving_flags(self) -> None:
-        if self.resume not in (False, True, "auto"):
+        if not isinstance(self.resume, bool) and self.resume != "auto":
             raise ValueError(f"--resume is {self.resume!r}, expected True, False or auto")
         for name in ("keep_last", "keep_every"):
             value = getattr(self, name)

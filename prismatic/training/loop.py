@@ -93,6 +93,7 @@ class Trainer:
                     if stopping:
                         break
         finally:
+            batches.close()  # ends the data workers
             if self.tracker is not None:
                 self.tracker.close()
 

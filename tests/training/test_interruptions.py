@@ -116,7 +116,6 @@ def wait_for_steps(root: Path, name: str, count: int, process: subprocess.Popen,
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_stopped_run_resumes_where_it_was(tmp_path, processes):
-    steps = 8
     # The signal goes to the whole group, data workers included, and to one rank only.
     flags = ("--num_data_workers", "1")
     run = launch(command(tmp_path, "run", 500, *flags), processes)
