@@ -80,9 +80,9 @@ class Trainer:
         started = time.perf_counter()
         try:
             with (
+                StopSignal(self.accelerator) as stop,
                 explained_faults(self.cfg, self.accelerator.num_processes),
                 self.saver,
-                StopSignal(self.accelerator) as stop,
             ):
                 for _ in progress:
                     metrics = self._train_one_step(batches)
