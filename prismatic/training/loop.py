@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 
 import numpy as np
@@ -83,6 +84,7 @@ class Trainer:
                 StopSignal(self.accelerator) as stop,
                 explained_faults(self.cfg, self.accelerator.num_processes),
                 self.saver,
+                closing(batches),  # ends the data workers
             ):
                 for _ in progress:
                     metrics = self._train_one_step(batches)
@@ -93,7 +95,6 @@ class Trainer:
                     if stopping:
                         break
         finally:
-            batches.close()  # ends the data workers
             if self.tracker is not None:
                 self.tracker.close()
 

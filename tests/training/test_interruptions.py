@@ -173,11 +173,13 @@ def at_step(trainer, monkeypatch, step: int, action) -> None:
     monkeypatch.setattr(trainer, "_train_one_step", lambda b: (trainer.step == step and action(), train(b))[1])
 
 
-def test_a_dead_data_worker_is_named(trainer, monkeypatch):
-    run = trainer(num_data_workers=1)
-    at_step(run, monkeypatch, 2, lambda: [os.kill(child.pid, signal.SIGKILL) for child in active_children()])
-    with pytest.raises(DataWorkerError, match="a data worker died.*lower --num_data_workers .it is 1."):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_dead_data_worker_is_named(trainer, monkeypatch, workers):
+    run = trainer(num_data_workers=workers)
+    at_step(run, monkeypatch, 2, lambda: os.kill(active_children()[0].pid, signal.SIGKILL))
+    with pytest.raises(DataWorkerError, match=f"a data worker died.*lower --num_data_workers .it is {workers}."):
         run.fit()
+    assert active_children() == []
     assert run.step < 30
 
 
