@@ -18,7 +18,7 @@ from tqdm import tqdm
 from prismatic.training.checkpoint_folder import write_json
 from prismatic.training.config import FinetuneConfig, RetentionMethod
 from prismatic.training.craft_utils.config import Rule
-from prismatic.training.faults import explained_faults
+from prismatic.training.faults import batches_of, explained_faults
 from prismatic.training.retention import DriftProbe, L2SPPenalty, ProbeData, build_constraint, to_device
 from prismatic.training.saving import CheckpointSaver, folder_to_resume
 from prismatic.training.setup import TrainingSetup
@@ -217,7 +217,7 @@ class Trainer:
             # Its own generator: the loader draws a seed when it starts, which would shift the model's noise at resume.
             generator=torch.Generator().manual_seed(self.cfg.seed),
         )
-        for batch in loader:
+        for batch in batches_of(loader):
             yield to_device(batch, self.accelerator.device)
 
     def _reduce_mean(self, tensor: Tensor) -> Tensor:
