@@ -3,9 +3,10 @@
     python benchmarks/craft_overhead.py --size tiny --tuning lora
     python benchmarks/craft_overhead.py --report_only True
 
-Random weights and one random batch. Writes raw times to results/craft_overhead/{size}_{tuning}.json and a page made
-from all files there. All rows share one model and one optimizer; a row sets which weights are trained and runs its
-steps. The order of the rows is shuffled in each round, and a row is compared with the plain step of the same round.
+Random weights and one random batch. Writes raw times to results/craft_overhead/{size}_{tuning}.json and its section of
+docs/performance.md, made from all files there. All rows share one model and one optimizer; a row sets which weights are
+trained and runs its steps. The order of the rows is shuffled in each round, and a row is compared with the plain step
+of the same round.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import draccus
 import torch
+from benchmark_page import write, write_section
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils import flop_counter
@@ -647,7 +649,8 @@ def derived_section(results: list[dict]) -> list[str]:
 
 HEAD = """# What CRaFT costs
 
-Written by `python benchmarks/craft_overhead.py` from the files in `results/craft_overhead/`. Do not edit.
+This section is written by `python benchmarks/craft_overhead.py` from the files in `results/craft_overhead/`.
+Do not edit.
 
 Each row is an optimizer step with one random batch and random weights. All rows of a table run in one process, in an
 order that is shuffled in each round. A ratio is the median over rounds of the row's time divided by the plain step's
@@ -699,14 +702,6 @@ def command_of(result: dict) -> str:
     return command if set(result["seconds"]) == set(ROWS) else f"{command} --rows {','.join(result['seconds'])}"
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file in one go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def read_results(folder: Path) -> list[dict]:
     """All results, small sizes first."""
     results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
@@ -724,7 +719,7 @@ def main() -> None:
     output = Path(cfg.output.format(size=cfg.size, tuning=cfg.tuning))
     if not cfg.report_only:
         write(output, json.dumps(run_all(cfg), indent=1) + "\n")
-    write(Path(cfg.report), report(read_results(output.parent)))
+    write_section(Path(cfg.report), "craft_overhead", report(read_results(output.parent)))
 
 
 if __name__ == "__main__":

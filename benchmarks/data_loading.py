@@ -43,7 +43,7 @@ class LoadingConfig:
     rounds: int = 5
     seed: int = 0
     output: str = "results/data_loading/data_loading.json"
-    measure: str = ""  # one row in this process, as JSON on the last line
+    measure_workers: int | None = None  # measure one of our rows in this process, print JSON
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ ROWS = (
 def main() -> None:
     """Measure all rows in shuffled rounds, or one row."""
     cfg = draccus.parse(LoadingConfig)
-    if cfg.measure:
-        print(json.dumps(measure(cfg, json.loads(cfg.measure))))
+    if cfg.measure_workers is not None:
+        print(json.dumps(measure(cfg)))
         return
     rows = [row for row in ROWS if (row.workers is not None or cfg.tf_python) and (not row.small or cfg.small_root)]
     shuffler, measured = random.Random(cfg.seed), {row.label: [] for row in rows}
@@ -93,8 +93,8 @@ def run(cfg: LoadingConfig, row: Row) -> dict[str, float]:
         numbers = (cfg.batch_size, cfg.batches, row.cores, cfg.shuffle_buffer)
         command = [cfg.tf_python, str(HERE / "tfdata_pipeline.py"), str(directory), *map(str, numbers)]
     else:
-        request = json.dumps({"root": str(root), "workers": row.workers})
-        command = [sys.executable, __file__, "--measure", request, "--name", cfg.name]
+        command = [sys.executable, __file__, "--data_root", str(root), "--name", cfg.name]
+        command += ["--measure_workers", str(row.workers)]
         command += ["--batch_size", str(cfg.batch_size), "--batches", str(cfg.batches)]
     cores = sorted(os.sched_getaffinity(0))[: row.cores]
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
@@ -111,7 +111,7 @@ def run(cfg: LoadingConfig, row: Row) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(cfg: LoadingConfig, request: dict) -> dict[str, float]:
+def measure(cfg: LoadingConfig) -> dict[str, float]:
     """Seconds to the first batch and for the later ones; memory of this process (GiB), peak and before opening."""
     import torch
     from torch.utils.data import DataLoader
@@ -122,9 +122,9 @@ def measure(cfg: LoadingConfig, request: dict) -> dict[str, float]:
     torch.set_num_threads(1)
     before = resident_gib()
     started = time.perf_counter()
-    dataset = VLADataset(request["root"], cfg.name, DatasetSettings())
+    dataset = VLADataset(cfg.data_root, cfg.name, DatasetSettings())
     loader = DataLoader(
-        dataset, cfg.batch_size, sampler=EpochSampler(len(dataset)), num_workers=request["workers"], collate_fn=stack
+        dataset, cfg.batch_size, sampler=EpochSampler(len(dataset)), num_workers=cfg.measure_workers, collate_fn=stack
     )
     batches = iter(loader)
     next(batches)

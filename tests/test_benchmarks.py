@@ -1,10 +1,13 @@
-"""The cost benchmark: statistics, floors and page; one short run."""
+"""The benchmarks: statistics, floors and pages; short runs."""
 
 import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import train_step
+from benchmark_page import put_section
 
 from prismatic.training.craft_utils import CRaFTConfig, Plan
 
@@ -82,3 +85,45 @@ def test_short_run_makes_a_page(overhead):
     page = overhead.report([result])
     assert all(overhead.ROWS[name].label in page for name in names)
     assert "--rows plain,procedure,open,frozen_plain,frozen_raw_closed" in page
+
+
+def test_sections_of_a_page_are_replaced_alone():
+    page = put_section("", "first", "one")
+    page = put_section(page, "second", "two")
+    changed = put_section(page, "first", "new\nlines")
+    assert changed == page.replace("one", "new\nlines")
+    assert put_section(changed, "first", "one") == page
+    with pytest.raises(ValueError, match=r"section first: found \(2, 1\)"):
+        put_section(page + "<!-- begin first -->", "first", "x")
+
+
+def test_time_inside_a_part_belongs_to_the_outer_one(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(train_step.time, "perf_counter", lambda: next(now))
+    watch = train_step.Stopwatch()
+    with watch.part("outer"), watch.part("inner"):
+        pass
+    with watch.part("inner"):
+        pass
+    assert watch.seconds == {"outer": 1, "inner": 1}
+
+
+def test_share_of_a_part_is_that_of_its_own_step():
+    rounds = [{"vision": 1.0, "other": 1.0}, {"vision": 30.0, "other": 10.0}, {"vision": 6.0, "other": 4.0}]
+    assert train_step.shares(rounds) == {"vision": 0.6, "other": 0.4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_short_run_times_every_part_of_a_step(tuning):
+    backward = torch.Tensor.backward
+    cfg = train_step.StepTimesConfig(tuning=tuning, rounds=1, warmup=0, batch_size=1, threads=1, lora_rank=4)
+    result = train_step.run_all(cfg)
+    assert torch.Tensor.backward is backward
+    for name, (seconds,) in result["seconds"].items():
+        expected = [part for part in train_step.PARTS if name != "plain" or not part.startswith("CRaFT")]
+        assert list(train_step.shares([seconds])) == expected
+        assert all(value >= 0 for value in seconds.values())
+    section = train_step.report([result])
+    assert f"--tuning {tuning} --rounds 1" in section
+    assert "| whole step, ratio to plain (95 %) | 1.00 (1.00-1.00) |" in section

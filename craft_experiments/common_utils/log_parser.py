@@ -95,7 +95,10 @@ class EvalLog:
 # --- Evaluation logs ----------------------------------------------------------------------------------------------
 
 _ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
-_SOURCE_COLUMN = re.compile(r"\S+\.py:\d+")  # Rich's right-hand column, in the middle of a wrapped message
+# Rich's right-hand column, in the middle of a wrapped message. It is only looked for where a word starts: from every
+# letter of a long word (a progress bar without blanks) would take quadratic time.
+_SOURCE_COLUMN = re.compile(r"(?<!\S)\S+\.py:\d+")
+_MAX_DIGITS = 18  # of a count: no evaluation has more episodes, and int() refuses thousands of digits
 _NUMBER = r"(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
 _EVENTS = re.compile(
     "|".join(
@@ -176,7 +179,7 @@ def parse_eval_log(path: str | os.PathLike) -> EvalLog:
 
     Raises:
         FileNotFoundError: no such file.
-        LogFormatError: figures of the log that contradict each other.
+        LogFormatError: figures of the log that contradict each other, or that are no rates or counts.
     """
     path = Path(path)
     if not path.is_file():
@@ -193,8 +196,8 @@ def parse_eval_log(path: str | os.PathLike) -> EvalLog:
         task_suite=stated.get("suite"),
         complete=complete,
         overall_success_rate=float(stated["overall"]) if complete else partial_rate,
-        total_episodes=int(stated.get("total_episodes", len(counted))),
-        total_successes=int(stated.get("total_successes", sum(counted))),
+        total_episodes=_stated_count(path, stated, "total_episodes", len(counted)),
+        total_successes=_stated_count(path, stated, "total_successes", sum(counted)),
         tasks=state.tasks,
         num_video_lines=len(state.videos),
         num_video_successes=sum(state.videos),
@@ -204,8 +207,20 @@ def parse_eval_log(path: str | os.PathLike) -> EvalLog:
     return log
 
 
+def _stated_count(path: Path, stated: dict[str, str], name: str, default: int) -> int:
+    digits = stated.get(name, str(default))
+    if len(digits) > _MAX_DIGITS:
+        field_name = name.replace("_", " ").capitalize()
+        raise LogFormatError(f"{path}: {field_name}: found a number of {len(digits)} digits, expected a count")
+    return int(digits)
+
+
 def _check_consistency(log: EvalLog, counted: list[int]) -> None:
     """Final block, episode lines and task rates are three statements of one thing; a contradiction is an error."""
+    rates = [(f"Current task success rate of task {task.name!r}", task.success_rate) for task in log.tasks]
+    for name, rate in [*rates, ("Overall success rate", log.overall_success_rate)]:
+        if rate is not None and not 0.0 <= rate <= 1.0:
+            raise LogFormatError(f"{log.path}: {name}: found {rate}, expected a rate in [0, 1]")
     checks = []
     if counted and log.complete:
         checks.append(("Total episodes", log.total_episodes, len(counted), 0))
@@ -279,13 +294,18 @@ def parse_all_results(path: str | os.PathLike) -> dict[str, float | FailureCode]
 
     Raises:
         FileNotFoundError: no such file.
-        LogFormatError: a line of another shape, a rate outside [0, 1], an unknown code, or a suite listed twice.
+        LogFormatError: no UTF-8 text, a line of another shape, a rate outside [0, 1], an unknown code, or a suite
+            listed twice.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"result list not found: {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LogFormatError(f"{path}: not UTF-8 text: {error}") from error
     results: dict[str, float | FailureCode] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue

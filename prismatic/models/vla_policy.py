@@ -114,6 +114,7 @@ class VLAPolicyModel(nn.Module):
             craft_cr_token_mode=request.cr_token_mode,
             craft_raw_only=raw_only,
             vision_features=batch.get("vision_features"),
+            trusted_masks=batch.get("trusted_masks", False),
         )
 
     def forward(self, batch: dict, craft: CraftRequest | None = None) -> PolicyOutput:
@@ -121,7 +122,8 @@ class VLAPolicyModel(nn.Module):
 
         Args:
             batch: input_ids, attention_mask, action_mask (B, L); pixel_values (B, 3*towers*n, H, W); proprio (B, P)
-                normalised, needed iff the policy has a proprio projector; optionally vision_features (`share_vision`).
+                normalised, needed iff the policy has a proprio projector; optionally vision_features (`share_vision`)
+                and trusted_masks (the collator's word that the masks need no check).
             craft: also return the constraint features of the same pass.
 
         Raises KeyError for a missing batch entry, ValueError for inconsistent shapes.

@@ -10,6 +10,8 @@
       training_state/                                what a run needs to go on (optional): `training_state.py`
       files.json                                     sizes and sha256 of all of these: `checkpoint_folder.py`
 
+With `--ema_decay` the policy above is the averaged one; `training_state/` holds the weights training goes on with.
+
 Folders are written under a temporary name and renamed, so a folder that exists is complete. Folders in the published
 layout (`published.py`) are read as well.
 """
@@ -18,6 +20,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +94,8 @@ class Snapshot:
     """Content of a checkpoint folder that changes during a run.
 
     vla: state of the VLM, or of its adapters. tensors: {file: {name: tensor}}. documents: {file: JSON value}, not
-    shared with the run. suffix: of the component files.
+    shared with the run. suffix: of the component files. policy_weights: context in which the model of the run holds
+    the weights in `vla`.
     """
 
     step: int
@@ -98,6 +103,7 @@ class Snapshot:
     vla: dict[str, Tensor]
     tensors: dict[str, dict[str, Tensor]]
     documents: dict[str, dict]
+    policy_weights: Callable[[], AbstractContextManager]
 
 
 class CpuCopies:
@@ -120,22 +126,27 @@ def take_snapshot(cfg: FinetuneConfig, setup, state: TrainingState, copy: bool =
     """What a checkpoint of this moment holds; with `copy` the run may go on while it is written."""
     keep = CpuCopies() if copy else Tensor.detach
     suffix = "latest_checkpoint" if cfg.save_latest_checkpoint_only else f"{state.step}_checkpoint"
-    model: VLAPolicyModel = setup.model
-    vla, tensors = model.vla.state_dict(), {}
-    if isinstance(model.vla, PeftModel):
-        queries = model.vla.get_base_model().action_queries.weight
-        vla = {name: tensor for name, tensor in vla.items() if "lora_" in name}
-        tensors[f"action_queries--{suffix}.safetensors"] = {"weight": keep(queries)}
-    for name, module in (("action_head", model.action_head), ("proprio_projector", model.proprio_projector)):
-        if module is not None:
-            group = contiguous(module.state_dict())
-            tensors[f"{name}--{suffix}.safetensors"] = {key: keep(tensor) for key, tensor in group.items()}
+    with state.policy_weights():
+        vla, tensors = _policy_tensors(setup.model, suffix, keep)
     documents = {MANIFEST: _manifest(cfg, setup, state, suffix)}
     if cfg.save_training_state:
         groups, values = training_state_files(setup, state, keep)
         tensors |= {f"{TRAINING_STATE}/{file}": group for file, group in groups.items()}
         documents |= {f"{TRAINING_STATE}/{file}": value for file, value in values.items()}
-    return Snapshot(state.step, suffix, {n: keep(t) for n, t in vla.items()}, tensors, copy_values(documents))
+    return Snapshot(state.step, suffix, vla, tensors, copy_values(documents), state.policy_weights)
+
+
+def _policy_tensors(model: VLAPolicyModel, suffix: str, keep: Callable[[Tensor], Tensor]) -> tuple[dict, dict]:
+    """State of the VLM (of its adapters when it has some), and {file: tensors} of everything beside it."""
+    vla, files = model.vla.state_dict(), {}
+    if isinstance(model.vla, PeftModel):
+        vla = {name: tensor for name, tensor in vla.items() if "lora_" in name}
+        files["action_queries"] = {"weight": model.vla.get_base_model().action_queries.weight}
+    for name, module in (("action_head", model.action_head), ("proprio_projector", model.proprio_projector)):
+        if module is not None:
+            files[name] = contiguous(module.state_dict())
+    tensors = {f"{name}--{suffix}.safetensors": {k: keep(t) for k, t in group.items()} for name, group in files.items()}
+    return {name: keep(tensor) for name, tensor in vla.items()}, tensors
 
 
 def copy_values(documents: dict[str, dict]) -> dict[str, dict]:
@@ -171,7 +182,8 @@ def write_checkpoint(cfg: FinetuneConfig, setup, snapshot: Snapshot) -> Path:
         for file, values in snapshot.documents.items():
             write_json(temporary / file, values)
         if cfg.merge_lora_during_training:
-            add_merged_model(setup.model, temporary)
+            with snapshot.policy_weights():
+                add_merged_model(setup.model, temporary)
         if cfg.export_published_layout:
             published = folder.with_name(f"{folder.name}--published")
             export_published(load_checkpoint(temporary), published, snapshot.suffix)

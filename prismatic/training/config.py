@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 
 from prismatic.training.craft_utils import PRESET_FIELDS, CRaFTConfig, plain_values
+from prismatic.training.ema import check_decay
+from prismatic.training.schedules import LRSchedule, ScheduleSettings, parse_boundaries
 
 # Flags of the published script that this code base does not implement: a value other than the default is an error,
 # not a silent no-op.
@@ -15,7 +16,6 @@ _UNSUPPORTED = {
     "use_l1_regression": (True, "only the L1-regression head is implemented"),
     "use_diffusion": (False, "diffusion action heads are not implemented"),
     "use_film": (False, "FiLM conditioning is not implemented"),
-    "use_val_set": (False, "validation during training is not implemented yet"),
 }
 
 
@@ -40,14 +40,6 @@ class RetentionMethod(str, Enum):
     def constrains_features(self) -> bool:
         """True for the methods that measure the drift of the bridge features in training."""
         return self in (RetentionMethod.CRAFT, RetentionMethod.FEATURE_PENALTY)
-
-
-class LRSchedule(str, Enum):
-    """Learning rate after warm-up."""
-
-    STEP = "step"  # x 0.1 once, after num_steps_before_decay: the published rule
-    COSINE = "cosine"  # to zero at max_steps
-    CONSTANT = "constant"
 
 
 @dataclass
@@ -88,18 +80,27 @@ class FinetuneConfig:
     learning_rate: float = 5e-4
     lr_warmup_steps: float = 0  # steps; below 1 a share of max_steps
     num_steps_before_decay: int = 100_000
-    lr_schedule: str = "step"  # step, cosine or constant
+    lr_schedule: str = "step"  # step, multistep, cosine or constant; see schedules.py
+    lr_decay_steps: str = ""  # multistep: "100000,150000"
+    lr_decay_factor: float = 0.1  # step and multistep
+    lr_min_ratio: float = 0.0  # cosine: last learning rate as a share of the first
     weight_decay: float = 0.01
     max_grad_norm: float | None = None  # None: no clipping, as published
+    ema_decay: float | None = None  # moving average of the trained weights, which is then what checkpoints hold
     grad_accumulation_steps: int = 1
     max_steps: int = 200_000
     seed: int = 7
-    use_val_set: bool = False
+    use_val_set: bool = False  # hold out episodes and measure the action error on them
+    val_fraction: float = 0.05  # of the episodes of each task
+    val_freq: int = 1000  # optimizer steps between two measurements
+    val_batches: int = 16  # batches per measurement over all processes, always the same; 0: all samples
     image_aug: bool = True
     num_data_workers: int = 0
     device: str = "auto"  # auto: cuda when there is one
     mixed_precision: str = "auto"  # no, bf16, fp16; auto: bf16 on cuda, no on the CPU
     gradient_checkpointing: bool = False
+    compile: bool = False  # torch.compile of the policy's forward pass; see compilation.py
+    compile_backend: str = "inductor"  # or another backend of torch.compile: aot_eager, eager
 
     # --- saving
     save_freq: int = 10_000
@@ -192,14 +193,18 @@ class FinetuneConfig:
             "craft_log_freq",
             "craft_every",
             "craft_probe_size",
+            "val_freq",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected at least 1")
         for name in ("learning_rate", "l2sp_weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected more than 0")
-        self.schedule  # noqa: B018 - validates
+        self.schedule_settings  # noqa: B018 - validates
         _check_choice("mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
+        if self.ema_decay is not None:
+            check_decay(self.ema_decay)
+        self._check_validation()
         self._resolve_craft_flags()
         self._check_saving_flags()
 
@@ -222,6 +227,12 @@ class FinetuneConfig:
             )
         if not self.ddp_timeout > 0:
             raise ValueError(f"--ddp_timeout is {self.ddp_timeout}, expected more than 0")
+
+    def _check_validation(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"--val_fraction is {self.val_fraction}, expected more than 0 and less than 1")
+        if self.val_batches < 0:
+            raise ValueError(f"--val_batches is {self.val_batches}, expected 0 (all) or more")
 
     def _resolve_craft_flags(self) -> None:
         _check_choice("craft_probe_use", self.craft_probe_use, ("metric", "anchor"))
@@ -282,17 +293,27 @@ class FinetuneConfig:
         given = {k: v for k, v in flags.items() if v is not None or k not in PRESET_FIELDS}
         return CRaFTConfig.from_preset(self.craft_preset, **given)
 
+    @property
+    def schedule_settings(self) -> ScheduleSettings:
+        """The `lr_*` flags as a function of the step; ValueError for values that are out of range or unused."""
+        kind = self.schedule
+        if bool(self.lr_decay_steps) != (kind is LRSchedule.MULTISTEP):
+            raise ValueError(
+                f"--lr_schedule {kind.value} with --lr_decay_steps {self.lr_decay_steps!r}: multistep needs steps, the "
+                "other schedules have none"
+            )
+        boundaries: tuple[int, ...] = ()
+        if kind is LRSchedule.MULTISTEP:
+            boundaries = parse_boundaries(self.lr_decay_steps)
+        elif kind is LRSchedule.STEP:
+            boundaries = (self.num_steps_before_decay,)
+        return ScheduleSettings(
+            kind, self.max_steps, self.lr_warmup_steps, boundaries, self.lr_decay_factor, self.lr_min_ratio
+        )
+
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of optimizer step `step` (0-based): linear warm-up from 10 %, then the schedule."""
-        warmup = self.lr_warmup_steps
-        warmup = round(warmup * self.max_steps) if warmup < 1 else int(warmup)
-        factor = min(1.0, 0.1 + 0.9 * (step + 1) / warmup) if warmup else 1.0
-        if self.schedule is LRSchedule.STEP and step >= self.num_steps_before_decay:
-            factor *= 0.1
-        elif self.schedule is LRSchedule.COSINE and step >= warmup:
-            progress = (step - warmup) / max(1, self.max_steps - warmup)
-            factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.learning_rate * factor
+        return self.learning_rate * self.schedule_settings.factor_at(step)
 
     def precision(self, on_cuda: bool) -> str:
         """Mixed precision: `auto` is bf16 on CUDA and none on the CPU, where bf16 is several times slower."""

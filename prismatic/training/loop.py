@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 
 import numpy as np
@@ -16,16 +15,20 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from prismatic.training.checkpoint_folder import write_json
+from prismatic.training.compilation import compile_policy
 from prismatic.training.config import FinetuneConfig, RetentionMethod
 from prismatic.training.craft_utils.config import Rule
+from prismatic.training.ema import WeightAverage
 from prismatic.training.faults import batches_of, explained_faults
 from prismatic.training.retention import DriftProbe, L2SPPenalty, ProbeData, build_constraint, to_device
 from prismatic.training.saving import CheckpointSaver, folder_to_resume
 from prismatic.training.setup import TrainingSetup
 from prismatic.training.step import StepContext, optimizer_step
 from prismatic.training.stop_signal import StopSignal, ignore_stop_signals
+from prismatic.training.throughput import Throughput, throughput_text
 from prismatic.training.tracking import Tracker, say
 from prismatic.training.training_state import TrainingState, restore_training_state
+from prismatic.training.validation import ValidationSettings, Validator
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.sampler import EpochSampler
 
@@ -42,6 +45,8 @@ class Trainer:
     def __init__(self, cfg: FinetuneConfig, setup: TrainingSetup, accelerator: Accelerator) -> None:
         self.cfg, self.setup, self.accelerator = cfg, setup, accelerator
         self.bare_model = setup.model
+        if cfg.compile:
+            compile_policy(setup.model, cfg)
         self.model = accelerator.prepare(setup.model)
         # After `prepare`: DDP has broadcast rank 0's weights, so the snapshot is the same on every rank.
         self.craft = self.penalty = self.probe = None
@@ -49,6 +54,9 @@ class Trainer:
             self.craft = build_constraint(self.model, cfg.craft_config(), accelerator)
         elif cfg.retention is RetentionMethod.L2SP:
             self.penalty = L2SPPenalty(self.model, cfg.l2sp_weight)
+        self.ema = None if cfg.ema_decay is None else WeightAverage(self.bare_model, cfg.ema_decay)
+        self.validator = self._build_validator()
+        self.throughput = Throughput(self._samples_per_step, accelerator.device)
         self.optimizer = self._build_optimizer()
         self.scaler = torch.amp.GradScaler(accelerator.device.type) if accelerator.mixed_precision == "fp16" else None
         self.sampler = EpochSampler(
@@ -78,7 +86,6 @@ class Trainer:
         self.model.train()
         batches = self.batches()
         progress = tqdm(range(self.step, self.cfg.max_steps), disable=None, desc="fine-tuning", unit="step")
-        started = time.perf_counter()
         try:
             with (
                 StopSignal(self.accelerator) as stop,
@@ -88,8 +95,7 @@ class Trainer:
             ):
                 for _ in progress:
                     metrics = self._train_one_step(batches)
-                    self._log(metrics, time.perf_counter() - started)
-                    started = time.perf_counter()
+                    self._log(metrics | self._validate())
                     stopping = stop.agreed()
                     self._save_when_due(stopping)
                     if stopping:
@@ -102,15 +108,26 @@ class Trainer:
         learning_rate = self.cfg.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        metrics = optimizer_step(
-            self.step_context(), list(islice(batches, self.cfg.grad_accumulation_steps)), self.step
-        )
+        with self.throughput.step():
+            with self.throughput.waiting_for_data():
+                micro_batches = list(islice(batches, self.cfg.grad_accumulation_steps))
+            metrics = optimizer_step(self.step_context(), micro_batches, self.step)
+            if self.ema is not None:
+                self.ema.update()
         measured = {k: v for k, v in metrics.items() if k.startswith("CRaFT/")}
         if measured:
             # Steps between two constrained ones report the last measurement and where it was made.
             self._constraint_metrics = measured | {"CRaFT/Measured Step": self.step}
         self.step += 1
         return self._constraint_metrics | metrics | {"VLA Train/Learning Rate": learning_rate}
+
+    def _validate(self) -> dict[str, float]:
+        """Action error on the held-out episodes, of the weights that a checkpoint would hold; {} between two times."""
+        if self.validator is None or not self._is_validated(self.step):
+            return {}
+        reduce_sum = self._reduce_sum if self.accelerator.num_processes > 1 else None
+        with nullcontext() if self.ema is None else self.ema.averaged_weights():
+            return self.validator.measure(self.bare_model, self.accelerator.autocast, reduce_sum)
 
     def step_context(self) -> StepContext:
         """The objects of one optimizer step."""
@@ -145,9 +162,12 @@ class Trainer:
     @property
     def samples_seen(self) -> int:
         """Samples used so far by all processes; batch size and processes may have changed at resume."""
-        cfg, (step, samples) = self.cfg, self._resumed_at
-        per_step = cfg.batch_size * cfg.grad_accumulation_steps * self.accelerator.num_processes
-        return samples + (self.step - step) * per_step
+        step, samples = self._resumed_at
+        return samples + (self.step - step) * self._samples_per_step
+
+    @property
+    def _samples_per_step(self) -> int:
+        return self.cfg.batch_size * self.cfg.grad_accumulation_steps * self.accelerator.num_processes
 
     def _state(self) -> TrainingState:
         return TrainingState(
@@ -156,6 +176,7 @@ class Trainer:
             self.optimizer,
             craft=self.craft,
             penalty=self.penalty,
+            ema=self.ema,
             scaler=self.scaler,
             constraint_metrics=self._constraint_metrics,
             sampler=self.sampler.state_dict(self.samples_seen),
@@ -203,15 +224,12 @@ class Trainer:
 
     def batches(self) -> Iterator[dict]:
         """Endless batches on the training device, from the sampler's position."""
-        collate = VLACollator(
-            self.setup.processor.tokenizer, self.setup.processor.image_processor, self.setup.num_action_queries
-        )
         loader = DataLoader(
             self.setup.dataset,
             batch_size=self.cfg.batch_size,
             sampler=self.sampler,
             num_workers=self.cfg.num_data_workers,
-            collate_fn=collate,
+            collate_fn=self._collator(),
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=ignore_stop_signals,
             # Its own generator: the loader draws a seed when it starts, which would shift the model's noise at resume.
@@ -220,26 +238,51 @@ class Trainer:
         for batch in batches_of(loader):
             yield to_device(batch, self.accelerator.device)
 
+    def _collator(self) -> VLACollator:
+        processor = self.setup.processor
+        return VLACollator(processor.tokenizer, processor.image_processor, self.setup.num_action_queries)
+
+    def _build_validator(self) -> Validator | None:
+        cfg, accelerator = self.cfg, self.accelerator
+        if self.setup.val_dataset is None:
+            return None
+        settings = ValidationSettings(
+            batch_size=cfg.batch_size,
+            num_batches=cfg.val_batches,
+            seed=cfg.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_workers=cfg.num_data_workers,
+        )
+        return Validator(self.setup.val_dataset, self._collator(), settings, accelerator.device)
+
+    def _reduce_sum(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
     def _reduce_mean(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="mean")
 
     def _is_logged(self, steps_done: int) -> bool:
         every = self.cfg.wandb_log_freq if self.craft is None else self.cfg.craft_log_freq
+        if self.validator is not None and self._is_validated(steps_done):
+            return True
         return steps_done % every == 0 or steps_done in (1, self.cfg.max_steps)
 
-    def _log(self, metrics: dict[str, float], seconds: float) -> None:
+    def _is_validated(self, steps_done: int) -> bool:
+        return steps_done % self.cfg.val_freq == 0 or steps_done == self.cfg.max_steps
+
+    def _log(self, metrics: dict[str, float]) -> None:
         if not self._is_logged(self.step) or self.tracker is None:
             return
         if self.probe is not None:
             with self.accelerator.autocast():
                 metrics = metrics | self.probe.measure()
-        samples = self.cfg.batch_size * self.cfg.grad_accumulation_steps * self.accelerator.num_processes
-        metrics = {**metrics, "samples_seen": self.samples_seen, "samples_per_second": samples / seconds}
+        metrics = {**metrics, "samples_seen": self.samples_seen, **self.throughput.measure()}
         # A metrics line describes the step that used the weights before it: step indices are 0-based.
         self.tracker.log(self.step - 1, metrics)
-        line = (
-            f"step {self.step:>6}  loss {metrics['VLA Train/Loss']:.4f}  {metrics['samples_per_second']:.1f} samples/s"
-        )
+        line = f"step {self.step:>6}  loss {metrics['VLA Train/Loss']:.4f}  {throughput_text(metrics)}"
+        if "VLA Val/Loss" in metrics:
+            line += f"  val loss {metrics['VLA Val/Loss']:.4f}"
         if "CRaFT/Lambda" in metrics:
             line += f"  L_ret {metrics['CRaFT/Retention Loss']:.3e}  lambda {metrics['CRaFT/Lambda']:.3f}"
         if "CRaFT/Conflict Ratio" in metrics:

@@ -63,6 +63,7 @@ class TrainingSetup:
     base: BaseModel | None
     origin: str
     run_dir: Path
+    val_dataset: VLADataset | None = None
 
     @property
     def num_images(self) -> int:
@@ -94,6 +95,7 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
         subset_seed=cfg.subset_seed,
         n_shot_episodes=cfg.n_shot_episodes,
         frame_stride=cfg.frame_stride,
+        val_fraction=cfg.val_fraction if cfg.use_val_set else 0.0,
     )
     dataset = VLADataset(cfg.data_root_dir, cfg.dataset_name, settings)
     # Random crops in training go with the centre crop at evaluation: both show 90 % of the image.
@@ -110,7 +112,14 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
         base=start.base,
         origin=start.origin,
         run_dir=Path(cfg.run_root_dir) / cfg.run_id,
+        val_dataset=_held_out(cfg, dataset) if cfg.use_val_set else None,
     )
+
+
+def _held_out(cfg: FinetuneConfig, training: VLADataset) -> VLADataset:
+    """The episodes that `training` leaves out, without augmentation, normalised as it is."""
+    settings = replace(training.settings, part="val", image_aug=False, normalizer=training.normalizers)
+    return VLADataset(cfg.data_root_dir, cfg.dataset_name, settings)
 
 
 def load_start_model(cfg: FinetuneConfig) -> StartModel:

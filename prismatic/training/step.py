@@ -76,7 +76,11 @@ def optimizer_step(context: StepContext, micro_batches: Sequence[dict], step: in
             parts = backward(context, batch, share * loss_scale, share)
         for name, value in parts.items():
             metrics[name] = metrics.get(name, 0.0) + value * share
-    _require_finite("action loss", metrics["VLA Train/Loss"], step, micro_batches)
+    own_loss = metrics["VLA Train/Loss"]
+    if context.reduce_mean is not None:
+        metrics = _mean_over_processes(metrics, context.reduce_mean)
+    # After the reduction: a NaN of one process is one of all, so that all stop and none waits in a collective.
+    _require_finite("action loss", metrics["VLA Train/Loss"], step, micro_batches, own_loss)
     if context.scaler is not None:
         context.scaler.unscale_(context.optimizer)
     if context.craft is not None:
@@ -95,6 +99,12 @@ def optimizer_step(context: StepContext, micro_batches: Sequence[dict], step: in
         metrics |= {} if raising is None else {"CRaFT/Raising Updates": raising}
     context.optimizer.zero_grad(set_to_none=True)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _mean_over_processes(
+    metrics: dict[str, Tensor], reduce_mean: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor | float]:
+    return dict(zip(metrics, reduce_mean(torch.stack(list(metrics.values()))).unbind(), strict=True))
 
 
 def _plain_pass(context: StepContext, batch: dict, factor: float, _share: float) -> dict[str, Tensor]:
@@ -168,11 +178,18 @@ def _gradient_norm(context: StepContext) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters])
 
 
-def _require_finite(what: str, value: Tensor | float, step: int, micro_batches: Sequence[dict]) -> None:
-    if torch.isfinite(torch.as_tensor(value)):
+def _require_finite(
+    what: str, value: Tensor, step: int, micro_batches: Sequence[dict], own: Tensor | None = None
+) -> None:
+    """NonFiniteLossError unless `value`, which is the same in all processes, is finite; `own` is of this process."""
+    if torch.isfinite(value):
         return
     suspects = [s for batch in micro_batches for s in _non_finite_samples(batch)]
-    where = f"non-finite input in samples {suspects}" if suspects else "all inputs are finite: the model diverged"
+    where = "all inputs are finite: the model diverged"
+    if suspects:
+        where = f"non-finite input in samples {suspects}"
+    elif own is not None and torch.isfinite(own):
+        where = f"this process has {float(own)}: another one is not finite and says why"
     raise NonFiniteLossError(
         f"{what} is {float(value)} at optimizer step {step}; {where}. The weights were not changed"
     )

@@ -6,6 +6,7 @@
     state.json                                step, samples, position in the data, fingerprints of the data sets
     scaler.json                               loss scale of fp16 training
     craft.json, craft_anchor.safetensors      multiplier and theta_0
+    ema.safetensors                           averaged weights
 
 No file is a pickle. Folders of earlier versions (`optimizer.pt`, `rng.pt`, one rank's generators) are read as well.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import base64
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.checkpoint_files import contiguous, load_tensors, tensors_hash
 from prismatic.training.checkpoint_folder import TRAINING_STATE, CheckpointError, existing, read_json, reading
 from prismatic.training.craft_utils import CRaFTConstraint, CRaFTWeightManager
+from prismatic.training.ema import WeightAverage
 from prismatic.training.retention import L2SPPenalty
 
 
@@ -42,6 +45,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     craft: CRaFTConstraint | None = None
     penalty: L2SPPenalty | None = None
+    ema: WeightAverage | None = None
     scaler: torch.amp.GradScaler | None = None
     # The last measurement of the constraint, which the log repeats until the next one.
     constraint_metrics: dict[str, float] = field(default_factory=dict)
@@ -53,6 +57,10 @@ class TrainingState:
         """The weights theta_0 the run is held to, if it is."""
         holder = self.craft or self.penalty
         return None if holder is None else holder.weights
+
+    def policy_weights(self) -> AbstractContextManager:
+        """Context in which the model holds the weights of the policy: the averaged ones, if there are any."""
+        return nullcontext() if self.ema is None else self.ema.averaged_weights()
 
 
 # ------------------------------------------------------------------------------------------------ generators
@@ -122,6 +130,8 @@ def training_state_files(setup, state: TrainingState, copy: Callable[[Tensor], T
     }
     if state.scaler is not None:
         documents["scaler.json"] = state.scaler.state_dict()
+    if state.ema is not None:
+        tensors["ema.safetensors"] = state.ema.state_dict()
     if state.anchor is not None:
         anchor = contiguous(state.anchor.state_dict())
         record = {
@@ -185,6 +195,10 @@ def restore_training_state(folder: str | Path, setup, state: TrainingState, rank
         file = folder / "scaler.json"
         with reading(file):
             state.scaler.load_state_dict(read_json(file))
+    if state.ema is not None:
+        averages = load_tensors(folder / "ema.safetensors")
+        with reading(folder / "ema.safetensors"):
+            state.ema.load_state_dict(averages)
     state.generators = _saved_generators(folder)
     with reading(folder / "generators.json"):
         if rank < len(state.generators):

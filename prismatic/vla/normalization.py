@@ -22,6 +22,10 @@ _EPSILON = 1e-8
 _BOUND_KEYS = {NormalizationType.BOUNDS: ("min", "max"), NormalizationType.BOUNDS_Q99: ("q01", "q99")}
 
 
+class StatisticsError(ValueError):
+    """Statistics that are incomplete, contradict each other or do not fit the action spec."""
+
+
 class Normalizer:
     """Normalisation and its inverse with the statistics of one data set.
 
@@ -29,14 +33,17 @@ class Normalizer:
     `y = clip(2 (x - lo) / (hi - lo + 1e-8) - 1, -1, 1)`, inverse `0.5 (y + 1) (hi - lo + 1e-8) + lo`; NORMAL is
     `(x - mean) / (std + 1e-8)`. Dimensions whose `mask` is false pass unchanged (the gripper of LIBERO).
 
-    Raises ValueError when the statistics do not fit `spec` or are inconsistent.
+    Raises StatisticsError when the statistics do not fit `spec` or are inconsistent.
     """
 
     def __init__(self, statistics: Mapping, spec: ActionSpec, dataset_name: str | None = None):
         self.spec = spec
         self.dataset_name = dataset_name
-        self.statistics = json.loads(json.dumps(statistics))  # a private copy, and proof that it can be saved
         where = f"statistics of {dataset_name!r}" if dataset_name else "statistics"
+        try:
+            self.statistics = json.loads(json.dumps(statistics))  # a private copy, and proof that it can be saved
+        except (TypeError, ValueError, RecursionError) as error:
+            raise StatisticsError(f"{where}: cannot be written as JSON: {error}") from error
         self._action = _Scaling(self.statistics, "action", spec.action_dim, where)
         self._proprio = _Scaling(self.statistics, "proprio", spec.proprio_dim, where)
 
@@ -68,33 +75,40 @@ class Normalizer:
 
     @classmethod
     def from_json(cls, path: str | os.PathLike, dataset_name: str | None, spec: ActionSpec) -> Normalizer:
-        """Read one entry of a `dataset_statistics.json`; the key is found by `resolve_statistics_key`."""
+        """Read one entry of a `dataset_statistics.json`; the key is found by `resolve_statistics_key`.
+
+        Raises FileNotFoundError, StatisticsError (naming file and field) and KeyError for an unknown data set.
+        """
         statistics = load_statistics(path)
         try:
             key = resolve_statistics_key(statistics, dataset_name)
         except KeyError as error:
             raise KeyError(f"{path}: {error.args[0]}") from None
-        return cls(statistics[key], spec, key)
+        try:
+            return cls(statistics[key], spec, key)
+        except StatisticsError as error:
+            raise StatisticsError(f"{path}: {error}") from error
 
 
 class _Scaling:
     """Statistics of one group (action or proprio) as arrays."""
 
     def __init__(self, statistics: Mapping, group: str, dim: int, where: str):
-        if group not in statistics:
-            raise ValueError(f"{where}: no entry {group!r}, found {sorted(statistics)}")
+        if not isinstance(statistics, dict) or not isinstance(statistics.get(group), dict):
+            found = sorted(statistics) if isinstance(statistics, dict) else type(statistics).__name__
+            raise StatisticsError(f"{where}: no entry {group!r} with quantities, found {found}")
         self.group = group
         self.dim = dim
         self.values = {name: _vector(statistics[group], name, dim, f"{where}: {group}") for name in _QUANTITIES}
         mask = statistics[group].get("mask", [True] * dim)
-        if len(mask) != dim or not all(isinstance(entry, bool) for entry in mask):
-            raise ValueError(f"{where}: {group}.mask is {mask}, expected {dim} booleans")
+        if not isinstance(mask, list) or len(mask) != dim or not all(isinstance(entry, bool) for entry in mask):
+            raise StatisticsError(f"{where}: {group}.mask is {mask}, expected {dim} booleans")
         self.mask = np.array(mask)
         self.constant = self.mask & (self.values["min"] == self.values["max"])
         for low, high in (("q01", "q99"), ("min", "max")):
             wrong = np.flatnonzero(self.values[low] > self.values[high])
             if wrong.size:
-                raise ValueError(f"{where}: {group}.{low} > {group}.{high} in dimensions {wrong.tolist()}")
+                raise StatisticsError(f"{where}: {group}.{low} > {group}.{high} in dimensions {wrong.tolist()}")
 
     def normalize(self, x: np.ndarray, kind: NormalizationType, zero_constant: bool) -> np.ndarray:
         x = self._checked(x)
@@ -130,12 +144,17 @@ class _Scaling:
 
 def _vector(group: Mapping, name: str, dim: int, where: str) -> np.ndarray:
     if name not in group:
-        raise ValueError(f"{where}: no entry {name!r}, found {sorted(group)}")
-    vector = np.asarray(group[name], dtype=np.float64)
-    if vector.shape != (dim,):
-        raise ValueError(f"{where}.{name} has shape {vector.shape}, expected ({dim},)")
+        raise StatisticsError(f"{where}: no entry {name!r}, found {sorted(group)}")
+    values = group[name]
+    # bool is an int, and numpy would read numbers out of strings.
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values) or len(values) != dim:
+        raise StatisticsError(f"{where}.{name} is {values!r}, expected {dim} numbers")
+    try:
+        vector = np.array(values, dtype=np.float64)
+    except OverflowError as error:
+        raise StatisticsError(f"{where}.{name} holds an integer that is too large: {error}") from error
     if not np.isfinite(vector).all():
-        raise ValueError(f"{where}.{name} holds values that are not finite: {vector.tolist()}")
+        raise StatisticsError(f"{where}.{name} holds values that are not finite: {vector.tolist()}")
     return vector
 
 
@@ -212,12 +231,12 @@ def save_statistics(path: str | os.PathLike, all_stats: Mapping[str, Mapping]) -
 
 
 def load_statistics(path: str | os.PathLike) -> dict[str, dict]:
-    """Read a `dataset_statistics.json`; ValueError when it does not map names to statistics."""
+    """Read a `dataset_statistics.json`; StatisticsError when it does not map names to statistics."""
     path = Path(path)
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise StatisticsError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(v, dict) and "action" in v for v in content.values()):
-        raise ValueError(f"{path}: expected {{data set name: {{'action': ..., 'proprio': ...}}}}")
+        raise StatisticsError(f"{path}: expected {{data set name: {{'action': ..., 'proprio': ...}}}}")
     return content

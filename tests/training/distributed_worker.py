@@ -15,7 +15,7 @@ from prismatic.training import loop
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.loop import Trainer, seed_everything
 from prismatic.training.setup import build_setup
-from prismatic.training.step import action_loss
+from prismatic.training.step import NonFiniteLossError, action_loss
 
 torch.set_num_threads(1)
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -29,7 +29,7 @@ def build(scenario: dict) -> Trainer:
         "dataset_name": "libero_mini_no_noops",
         "run_root_dir": output,
         "run_id_override": scenario["name"],
-        "batch_size": scenario.get("global_batch", 4) // world,
+        "batch_size": scenario.get("batch_size", scenario.get("global_batch", 4) // world),
         "save_freq": 1000,
         "save_training_state": False,
         "craft_log_freq": 1,
@@ -58,6 +58,7 @@ def train(scenario: dict) -> dict:
         "metrics": [{k: v for k, v in line.items() if k in keep} for line in steps],
         "dual": trainer.craft.dual.state_dict(),
         "collectives": len(collectives),
+        "steps": len(steps),
         "constrained_steps": trainer.craft.statistics["constrained_steps"],
     }
 
@@ -79,5 +80,39 @@ def head_gradients(scenario: dict) -> dict:
     return {"ours": ours, "published": parameter.grad.clone()}
 
 
-results = {s["name"]: (head_gradients if s.get("head") else train)(s) for s in scenarios}
+def poisoned(scenario: dict) -> dict:
+    """The error that ends the run when the last process gets a NaN in its second step."""
+    trainer, step, error = build(scenario), loop.optimizer_step, ""
+
+    def poison(context, micro_batches, number):
+        if number == 1 and rank == world - 1:
+            micro_batches[0][scenario["poison"]].view(-1)[0] = float("nan")
+        return step(context, micro_batches, number)
+
+    loop.optimizer_step = poison
+    try:
+        trainer.fit()
+    except NonFiniteLossError as found:
+        error = str(found)
+    loop.optimizer_step = step
+    weights = {name: p.detach().clone() for name, p in trainer.bare_model.named_parameters()}
+    finite = all(bool(p.isfinite().all()) for p in weights.values())
+    return {"error": error, "step": trainer.step, "weights": weights, "finite": finite}
+
+
+def validated(scenario: dict) -> dict:
+    """Validation of the start weights by all processes, in batches of two."""
+    trainer = build(scenario)
+    chosen = trainer.validator.batches(len(trainer.setup.val_dataset))
+    assert len(chosen) == (3 if world == 1 else 2 - rank), chosen
+    trainer.step = trainer.cfg.max_steps
+    return trainer._validate()
+
+
+def kind(scenario: dict):
+    special = {"head": head_gradients, "poison": poisoned, "validate": validated}
+    return next((run for name, run in special.items() if name in scenario), train)
+
+
+results = {s["name"]: kind(s)(s) for s in scenarios}
 torch.save(results, f"{output}/rank{rank}.pt")

@@ -24,9 +24,6 @@ from prismatic.training.checkpoints import CpuCopies, load_checkpoint
 from prismatic.training.training_state import generator_states, restore_generators, restore_training_state
 from prismatic.vla.datasets.dataset import VLADataset
 
-# Names of measured times, which no two runs share.
-TIMES = {"samples_per_second", "CRaFT/Anchor Seconds"}
-
 
 @pytest.fixture
 def trainer_of(make_trainer, tmp_path, monkeypatch):
@@ -41,7 +38,7 @@ def weights(trainer) -> dict[str, torch.Tensor]:
 
 def metrics(trainer) -> list[dict]:
     lines = (trainer.setup.run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in micro.MEASURED} for line in lines]
 
 
 def hashes(folder) -> dict[str, str]:
@@ -373,3 +370,19 @@ def test_without_a_list_of_files_a_damaged_policy_is_read_or_refused(small, data
     finally:
         file.write_bytes(content)
         (folder / LISTING).write_bytes(listing)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_averaged_weights_are_the_policy_and_both_kinds_go_on(trainer_of, tmp_path, is_async):
+    flags = {"max_steps": 6, "save_freq": 3, "ema_decay": 0.9, "async_save": is_async}
+    whole = trainer_of("whole", **flags)
+    whole.fit()
+    with whole.ema.averaged_weights():
+        average = {name: tensor.clone() for name, tensor in whole.bare_model.state_dict().items()}
+    loaded = load_checkpoint(tmp_path / "runs" / "whole--6_chkpt").model.state_dict()
+    assert all(torch.equal(tensor, average[name]) for name, tensor in loaded.items())
+    assert any(not torch.equal(tensor, average[name]) for name, tensor in weights(whole).items())
+    trainer_of("run", **flags).fit()
+    resumed = trainer_of("run", **flags, resume="auto", resume_step=3)
+    resumed.fit()
+    assert hashes(tmp_path / "runs" / "whole--6_chkpt") == hashes(tmp_path / "runs" / "run--6_chkpt")

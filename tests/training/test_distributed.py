@@ -51,6 +51,19 @@ MONITOR = {
     "flags": {"use_craft": True, "max_steps": 3, "craft_preset": "budget", "craft_retention_budget": math.inf},
 }
 SCENARIOS = [*EQUAL, ADAMW, MONITOR]
+# One process gets a NaN: in the actions, which its loss sees, or in the images, which its features see as well.
+POISONED = [
+    {"name": f"nan-{entry}-{preset}", "poison": entry, "flags": {"max_steps": 3, **flags}}
+    for entry in ("actions", "pixel_values")
+    for preset, flags in {"plain": {}, "craft": {"use_craft": True} | PRESETS["original"]}.items()
+]
+# Three validation batches: two for the first of two processes, one for the second.
+VALIDATED = {
+    "name": "validated",
+    "validate": True,
+    "batch_size": 2,
+    "flags": {"max_steps": 1, "use_val_set": True, "val_fraction": 0.5, "val_batches": 3},
+}
 HEAD = {"name": "head", "head": True, "flags": {"max_steps": 1}}
 
 pytestmark = pytest.mark.slow
@@ -69,12 +82,12 @@ def run(folder: Path, processes: int, scenarios: list[dict]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("distributed") / "two", 2, [*SCENARIOS, HEAD])
+    return run(tmp_path_factory.mktemp("distributed") / "two", 2, [*SCENARIOS, *POISONED, VALIDATED, HEAD])
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("distributed") / "one", 1, SCENARIOS)[0]
+    return run(tmp_path_factory.mktemp("distributed") / "one", 1, [*SCENARIOS, VALIDATED])[0]
 
 
 @pytest.mark.parametrize("name", [s["name"] for s in SCENARIOS])
@@ -108,8 +121,29 @@ def test_the_scenarios_reach_every_plan(one):
 
 
 @pytest.mark.parametrize("name", [s["name"] for s in SCENARIOS])
-def test_one_collective_per_constrained_step(two, name):
-    assert two[0][name]["collectives"] == two[0][name]["constrained_steps"] > 0
+def test_one_collective_per_constrained_step_beside_that_of_the_losses(two, name):
+    result = two[0][name]
+    assert result["collectives"] == result["steps"] + result["constrained_steps"] > result["steps"]
+
+
+@pytest.mark.parametrize("name", [s["name"] for s in POISONED])
+def test_a_nan_of_one_process_stops_all(two, name):
+    # Both processes came to their end: none was left waiting for the other in a collective.
+    innocent, guilty = (result[name] for result in two)
+    for result in (innocent, guilty):
+        assert result["error"].startswith("action loss is nan at optimizer step 1")
+        assert result["finite"] and result["step"] == 1
+    assert "non-finite input in samples" in guilty["error"]
+    assert "another one is not finite" in innocent["error"]
+    for parameter, value in innocent["weights"].items():
+        assert torch.equal(value, guilty["weights"][parameter]), parameter
+
+
+def test_validation_is_the_mean_over_samples_whatever_the_number_of_processes(two, one):
+    first, second = (result["validated"] for result in two)
+    assert first == second
+    assert first == pytest.approx(one["validated"], rel=1e-5)
+    assert first["VLA Val/Loss"] > 0
 
 
 def test_the_head_is_synchronised_and_would_not_be_past_its_wrapper(two):

@@ -21,13 +21,12 @@ from prismatic.training.faults import DataWorkerError
 ROOT = Path(__file__).resolve().parents[2]
 HARNESS = Path(__file__).with_name("kill_harness.py")
 START = ROOT / "pretrained_models" / "tiny-libero-object"
-TIMES = {"samples_per_second", "CRaFT/Anchor Seconds"}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def metrics(root: Path, name: str) -> list[dict]:
     lines = (root / name / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in micro.MEASURED} for line in lines]
 
 
 def final_state(folder: Path) -> dict:
@@ -35,7 +34,9 @@ def final_state(folder: Path) -> dict:
     files = json.loads((folder / LISTING).read_text())["files"]
     state = {n: f["sha256"] for n, f in files.items() if n.endswith(".safetensors") or "generators" in n}
     counters = json.loads((folder / "training_state" / "state.json").read_text())
-    counters["constraint_metrics"] = {k: v for k, v in counters["constraint_metrics"].items() if k not in TIMES}
+    counters["constraint_metrics"] = {
+        k: v for k, v in counters["constraint_metrics"].items() if k not in micro.MEASURED
+    }
     return state | {"counters": counters}
 
 

@@ -40,6 +40,11 @@ def metrics(trainer) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def without_timings(line: dict) -> dict:
+    timings = ("samples_per_second", "CRaFT/Anchor Seconds", "Time/", "Memory/")
+    return {name: value for name, value in line.items() if not name.startswith(timings)}
+
+
 def two_batches(trainer):
     batches = trainer.batches()
     return next(batches), next(batches)
@@ -144,9 +149,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(make_trainer, start_checkpoint
     assert resumed.step == 3
     resumed.fit()
     assert_same_weights(weights(resumed), expected)
-    timing = {"samples_per_second", "CRaFT/Anchor Seconds"}
     for a, b in zip(metrics(resumed), expected_metrics, strict=True):
-        assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+        assert without_timings(a) == without_timings(b)
 
 
 @pytest.mark.parametrize("craft", [False, True])
@@ -291,6 +295,6 @@ def test_overfitting_sixteen_samples_reaches_an_l1_below_two_percent(make_traine
         "overfit", batch_size=16, max_steps=400, save_freq=1000, image_aug=False, learning_rate=2e-3,
         lr_schedule="cosine", lr_warmup_steps=0.05, weight_decay=0.0, max_grad_norm=1.0, wandb_log_freq=50,
     )  # fmt: skip
-    trainer.sampler = EpochSampler(16)
+    trainer.sampler = EpochSampler(16, seed=7)
     trainer.fit()
     assert metrics(trainer)[-1]["VLA Train/Loss"] < 0.02

@@ -86,7 +86,7 @@ def test_wrong_last_dimension(statistics):
     [
         (lambda s: s.pop("proprio"), "no entry 'proprio'"),
         (lambda s: s["action"].pop("q99"), "no entry 'q99'"),
-        (lambda s: s["action"].update(mean=[0.0] * 14), r"action.mean has shape \(14,\), expected \(7,\)"),
+        (lambda s: s["action"].update(mean=[0.0] * 14), r"action.mean is \[0.0.*, expected 7 numbers"),
         (lambda s: s["action"].update(mask=[True] * 6), "mask"),
         (lambda s: s["action"].update(mask=[1] * 7), "mask"),
         (lambda s: s["action"].update(q01=s["action"]["q99"], q99=s["action"]["q01"]), "q01 > action.q99"),

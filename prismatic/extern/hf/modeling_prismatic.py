@@ -245,7 +245,9 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
 
     def _query_positions(self, action_mask: torch.Tensor) -> torch.Tensor:
         """Absolute multimodal positions (B, Q) int64 of the action queries, in order."""
-        text_positions = action_mask.nonzero()[:, 1].view(action_mask.shape[0], -1)
+        # A stable sort puts the slots first, in order; `nonzero` would wait for the device to learn how many there are.
+        order = torch.sort(action_mask.byte(), dim=1, descending=True, stable=True).indices
+        text_positions = order[:, : self.num_action_queries]
         return text_positions + self.vision_backbone.num_vision_tokens
 
     def _embed_text(self, input_ids: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
@@ -292,6 +294,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         craft_raw_only: bool = False,
         vision_features: torch.Tensor | None = None,
         output_logits: bool = False,
+        trusted_masks: bool = False,
         **compat: Any,
     ) -> PrismaticCausalLMOutputWithPast | tuple:
         """Run towers, projector and LLM body (the LM head only for `output_logits`).
@@ -305,6 +308,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             craft_cr_token_mode: "vision_only", or "vision_plus_prompt" (whole layer plus `raw_latent_mask`).
             craft_raw_only: return C_R alone and run the LLM only up to its layer; other hidden states are then missing.
             vision_features: (B, N, embed_dim) output of the towers for these pixels, when it is known already.
+            trusted_masks: the caller vouches for Q slots per row and right padding: nothing is read back to check.
             compat: published arguments without a role here; diffusion and FiLM inputs must be None/False.
         Raises ValueError for inconsistent images, masks or layer index, NotImplementedError for unsupported inputs.
         """
@@ -314,7 +318,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             raise ValueError("CRaFT features need `pixel_values`")
         projected, mask, full_mask = None, None, attention_mask
         if pixel_values is not None:
-            mask = self.resolve_action_mask(action_mask, labels)
+            mask = action_mask.bool() if trusted_masks else self.resolve_action_mask(action_mask, labels)
             features = self.vision_backbone(pixel_values) if vision_features is None else vision_features
             projected = self.projector(features)
             inputs_embeds, full_mask = self._multimodal_inputs(input_ids, attention_mask, projected, mask)
@@ -324,7 +328,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         output = body(
             input_ids=input_ids if inputs_embeds is None else None,
             inputs_embeds=inputs_embeds,
-            attention_mask=hide_right_padding(full_mask),
+            attention_mask=plain_causal_mask(body, full_mask) if trusted_masks else hide_right_padding(full_mask),
             use_cache=False,
             output_attentions=bool(output_attentions),
             output_hidden_states=True,
@@ -515,6 +519,18 @@ def hide_right_padding(mask: torch.Tensor | None) -> torch.Tensor | None:
         return None
     mask = mask.bool()
     return mask if bool((mask[:, 1:] & ~mask[:, :-1]).any()) else torch.ones_like(mask)
+
+
+def plain_causal_mask(body: nn.Module, mask: torch.Tensor | None) -> dict[str, None] | torch.Tensor | None:
+    """What makes the body causal without a look at the mask, whose padding must be on the right.
+
+    The library would read an all-ones mask back to see that it is one. A prepared entry per layer type skips that; its
+    fused kernels take None as causal, the unfused one does not.
+    """
+    fused = body.config._attn_implementation in ("sdpa", "flash_attention_2")
+    if fused and not body.has_sliding_layers:
+        return {"full_attention": None}
+    return None if mask is None else torch.ones_like(mask, dtype=torch.bool)
 
 
 def resolve_craft_layer(layer_idx: int | None, num_hidden_states: int) -> int:

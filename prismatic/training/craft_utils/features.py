@@ -56,11 +56,14 @@ class CRaFTFeatureExtractor(nn.Module):
 
         `mask` (B, T) bool selects tokens of (B, T, D); ValueError when a row selects none.
         """
+        if mask is not None and not mask.any(dim=1).all():
+            raise ValueError("a row of the token mask is empty: there is nothing to pool")
+        return self._pool(tokens, mask)
+
+    def _pool(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         tokens = tokens.float()
         if mask is None:
             return tokens.mean(dim=-2) if self.config.use_mean_pooling else tokens.amax(dim=-2)
-        if not mask.any(dim=1).all():
-            raise ValueError("a row of the token mask is empty: there is nothing to pool")
         if self.config.use_mean_pooling:
             weights = mask.unsqueeze(-1).float()
             return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
@@ -79,7 +82,8 @@ class CRaFTFeatureExtractor(nn.Module):
         )
 
     def _part(self, tokens: Tensor, mask: Tensor | None) -> PartFeatures:
-        pooled = self.pool_features(tokens, mask)
+        # Unchecked: the model's mask always has the patches, and a check would wait for the device.
+        pooled = self._pool(tokens, mask)
         if tokens.ndim == 3:
             pooled, tokens = pooled.unsqueeze(1), tokens.unsqueeze(1)
         if not self.config.retention_metric.needs_tokens:

@@ -33,8 +33,9 @@ class VLACollator:
 
         Returns input_ids (B, L) int64 (prompt, Q placeholders, right padding), attention_mask (B, L) bool (prompt and
         placeholders), action_mask (B, L) bool (the Q placeholders of each row), pixel_values
-        (B, 3 * towers * n, H, W) float32, proprio (B, P) and actions (B, K, A) float32, dataset_names, sample_ids and
-        instructions (lists). Raises ValueError for samples with different numbers or sizes of images.
+        (B, 3 * towers * n, H, W) float32, proprio (B, P) and actions (B, K, A) float32, trusted_masks (True: the model
+        need not check the masks), dataset_names, sample_ids and instructions (lists). Raises ValueError for samples
+        with different numbers or sizes of images.
         """
         batch = self.tokenize([sample["instruction"] for sample in samples])
         shapes = {sample["images"].shape for sample in samples}
@@ -44,6 +45,8 @@ class VLACollator:
         batch["pixel_values"] = self.image_processor.preprocess_batch(images)
         for name in ("proprio", "actions"):
             batch[name] = torch.from_numpy(np.stack([sample[name] for sample in samples]))
+        # By construction: Q placeholders per row, padding on the right. A check would wait for the device.
+        batch["trusted_masks"] = True
         batch["dataset_names"] = [sample["dataset_name"] for sample in samples]
         batch["sample_ids"] = [sample["sample_id"] for sample in samples]
         batch["instructions"] = [sample["instruction"] for sample in samples]

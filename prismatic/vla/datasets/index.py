@@ -3,9 +3,10 @@
     {directory}/.craft_index/{label}/index.json        files it was built from, episodes, arrays, fingerprint
     {directory}/.craft_index/{label}/{array}.bin       one row per frame (steps of all episodes one after another)
 
-Numbers (actions, states) are stored whole; of images the place in the data files. An index is rebuilt when one of its
-files has another size or modification time. It is written under a temporary name and renamed. When the directory cannot
-be written, the index goes to the user's cache directory.
+Numbers (actions, states) are stored whole; of images the place in the data files. An index is rebuilt when one of the
+data files has another size or modification time, and when its header or an array does not have the checksum it was
+written with: opening reads the arrays once, some 100 bytes per frame. It is written under a temporary name and renamed.
+When the directory cannot be written, the index goes to the user's cache directory.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 
 from prismatic.vla.datasets.source import DataSetError
 
 FOLDER = ".craft_index"
-VERSION = 1
+VERSION = 2  # 2: checksums
+_BLOCK = 1 << 20
 
 
 class EpisodeIndex:
@@ -50,7 +53,11 @@ class EpisodeIndex:
         if name not in self._arrays:
             entry = self._declared[name]
             shape = (int(self.lengths.sum()), *entry["shape"])
-            self._arrays[name] = np.memmap(self.folder / entry["file"], np.dtype(entry["dtype"]), "r", shape=shape)
+            dtype = np.dtype(entry["dtype"])
+            # An empty file cannot be mapped.
+            empty = 0 in shape
+            path = self.folder / entry["file"]
+            self._arrays[name] = np.empty(shape, dtype) if empty else np.memmap(path, dtype, "r", shape=shape)
         return self._arrays[name]
 
     def rows(self, name: str, episode: int) -> np.ndarray:
@@ -100,12 +107,14 @@ class IndexWriter:
         entry = {"dtype": values.dtype.str, "shape": list(values.shape[1:])}
         if name not in self._arrays:
             file = f"{len(self._arrays)}.bin"
-            self._arrays[name] = entry | {"file": file}
+            self._arrays[name] = entry | {"file": file, "crc32c": 0}
             self._files[name] = self._stack.enter_context((self.folder / file).open("wb"))
         known = {key: self._arrays[name][key] for key in entry}
         if known != entry:
             raise DataSetError(f"episode {len(self._episodes)}: {name} is {entry}, earlier episodes have {known}")
-        self._files[name].write(values.tobytes())
+        data = values.tobytes()
+        self._arrays[name]["crc32c"] = google_crc32c.extend(self._arrays[name]["crc32c"], data)
+        self._files[name].write(data)
 
     def close(self, stamp: list) -> dict:
         """Write the header; returns it."""
@@ -122,7 +131,7 @@ class IndexWriter:
             "records": records,
         }
         with (self.folder / "index.json").open("w", encoding="utf-8") as stream:
-            json.dump(header, stream)
+            json.dump(header | {"checksum": _checksum(header)}, stream)
         return header
 
     def abort(self) -> None:
@@ -168,16 +177,30 @@ def _is_writable(folder: Path) -> bool:
 def _read_header(folder: Path, stamp: list) -> dict | None:
     try:
         header = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        if header["version"] != VERSION or header["files"] != stamp:
+        if header["version"] != VERSION or header["files"] != stamp or header.pop("checksum") != _checksum(header):
             return None
         frames = sum(header["lengths"])
         for entry in header["arrays"].values():
             expected = frames * int(np.prod(entry["shape"], dtype=np.int64)) * np.dtype(entry["dtype"]).itemsize
-            if (folder / entry["file"]).stat().st_size != expected:
+            path = folder / entry["file"]
+            if path.stat().st_size != expected or _file_crc(path) != entry["crc32c"]:
                 return None
         return header
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # absent or damaged: it is only a cache
+
+
+def _checksum(header: Mapping) -> str:
+    return hashlib.sha256(json.dumps(header).encode()).hexdigest()
+
+
+def _file_crc(path: Path) -> int:
+    # Read, not mapped: touched pages of a mapping count as memory of the process.
+    crc = 0
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            crc = google_crc32c.extend(crc, block)
+    return crc
 
 
 def _build(folder: Path, stamp: list, build: Callable[[IndexWriter], None]) -> EpisodeIndex:

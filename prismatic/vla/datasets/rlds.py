@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -162,9 +163,20 @@ class RLDSReader:
 
     @property
     def metadata(self) -> dict | None:
-        """Content of `craft_metadata.json` (how the data were collected), None when there is none."""
+        """Content of `craft_metadata.json` (how the data were collected), None when there is none.
+
+        Raises DataSetError when it is no JSON object.
+        """
         path = self.directory / METADATA_FILE
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise DataSetError(f"{path}: not valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise DataSetError(f"{path}: found {type(content).__name__}, expected a JSON object")
+        return content
 
     def require(self, name: str) -> FeatureSpec:
         """Declaration of feature `name`; MissingFeatureError with the declared names otherwise."""
@@ -198,26 +210,22 @@ class RLDSReader:
     def _shards(self, split: str) -> tuple[str, list[int], list[Path]]:
         path = self.directory / "dataset_info.json"
         try:
-            info = json.loads(path.read_text())
+            info = json.loads(path.read_text(encoding="utf-8"))
             name, splits = info["name"], {entry["name"]: entry for entry in info["splits"]}
             lengths = [int(length) for length in splits.get(split, {"shardLengths": []})["shardLengths"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataSetError(
                 f"{path}: expected JSON with name and splits of name and shardLengths: {error!r}"
             ) from error
         if split not in splits:
             raise DataSetError(f"{path}: no split {split!r}, found splits {sorted(splits)}")
         template = splits[split].get("filepathTemplate", _DEFAULT_TEMPLATE)
+        fields = {"DATASET": name, "SPLIT": split, "FILEFORMAT": info.get("fileFormat", "tfrecord")}
         paths = []
         for shard in range(len(lengths)):
-            fields = {
-                "DATASET": name,
-                "SPLIT": split,
-                "FILEFORMAT": info.get("fileFormat", "tfrecord"),
-                "SHARD_X_OF_Y": f"{shard:05d}-of-{len(lengths):05d}",
-            }
-            paths.append(self.directory / template.format(**fields))
-        missing = [path.name for path in paths if not path.is_file()]
+            fields["SHARD_X_OF_Y"] = f"{shard:05d}-of-{len(lengths):05d}"
+            paths.append(self.directory / _shard_name(template, fields, path))
+        missing = [path.name for path in paths if not os.path.isfile(path)]  # False for names no file can have
         if missing:
             present = sorted(path.name for path in self.directory.glob("*tfrecord*"))
             raise FileNotFoundError(f"{self.directory}: missing shards {missing}, found {present or 'none'}")
@@ -281,6 +289,19 @@ class RLDSReader:
         )
 
 
+def _shard_name(template: object, fields: Mapping[str, object], info_path: Path) -> str:
+    # Plain replacement: str.format would run the widths and attributes a damaged template asks for.
+    parts = re.split(r"\{(\w+)\}", template) if isinstance(template, str) else ["", ""]
+    unknown = set(parts[1::2]) - set(fields)
+    file_name = "".join(str(fields.get(part)) if number % 2 else part for number, part in enumerate(parts))
+    if unknown or Path(file_name).name != file_name:
+        raise DataSetError(
+            f"{info_path}: filepathTemplate is {template!r} (file name {file_name!r}), expected the name of a file in "
+            f"this folder made from {sorted(fields)}"
+        )
+    return file_name
+
+
 def _get(values: Mapping, name: str, where: str):
     if name not in values:
         raise MissingFeatureError(f"{where}: no feature {name!r}, found {sorted(values)}")
@@ -295,11 +316,17 @@ def _text(value: bytes, name: str, where: str) -> str:
 
 
 def _step_array(value, spec: FeatureSpec, length: int, where: str) -> np.ndarray:
+    if spec.number_type is None:
+        raise DataSetError(f"{where}: {spec.name} is declared as {spec.kind} of {spec.dtype!r}, expected numbers")
     expected = (length, *spec.shape)
-    if not isinstance(value, np.ndarray) or value.size != int(np.prod(expected)):
+    # Not np.prod, which overflows to a size that may fit.
+    if not isinstance(value, np.ndarray) or value.size != math.prod(expected) or min(expected) < 0:
         found = value.size if isinstance(value, np.ndarray) else f"{len(value)} byte strings"
         raise CorruptRecordError(f"{where}: {spec.name} holds {found} values, expected shape {expected}")
-    return value.reshape(expected).astype(np.dtype(spec.dtype), copy=False)
+    try:
+        return value.reshape(expected).astype(spec.number_type, copy=False)
+    except (ValueError, OverflowError) as error:  # shapes that numpy does not have, e.g. (0, 10**30)
+        raise DataSetError(f"{where}: {spec.name} is declared with shape {spec.shape}: {error}") from error
 
 
 def write_rlds(

@@ -6,11 +6,16 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError
 
 __all__ = ["FeatureSpec", "MissingFeatureError", "libero_features", "read_features"]
 
 _PREFIX = "tensorflow_datasets.core.features"
+_NUMBERS = {"bool", "float16", "float32", "float64"} | {
+    f"{kind}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class FeatureSpec:
     shape: tuple[int, ...]
     per_step: bool
 
+    @property
+    def number_type(self) -> np.dtype | None:
+        """The numpy type of a declared number or bool; None for text, images and types that numpy does not have."""
+        return np.dtype(self.dtype) if self.kind == "tensor" and self.dtype in _NUMBERS else None
+
 
 def read_features(path: Path) -> dict[str, FeatureSpec]:
     """Leaves of a `features.json`, by flat name.
@@ -37,12 +47,12 @@ def read_features(path: Path) -> dict[str, FeatureSpec]:
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataSetError(f"{path}: not valid JSON: {error}") from error
     leaves: dict[str, FeatureSpec] = {}
     try:
         _collect(tree, "", False, leaves)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         raise DataSetError(f"{path}: unsupported feature description: {error}") from error
     return leaves
 
@@ -55,13 +65,13 @@ def _collect(node: dict, name: str, per_step: bool, leaves: dict[str, FeatureSpe
         _collect(node["sequence"]["feature"], name, True, leaves)
     elif "image" in node:
         spec = node["image"]
-        leaves[name] = FeatureSpec(name, "image", spec.get("dtype", "uint8"), _shape(spec), per_step)
+        leaves[name] = FeatureSpec(name, "image", str(spec.get("dtype", "uint8")), _shape(spec), per_step)
     elif "tensor" in node:
         spec = node["tensor"]
         encoding = spec.get("encoding", "none")
         if encoding not in ("none", ""):
             raise ValueError(f"{name} has tensor encoding {encoding!r}, expected 'none'")
-        leaves[name] = FeatureSpec(name, "tensor", spec["dtype"], _shape(spec), per_step)
+        leaves[name] = FeatureSpec(name, "tensor", str(spec["dtype"]), _shape(spec), per_step)
     elif "text" in node:
         leaves[name] = FeatureSpec(name, "text", "string", (), per_step)
     else:

@@ -10,6 +10,7 @@ import numpy as np
 
 from prismatic.vla.datasets.index import IndexWriter, open_index
 from prismatic.vla.datasets.rlds import RLDSReader
+from prismatic.vla.datasets.rlds_features import FeatureSpec
 from prismatic.vla.datasets.source import DataSetError, EpisodeSource, SourceKeys
 from prismatic.vla.datasets.tfrecord import HEADER_BYTES
 
@@ -29,6 +30,7 @@ class RLDSSource(EpisodeSource):
         self.directory, self.keys = Path(directory), keys
         observations = (_OBSERVATION + key for key in (*keys.cameras, *keys.state))
         reader = RLDSReader(self.directory, split, (f"steps/{keys.action}", *observations))
+        _check_kinds(reader, keys)
         files = [self.directory / "features.json", self.directory / "dataset_info.json", *reader.shard_paths]
         self._index = open_index(self.directory, split, files, lambda writer: _build(reader, writer))
         self._shards = reader.shard_paths
@@ -91,12 +93,25 @@ class RLDSSource(EpisodeSource):
                 os.close(descriptor)
 
 
+def _check_kinds(reader: RLDSReader, keys: SourceKeys) -> None:
+    numbers = [f"steps/{keys.action}", *(_OBSERVATION + key for key in keys.state)]
+    for name in numbers:
+        if not _is_indexed(reader.features[name]):
+            raise DataSetError(
+                f"{reader.features_path}: {name} is {reader.features[name]}, expected numbers of a fixed shape per step"
+            )
+    for key in keys.cameras:
+        spec = reader.require_camera(key)
+        if spec.kind != "image" or not spec.per_step:
+            raise DataSetError(f"{reader.features_path}: {spec.name} is {spec}, expected an image per step")
+
+
+def _is_indexed(spec: FeatureSpec) -> bool:
+    return spec.per_step and spec.number_type is not None and -1 not in spec.shape
+
+
 def _build(reader: RLDSReader, writer: IndexWriter) -> None:
-    names = [
-        name
-        for name, spec in reader.features.items()
-        if spec.per_step and spec.kind == "tensor" and spec.dtype != "string" and -1 not in spec.shape
-    ]
+    names = [name for name, spec in reader.features.items() if _is_indexed(spec)]
     for index in range(reader.num_episodes):
         record = reader.record(index)
         values, where = record.values(), record.where

@@ -1,0 +1,226 @@
+"""Looks at a data set before it is trained on: report, frame strips, warnings.
+
+python -m prismatic.vla.datasets.inspect datasets/rlds/libero_spatial_scripted_no_noops
+
+Writes `report.json` and one `frames_<camera>.png` per camera. `--backend tfds` also reads an RLDS data set with
+tensorflow-datasets (extra `tfds`) and lists every difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from prismatic.vla.action_spec import ActionSpec
+from prismatic.vla.datasets.formats import find_format, open_data_set
+from prismatic.vla.datasets.inspect_checks import find_problems
+from prismatic.vla.datasets.inspect_measures import QUANTILES, measure
+from prismatic.vla.datasets.inspect_strip import draw_strip
+from prismatic.vla.datasets.registry import DataSetConfig, get_data_set_config, load_data_set_file
+from prismatic.vla.datasets.rlds import RLDSReader, version_directories
+from prismatic.vla.datasets.rlds_source import RLDSSource
+from prismatic.vla.datasets.source import EpisodeSource, MissingFeatureError, SourceKeys
+
+_MAX_INSTRUCTIONS = 20
+
+
+def open_folder(directory: str | os.PathLike, split: str = "train") -> tuple[str, EpisodeSource, DataSetConfig]:
+    """Open a data-set folder `<root>/<name>` or an RLDS version directory `<root>/<name>/<x.y.z>`.
+
+    The configuration is that of the folder's name. An RLDS folder without one is opened with all its cameras and the
+    features `state` and `action`; other formats need a registered configuration (KeyError).
+
+    Returns:
+        (name, source, configuration). Raises what `open_data_set` raises.
+    """
+    directory = Path(os.path.abspath(directory))  # `.` has no name
+    version = directory if _is_version(directory) else None
+    folder = directory.parent if version else directory
+    try:
+        config = get_data_set_config(folder.name)
+    except KeyError:
+        if find_format(folder) != "rlds":
+            raise
+        config = _guess_config(version or version_directories(folder)[-1], split)
+    if version is None:
+        return folder.name, open_data_set(folder.parent, folder.name, config, split), config
+    return folder.name, _open_version(version, config, split), config
+
+
+def _is_version(directory: Path) -> bool:
+    return directory in version_directories(directory.parent)
+
+
+def _open_version(directory: Path, config: DataSetConfig, split: str) -> RLDSSource:
+    problems = []
+    for keys in config.keys:
+        if keys.format == "rlds":
+            try:
+                return RLDSSource(directory, keys, split)
+            except MissingFeatureError as error:
+                problems.append(str(error))
+    raise MissingFeatureError("; ".join(problems) or f"{directory}: its configuration has no keys for rlds")
+
+
+def _guess_config(directory: Path, split: str) -> DataSetConfig:
+    reader = RLDSReader(directory, split)
+    sizes = {}
+    for name in ("steps/action", "steps/observation/state"):
+        shape = reader.require(name).shape
+        sizes[name] = shape[0] if len(shape) == 1 and shape[0] > 0 else 1
+    action_dim, proprio_dim = sizes.values()
+    return DataSetConfig(
+        standardize=lambda actions, state: (actions, state),
+        keys=(SourceKeys("rlds", reader.camera_keys, ("state",), "action"),),
+        action_mask=(True,) * action_dim,
+        action_spec=ActionSpec(action_dim=action_dim, proprio_dim=proprio_dim),
+    )
+
+
+def inspect(
+    directory: str | os.PathLike, output: str | os.PathLike | None = None, split: str = "train", max_images: int = 2000
+) -> tuple[dict, Path]:
+    """Measure a data set and write `report.json` and `frames_<camera>.png`.
+
+    Args:
+        directory: see `open_folder`.
+        output: folder to write to, default `runs/inspect/<name>`.
+        split: split of the data set.
+        max_images: decoded per camera, 0 = all.
+
+    Returns:
+        (report, output folder). Raises what `open_folder` raises.
+    """
+    name, source, config = open_folder(directory, split)
+    output = Path(output or Path("runs") / "inspect" / name)
+    report = {
+        "data_set": name,
+        "directory": str(source.directory),
+        "format": source.keys.format,
+        "split": split,
+        "keys": {"cameras": source.keys.cameras, "state": source.keys.state, "action": source.keys.action},
+    }
+    report |= measure(source, config, max_images)
+    report["warnings"] = find_problems(report)
+    report["strips"] = [
+        draw_strip(source, camera, output / f"frames_{camera.replace('/', '.')}.png").name
+        for camera in source.keys.cameras
+    ]
+    write_report(report, output)
+    return report, output
+
+
+def write_report(report: dict, output: Path) -> None:
+    """Write `report.json` to a folder (temporary name, then renamed)."""
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = output / f".report.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, output / "report.json")
+
+
+def format_report(report: dict) -> str:
+    """The report as text for a terminal, ending in a newline."""
+    length = report["episode_length"]
+    rate = "not declared" if report["control_hz"] is None else f"{report['control_hz']:g} Hz"
+    lines = [
+        f"data set       {report['data_set']} ({report['format']}, split {report['split']})",
+        f"fingerprint    {report['fingerprint'][:16]}",
+        f"episodes       {report['episodes']}, {report['frames']} frames",
+        f"length         min {length['min']}, median {length['median']:g}, max {length['max']} steps",
+        f"control rate   {rate}",
+        f"conventions    {report['conventions']}",
+    ]
+    lines += _instruction_lines(report["instructions"])
+    for camera, content in report["cameras"].items():
+        sizes = ", ".join(f"{size} px ({count})" for size, count in content["sizes"].items()) or "none"
+        lines.append(f"camera         {camera}: {sizes}, {content['decoded']} images decoded")
+    for group in ("action", "state"):
+        lines += _quantity_lines(group, report[group])
+    counts = ", ".join(f"{value}: {count}" for value, count in report["gripper"].items())
+    lines.append(f"gripper        {counts} (last action dimension: frames)")
+    if report["noops"] is not None:
+        lines.append(f"no-ops         {report['noops']['count']} ({report['noops']['share']:.2%})")
+    if report["rotation"] is not None:
+        rotation = report["rotation"]
+        lines.append(
+            f"rotation       norm {rotation['norm_min']:.3f} .. {rotation['norm_max']:.3f}, "
+            f"{rotation['share_above_pi']:.0%} above pi, at most {rotation['largest_step']:.3f} rad per step"
+        )
+    lines += [
+        f"WARNING        {entry['check']}: found {entry['found']}; expected {entry['expected']}"
+        for entry in report["warnings"]
+    ]
+    lines.append(f"warnings       {len(report['warnings'])}")
+    return "\n".join(lines) + "\n"
+
+
+def _instruction_lines(instructions: dict[str, int]) -> list[str]:
+    shown = list(instructions.items())[:_MAX_INSTRUCTIONS]
+    lines = [f"instruction    {count:4d} x {text!r}" for text, count in shown]
+    if len(instructions) > len(shown):
+        lines.append(f"               and {len(instructions) - len(shown)} more, see report.json")
+    return lines
+
+
+def _quantity_lines(group: str, content: dict) -> list[str]:
+    lines = [f"{group:<14} dim " + "".join(f"{name:>10}" for name in QUANTILES)]
+    for dim in range(content["dimensions"]):
+        values = (content[name][dim] for name in QUANTILES)
+        cells = "".join(f"{'-':>10}" if value is None else f"{value:>10.4f}" for value in values)
+        lines.append(f"{'':14} {dim:3d} {cells}{'  constant' if str(dim) in content['constant'] else ''}")
+    return lines
+
+
+def _compare(directory: str, split: str, report: dict) -> int:
+    from prismatic.vla.datasets.inspect_tfds import compare_with_tfds
+
+    if report["format"] != "rlds":
+        raise ValueError(f"--backend tfds reads RLDS data sets, {directory} is in {report['format']} format")
+    report["tfds"] = result = compare_with_tfds(report["directory"], split)
+    for entry in result["differences"]:
+        place = f"episode {entry['episode']}, {entry['feature']}"
+        print(f"DIFFERENCE     {place}: tfds has {entry['tfds']}, this reader {entry['ours']}")
+    print(
+        f"tfds           {result['episodes']} episodes, {result['values']} values and {result['images']} images "
+        f"compared: {result['count']} differences; pixels differ by at most {result['largest_pixel_difference']}"
+    )
+    return 1 if result["count"] else 0
+
+
+def _argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m prismatic.vla.datasets.inspect", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("directory", help="<root>/<name>, or an RLDS version directory")
+    parser.add_argument("--output", help="folder for report.json and PNG files (default runs/inspect/<name>)")
+    parser.add_argument("--backend", choices=("native", "tfds"), default="native")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--data_set_file", help="Python file that registers the data set (docs/datasets.md)")
+    parser.add_argument("--max_images", type=int, default=2000, help="images decoded per camera, 0 = all")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line entry. Returns 0 (also with warnings), 1 when tfds reads something else, 2 for unreadable input."""
+    args = _argument_parser().parse_args(argv)
+    try:
+        if args.data_set_file is not None:
+            load_data_set_file(args.data_set_file)
+        report, output = inspect(args.directory, args.output, args.split, args.max_images)
+        print(format_report(report), end="")
+        code = 0
+        if args.backend == "tfds":
+            code = _compare(args.directory, args.split, report)
+            write_report(report, output)
+        print(f"written        {output}{os.sep}")
+        return code
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        print(f"error: {error.args[0] if isinstance(error, KeyError) and error.args else error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""What sources that read from open files share: files kept open per process, labels of indices, turning images."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from prismatic.vla.datasets.source import DataSetError, SourceKeys
+
+_ABANDONED: list = []
+
+
+class OpenFiles:
+    """The files used last, at most `limit` of them, open in this process only.
+
+    A pickled copy and a forked process start without open files: handles hold positions and decoder state, which two
+    processes must not share.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._process = os.getpid()
+        self._open: OrderedDict = OrderedDict()
+
+    def get(self, key: str, opener: Callable):
+        """The open file of `key`, by `opener()` when it is not open; it must have `close()`."""
+        if self._process != os.getpid():
+            # Kept, not closed: they belong to the parent process, whose threads and locks do not exist here.
+            _ABANDONED.append(self._open)
+            self._process, self._open = os.getpid(), OrderedDict()
+        if key not in self._open:
+            self._open[key] = opener()
+            while len(self._open) > self.limit:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(key)
+        return self._open[key]
+
+    def drop(self, key: str) -> None:
+        """Forget and close one file, e.g. after an error left it in an unknown state."""
+        if self._process == os.getpid() and key in self._open:
+            self._open.pop(key).close()
+
+    def __len__(self) -> int:
+        return len(self._open) if self._process == os.getpid() else 0
+
+    def __getstate__(self) -> dict:
+        return {"limit": self.limit}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["limit"])
+
+
+def index_label(keys: SourceKeys, split: str) -> str:
+    """Folder name of the index of one split read with these keys, e.g. `lerobot-0f3a...`."""
+    text = json.dumps([split, list(keys.cameras), list(keys.state), keys.action])
+    return f"{keys.format}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def require_format(keys: SourceKeys, expected: str) -> None:
+    """ValueError unless `keys` are those of format `expected`."""
+    if keys.format != expected:
+        raise ValueError(f"SourceKeys.format is {keys.format!r}, expected {expected!r}")
+
+
+def turn(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) turned by 180 degrees, a contiguous copy."""
+    return np.ascontiguousarray(image[::-1, ::-1])
+
+
+def decode_image(data: bytes, where: str) -> np.ndarray:
+    """JPEG or PNG bytes -> uint8 (H, W, 3) RGB; DataSetError that begins with `where`."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow: SyntaxError for damaged PNG chunks
+        raise DataSetError(f"{where}: not a complete JPEG or PNG image ({len(data)} bytes): {error}") from error
+
+
+def as_float32(values: np.ndarray) -> np.ndarray:
+    """Numbers as float32; what does not fit becomes infinite, which the data set reports with its place."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values, dtype=np.float32)

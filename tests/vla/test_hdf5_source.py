@@ -1,0 +1,155 @@
+import h5py
+import numpy as np
+import pytest
+from format_writers import HDF5_CAMERAS, HDF5_KEYS, make_smooth_episode, write_hdf5
+
+from prismatic.vla.datasets.hdf5_source import HDF5Source, instruction_of
+from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
+
+PLATE = "push_the_plate_demo.hdf5"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_hdf5(tmp_path / "data", [make_smooth_episode(i, 9 + i, side=32) for i in range(2)])
+
+
+def edit(folder, change):
+    with h5py.File(folder / PLATE, "r+") as file:
+        change(file["data/demo_1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [
+        ("push_the_plate_demo.hdf5", "push the plate"),
+        ("KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5", "turn on the stove"),
+        ("LIVING_ROOM_SCENE10_a_b_demo.hdf5", "a b"),
+    ],
+)
+def test_instruction_is_in_the_file_name(name, instruction):
+    assert instruction_of(name) == instruction
+
+
+def test_episodes_come_by_file_name_then_by_demo_number(tmp_path):
+    texts = ["b second", "a first"]
+    episodes = [make_smooth_episode(i, 3 + i, instruction=texts[i % 2], side=16) for i in range(24)]
+    source = HDF5Source(write_hdf5(tmp_path, episodes), HDF5_KEYS)
+    assert list(source.instructions) == ["a first"] * 12 + ["b second"] * 12
+    assert source.lengths.tolist() == [*range(4, 27, 2), *range(3, 26, 2)]  # demo_10 after demo_9
+
+
+def test_rotation_is_a_choice_of_the_keys(folder):
+    plain = SourceKeys("hdf5", HDF5_KEYS.cameras, HDF5_KEYS.state, HDF5_KEYS.action)
+    turned, stored = HDF5Source(folder, HDF5_KEYS), HDF5Source(folder, plain)
+    camera = HDF5_CAMERAS["image"]
+    np.testing.assert_array_equal(turned.frame(camera, 1, 4), stored.frame(camera, 1, 4)[::-1, ::-1])
+    assert turned.fingerprint == stored.fingerprint
+
+
+def test_compressed_files(folder, tmp_path):
+    (tmp_path / "packed").mkdir()
+    with h5py.File(folder / PLATE) as old, h5py.File(tmp_path / "packed" / PLATE, "w") as new:
+
+        def copy(name, item):
+            if isinstance(item, h5py.Dataset):
+                new.create_dataset(name, data=item[:], compression="gzip", chunks=(1, *item.shape[1:]))
+
+        old.visititems(copy)
+    plain, packed = HDF5Source(folder, HDF5_KEYS), HDF5Source(tmp_path / "packed", HDF5_KEYS)
+    assert plain.fingerprint == packed.fingerprint
+    np.testing.assert_array_equal(plain.frame(HDF5_KEYS.cameras[1], 0, 5), packed.frame(HDF5_KEYS.cameras[1], 0, 5))
+
+
+def test_wrong_arguments(folder):
+    with pytest.raises(DataSetError, match=r"no split 'val', found splits \['train'\]"):
+        HDF5Source(folder, HDF5_KEYS, "val")
+    with pytest.raises(ValueError, match="format is 'rlds', expected 'hdf5'"):
+        HDF5Source(folder, SourceKeys("rlds", ("a",), ("b",), "c"))
+    source = HDF5Source(folder, HDF5_KEYS)
+    with pytest.raises(MissingFeatureError, match="no camera 'side', opened with"):
+        source.frame("side", 0, 0)
+    with pytest.raises(IndexError, match="episode 0: step 9, expected 0 <= step < 9"):
+        source.frame(HDF5_KEYS.cameras[0], 0, 9)
+    with pytest.raises(IndexError):
+        source.frame(HDF5_KEYS.cameras[0], 0, -1)
+
+
+def test_no_files(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(DataSetError, match=r"no \*_demo.hdf5, found \['notes.txt'\]"):
+        HDF5Source(tmp_path, HDF5_KEYS)
+    with pytest.raises(DataSetError, match="no such directory"):
+        HDF5Source(tmp_path / "absent", HDF5_KEYS)
+
+
+def test_no_demonstrations(folder):
+    with h5py.File(folder / PLATE, "w") as file:
+        file.create_group("data/other")
+    with pytest.raises(DataSetError, match=rf"{PLATE}: no data/demo_<i>"):
+        HDF5Source(folder, HDF5_KEYS)
+
+
+def test_missing_keys_are_listed(folder):
+    edit(folder, lambda demo: demo.pop("obs/ee_states"))
+    message = rf"{PLATE}: data/demo_1: no 'obs/ee_states', found \['actions', 'obs', 'obs/agentview_rgb'"
+    with pytest.raises(MissingFeatureError, match=message):
+        HDF5Source(folder, HDF5_KEYS)
+
+
+def replace(key, value):
+    def change(demo):
+        del demo[key]
+        demo[key] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replace("obs/ee_states", np.zeros((9, 6))), r"ee_states: float64 \(9, 6\), expected numbers \(10, D\)"),
+        (replace("actions", np.zeros(10)), r"actions: float64 \(10,\), expected numbers \(T, D\)"),
+        (replace("actions", np.zeros((0, 7))), r"actions: float64 \(0, 7\), expected .* T and D > 0"),
+        (replace("actions", np.full((10, 7), b"text")), r"actions: \|S4 \(10, 7\), expected numbers"),
+        (
+            replace("obs/agentview_rgb", np.zeros((10, 4, 4, 3))),
+            r"float64 \(10, 4, 4, 3\), expected uint8 \(10, H, W, 3",
+        ),
+        (replace("obs/agentview_rgb", np.zeros((10, 4, 4, 1), np.uint8)), r"expected uint8 \(10, H, W, 3\)"),
+        (replace("obs/agentview_rgb", np.zeros((8, 4, 4, 3), np.uint8)), r"expected uint8 \(10, H, W, 3\)"),
+        (replace("actions", np.zeros((10, 6))), r"actions is .*'shape': \[6\].*, earlier episodes have .*\[7\]"),
+        (
+            lambda demo: (demo.pop("actions"), demo.create_dataset("actions", (10, 7), "f4")),
+            r"\(10, 7\) without content",
+        ),
+        (lambda demo: (demo.pop("actions"), demo.create_group("actions")), "actions: a group, expected a dataset"),
+    ],
+)
+def test_wrong_shapes_and_types(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(DataSetError, match=f"{PLATE}: data/demo_1.*{message}"):
+        HDF5Source(folder, HDF5_KEYS)
+
+
+def test_not_hdf5(folder):
+    (folder / PLATE).write_bytes(b"something else")
+    with pytest.raises(DataSetError, match=f"{PLATE}: cannot be read"):
+        HDF5Source(folder, HDF5_KEYS)
+
+
+def test_file_damaged_after_opening(folder):
+    source = HDF5Source(folder, HDF5_KEYS)
+    content = (folder / PLATE).read_bytes()
+    (folder / PLATE).write_bytes(content[:1000])
+    with pytest.raises(DataSetError, match=PLATE):
+        source.frame(HDF5_KEYS.cameras[0], 0, 0)
+    (folder / PLATE).write_bytes(content)
+    assert source.frame(HDF5_KEYS.cameras[0], 0, 0).shape == (32, 32, 3)
+
+
+def test_steps_changed_after_opening(folder):
+    source = HDF5Source(folder, HDF5_KEYS)
+    edit(folder, replace("obs/agentview_rgb", np.zeros((8, 32, 32, 3), np.uint8)))
+    with pytest.raises(DataSetError, match="agentview_rgb has 8 steps, expected 10"):
+        source.frame(HDF5_KEYS.cameras[0], 1, 0)
