@@ -4,9 +4,12 @@ python vla-scripts/finetune.py --config_file_path CHECKPOINT_OR_PRESET --dataset
 torchrun --standalone --nproc-per-node N vla-scripts/finetune.py ...
 """
 
+from datetime import timedelta
+
 import draccus
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from transformers.utils import logging as transformers_logging
 
 from prismatic.training.config import FinetuneConfig
@@ -24,9 +27,10 @@ def finetune(cfg: FinetuneConfig) -> None:
 
 
 def build_accelerator(cfg: FinetuneConfig) -> Accelerator:
-    """Device, processes and precision."""
+    """Device, processes, their timeout and precision."""
     use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-    return Accelerator(cpu=not use_cuda, mixed_precision=cfg.precision(use_cuda))
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.ddp_timeout))
+    return Accelerator(cpu=not use_cuda, mixed_precision=cfg.precision(use_cuda), kwargs_handlers=[timeout])
 
 
 if __name__ == "__main__":

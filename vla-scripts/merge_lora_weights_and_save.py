@@ -16,7 +16,16 @@ from pathlib import Path
 
 import draccus
 
-from prismatic.training.checkpoint_files import MANIFEST, has_weights, read_json, read_manifest, write_json
+from prismatic.training.checkpoint_files import has_weights, read_manifest
+from prismatic.training.checkpoint_folder import (
+    LISTING,
+    MANIFEST,
+    TRAINING_STATE,
+    publish,
+    read_json,
+    seal,
+    write_json,
+)
 from prismatic.training.checkpoints import add_merged_model, load_checkpoint, load_unmerged
 from prismatic.training.interpolation import check_scale, scale_adapters
 from prismatic.training.published import check_exportable, export_published
@@ -56,7 +65,7 @@ def merge(cfg: MergeConfig) -> None:
         raise FileExistsError(f"--output_dir {folder} exists already")
     work = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(source, work, ignore=shutil.ignore_patterns("training_state"))
+    shutil.copytree(source, work, ignore=shutil.ignore_patterns(TRAINING_STATE, LISTING))
     difference = add_merged_model(adapted.model, work, cfg.tolerance)
     _record_scale(work, cfg.adapter_scale)
     _publish(work, folder)
@@ -79,10 +88,12 @@ def _record_scale(work: Path, scale: float) -> None:
 def _publish(work: Path, folder: Path) -> None:
     """Move the verified files into place; an existing folder keeps what it has, the manifest comes last."""
     if not folder.exists():
-        work.rename(folder)
+        publish(work, folder)
         return
+    (folder / LISTING).unlink(missing_ok=True)  # of the files before the merge
     for file in (*sorted(work.glob("model*")), work / "config.json", work / MANIFEST):
         file.replace(folder / file.name)
+    seal(folder)
     shutil.rmtree(work)
 
 

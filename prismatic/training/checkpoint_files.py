@@ -1,9 +1,8 @@
-"""What reading and writing checkpoint folders share: loaded object, manifest, strict loading, hashes, JSON."""
+"""What reading and writing checkpoint folders share: loaded object, manifest, strict loading, hashes of weights."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,28 @@ from torch import Tensor, nn
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 from prismatic.models.vla_policy import VLAPolicyModel
+from prismatic.training.checkpoint_folder import (
+    MANIFEST,
+    CheckpointError,
+    MissingFileError,
+    existing,
+    read_json,
+    reading,
+)
 from prismatic.vla.prompts import PROMPT_KIND
 
-MANIFEST = "craft_checkpoint.json"
 FORMAT_VERSION = 1
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+_MANIFEST_FIELDS = {
+    "action_head",
+    "action_spec",
+    "file_suffix",
+    "image_spec",
+    "legacy_slices",
+    "num_images",
+    "tuning",
+    "use_proprio",
+}
 
 
 @dataclass
@@ -33,31 +49,34 @@ class LoadedCheckpoint:
 
 
 def read_manifest(path: Path) -> dict:
-    """The checkpoint's description; FileNotFoundError or ValueError when it is absent or of another format."""
-    manifest = read_json(Path(path) / MANIFEST)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        found = manifest.get("format_version")
-        raise ValueError(f"{path / MANIFEST}: format_version is {found}, expected {FORMAT_VERSION}")
-    if manifest["prompt_kind"] != PROMPT_KIND:
-        raise ValueError(f"{path / MANIFEST}: prompt_kind is {manifest['prompt_kind']!r}, expected {PROMPT_KIND!r}")
+    """The checkpoint's description; MissingFileError or CheckpointError when it is absent or of another format."""
+    file = Path(path) / MANIFEST
+    manifest = read_json(file)
+    for name, expected in (("format_version", FORMAT_VERSION), ("prompt_kind", PROMPT_KIND)):
+        if manifest.get(name) != expected:
+            raise CheckpointError(f"{file}: {name} is {manifest.get(name)!r}, expected {expected!r}")
+    missing = sorted(_MANIFEST_FIELDS - manifest.keys())
+    if missing:
+        raise CheckpointError(f"{file}: {', '.join(missing)} missing")
     return manifest
 
 
 def load_vla(path: Path, num_images: int | None = None) -> OpenVLAForActionPrediction:
     """The VLM of a folder with `config.json` and `model.safetensors` or its shards, in fp32.
 
-    `num_images` replaces the configured number of images. Raises FileNotFoundError without weights, ValueError
+    `num_images` replaces the configured number of images. Raises MissingFileError without weights, CheckpointError
     listing the missing, unexpected or mismatched keys.
     """
     if not has_weights(path):
-        raise FileNotFoundError(f"{path} has neither {' nor '.join(WEIGHT_FILES)}: not a complete checkpoint folder")
+        raise MissingFileError(f"{path} has neither {' nor '.join(WEIGHT_FILES)}: not a complete checkpoint folder")
     settings = {} if num_images is None else {"num_images_in_input": num_images}
-    vla, report = OpenVLAForActionPrediction.from_pretrained(
-        path, output_loading_info=True, dtype=torch.float32, local_files_only=True, **settings
-    )
+    with reading(path):
+        vla, report = OpenVLAForActionPrediction.from_pretrained(
+            path, output_loading_info=True, dtype=torch.float32, local_files_only=True, **settings
+        )
     problems = {k: sorted(report[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[k]}
     if problems:
-        raise ValueError(f"weights of {path} do not fit its config.json: {problems}")
+        raise CheckpointError(f"weights of {path} do not fit its config.json: {problems}")
     return vla
 
 
@@ -93,34 +112,20 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> 
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{source} does not fit the model: {error}") from error
+        raise CheckpointError(f"{source} does not fit the model: {error}") from error
 
 
 def load_module(module: nn.Module, file: Path) -> None:
     """Fill a module from a safetensors file, strictly."""
-    load_strictly(module, load_file(existing(file)), file)
+    load_strictly(module, load_tensors(file), file)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Content of a safetensors file; MissingFileError without it, CheckpointError when it is damaged."""
+    with reading(existing(file)):
+        return load_file(file)
 
 
 def contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Detached contiguous tensors, as safetensors wants them."""
     return {name: tensor.detach().contiguous() for name, tensor in state.items()}
-
-
-def existing(path: Path) -> Path:
-    """The path; FileNotFoundError when there is nothing."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: not a complete checkpoint folder")
-    return path
-
-
-def write_json(path: Path, value: dict) -> None:
-    """JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict:
-    """Content of a JSON file; FileNotFoundError when it is missing, ValueError when it is not JSON."""
-    try:
-        return json.loads(existing(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error

@@ -7,7 +7,8 @@
       model.safetensors                              the whole VLM     (full and frozen tuning; LoRA when merged)
       lora_adapter/, action_queries--*.safetensors   adapters on the base     (LoRA)
       action_head--{step}_checkpoint.safetensors, proprio_projector--{step}_checkpoint.safetensors
-      training_state/                                optimizer, RNG, lambda, CRaFT anchor (optional)
+      training_state/                                what a run needs to go on (optional): `training_state.py`
+      files.json                                     sizes and sha256 of all of these: `checkpoint_folder.py`
 
 With `--ema_decay` the policy above is the averaged one; `training_state/` holds the weights training goes on with.
 
@@ -18,17 +19,14 @@ layout (`published.py`) are read as well.
 from __future__ import annotations
 
 import importlib.metadata
-import random
-import re
-import shutil
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
@@ -39,53 +37,40 @@ from prismatic.models.projectors import ProprioProjector
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.checkpoint_files import (
     FORMAT_VERSION,
-    MANIFEST,
     LoadedCheckpoint,
     contiguous,
-    existing,
     has_weights,
     load_module,
+    load_strictly,
+    load_tensors,
     load_vla,
-    read_json,
     read_manifest,
     tensors_hash,
     weights_hash,
+)
+from prismatic.training.checkpoint_folder import (
+    LISTING,
+    MANIFEST,
+    TRAINING_STATE,
+    CheckpointError,
+    check_files,
+    existing,
+    explained_write_errors,
+    find_checkpoints,
+    publish,
+    read_json,
+    reading,
+    start_folder,
     write_json,
 )
 from prismatic.training.config import FinetuneConfig, TuningMode
-from prismatic.training.craft_utils import CRaFTConstraint, CRaFTWeightManager
-from prismatic.training.ema import WeightAverage
+from prismatic.training.craft_utils import CRaFTConstraint
 from prismatic.training.lora import merged_state_dict, verify_merge, with_unused_targets
 from prismatic.training.published import export_published, is_published, load_published
-from prismatic.training.retention import L2SPPenalty
+from prismatic.training.training_state import TrainingState, training_state_files
 from prismatic.vla.prompts import PROMPT_KIND
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
-
-
-@dataclass
-class TrainingState:
-    """What changes during a run beside the model's weights."""
-
-    step: int
-    samples_seen: int
-    optimizer: torch.optim.Optimizer
-    craft: CRaFTConstraint | None = None
-    penalty: L2SPPenalty | None = None
-    ema: WeightAverage | None = None
-    scaler: torch.amp.GradScaler | None = None
-    # The last measurement of the constraint, which the log repeats until the next one.
-    constraint_metrics: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def anchor(self) -> CRaFTWeightManager | None:
-        """The weights theta_0 the run is held to, if it is."""
-        holder = self.craft or self.penalty
-        return None if holder is None else holder.weights
-
-    def policy_weights(self) -> AbstractContextManager:
-        """Context in which the model holds the weights of the policy: the averaged ones, if there are any."""
-        return nullcontext() if self.ema is None else self.ema.averaged_weights()
 
 
 def checkpoint_path(cfg: FinetuneConfig, step: int | None = None) -> Path:
@@ -95,41 +80,114 @@ def checkpoint_path(cfg: FinetuneConfig, step: int | None = None) -> Path:
         return root / cfg.run_id
     if step is not None:
         return root / f"{cfg.run_id}--{step}_chkpt"
-    pattern = re.compile(re.escape(cfg.run_id) + r"--(\d+)_chkpt")
-    found = [(int(m[1]), p) for p in (root.iterdir() if root.exists() else ()) if (m := pattern.fullmatch(p.name))]
+    found = find_checkpoints(root, cfg.run_id)
     if not found:
         raise FileNotFoundError(f"no checkpoint of run {cfg.run_id!r} in {root}: nothing to resume from")
-    return max(found)[1]
+    return found[-1][1]
 
 
 # ------------------------------------------------------------------------------------------------ writing
 
 
+@dataclass
+class Snapshot:
+    """Content of a checkpoint folder that changes during a run.
+
+    vla: state of the VLM, or of its adapters. tensors: {file: {name: tensor}}. documents: {file: JSON value}, not
+    shared with the run. suffix: of the component files. policy_weights: context in which the model of the run holds
+    the weights in `vla`.
+    """
+
+    step: int
+    suffix: str
+    vla: dict[str, Tensor]
+    tensors: dict[str, dict[str, Tensor]]
+    documents: dict[str, dict]
+    policy_weights: Callable[[], AbstractContextManager]
+
+
+class CpuCopies:
+    """Copies tensors to CPU memory; one copy for tensors that share their memory, as tied weights do."""
+
+    def __init__(self) -> None:
+        # The originals are kept as well: freed memory could be given to another tensor with the same key.
+        self._copies: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The copy, detached."""
+        tensor = tensor.detach()
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if key not in self._copies:
+            self._copies[key] = tensor, tensor.to("cpu", copy=True)
+        return self._copies[key][1]
+
+
+def take_snapshot(cfg: FinetuneConfig, setup, state: TrainingState, copy: bool = False) -> Snapshot:
+    """What a checkpoint of this moment holds; with `copy` the run may go on while it is written."""
+    keep = CpuCopies() if copy else Tensor.detach
+    suffix = "latest_checkpoint" if cfg.save_latest_checkpoint_only else f"{state.step}_checkpoint"
+    with state.policy_weights():
+        vla, tensors = _policy_tensors(setup.model, suffix, keep)
+    documents = {MANIFEST: _manifest(cfg, setup, state, suffix)}
+    if cfg.save_training_state:
+        groups, values = training_state_files(setup, state, keep)
+        tensors |= {f"{TRAINING_STATE}/{file}": group for file, group in groups.items()}
+        documents |= {f"{TRAINING_STATE}/{file}": value for file, value in values.items()}
+    return Snapshot(state.step, suffix, vla, tensors, copy_values(documents), state.policy_weights)
+
+
+def _policy_tensors(model: VLAPolicyModel, suffix: str, keep: Callable[[Tensor], Tensor]) -> tuple[dict, dict]:
+    """State of the VLM (of its adapters when it has some), and {file: tensors} of everything beside it."""
+    vla, files = model.vla.state_dict(), {}
+    if isinstance(model.vla, PeftModel):
+        vla = {name: tensor for name, tensor in vla.items() if "lora_" in name}
+        files["action_queries"] = {"weight": model.vla.get_base_model().action_queries.weight}
+    for name, module in (("action_head", model.action_head), ("proprio_projector", model.proprio_projector)):
+        if module is not None:
+            files[name] = contiguous(module.state_dict())
+    tensors = {f"{name}--{suffix}.safetensors": {k: keep(t) for k, t in group.items()} for name, group in files.items()}
+    return {name: keep(tensor) for name, tensor in vla.items()}, tensors
+
+
+def copy_values(documents: dict[str, dict]) -> dict[str, dict]:
+    """The same JSON values in new containers."""
+    return json.loads(json.dumps(documents))
+
+
 def save_checkpoint(cfg: FinetuneConfig, setup, state: TrainingState) -> Path:
     """Write the checkpoint of `state.step` and return its folder.
 
-    Raises ValueError when a merged model does not act like the adapted one, or cannot be exported.
+    Raises ValueError when a merged model does not act like the adapted one, or cannot be exported;
+    CheckpointWriteError when the disk refuses.
     """
-    folder = checkpoint_path(cfg, state.step)
+    return write_checkpoint(cfg, setup, take_snapshot(cfg, setup, state))
+
+
+def write_checkpoint(cfg: FinetuneConfig, setup, snapshot: Snapshot) -> Path:
+    """Write a snapshot and return its folder; errors as of `save_checkpoint`.
+
+    Reads nothing from the running model but its configuration, unless adapters are merged.
+    """
+    folder = checkpoint_path(cfg, snapshot.step)
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    suffix = "latest_checkpoint" if cfg.save_latest_checkpoint_only else f"{state.step}_checkpoint"
-    with state.policy_weights():
-        _save_modules(cfg, setup.model, temporary, suffix)
-    setup.processor.save_pretrained(temporary)
-    write_json(temporary / "dataset_statistics.json", setup.statistics)
-    manifest = _manifest(cfg, setup, state, suffix)
-    write_json(temporary / MANIFEST, manifest)
-    if cfg.merge_lora_during_training:
-        with state.policy_weights():
-            add_merged_model(setup.model, temporary)
-    if cfg.export_published_layout:
-        export_published(load_checkpoint(temporary), folder.with_name(f"{folder.name}--published"), suffix)
-    if cfg.save_training_state:
-        _save_training_state(setup, state, temporary / "training_state")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with explained_write_errors(temporary, folder):
+        start_folder(folder)
+        _write_vla(cfg, setup.model, temporary, snapshot.vla)
+        setup.processor.save_pretrained(temporary)
+        write_json(temporary / "dataset_statistics.json", setup.statistics)
+        if cfg.save_training_state:
+            (temporary / TRAINING_STATE).mkdir()
+        for file, tensors in snapshot.tensors.items():
+            save_file(tensors, temporary / file)
+        for file, values in snapshot.documents.items():
+            write_json(temporary / file, values)
+        if cfg.merge_lora_during_training:
+            with snapshot.policy_weights():
+                add_merged_model(setup.model, temporary)
+        if cfg.export_published_layout:
+            published = folder.with_name(f"{folder.name}--published")
+            export_published(load_checkpoint(temporary), published, snapshot.suffix)
+        publish(temporary, folder)
     return folder
 
 
@@ -141,8 +199,9 @@ def add_merged_model(model: VLAPolicyModel, folder: Path, tolerance: float = 1e-
         folder: its checkpoint folder.
         tolerance: largest allowed difference of a normalised action.
 
-    Raises ValueError above the tolerance.
+    Raises ValueError above the tolerance. The list of files is left to the caller (`seal`, `publish`).
     """
+    (folder / LISTING).unlink(missing_ok=True)  # of the files before the merge
     base = model.vla.get_base_model()
     base.save_pretrained(folder, state_dict=merged_state_dict(base))
     manifest = read_manifest(folder)
@@ -152,21 +211,17 @@ def add_merged_model(model: VLAPolicyModel, folder: Path, tolerance: float = 1e-
     return difference
 
 
-def _save_modules(cfg: FinetuneConfig, model: VLAPolicyModel, folder: Path, suffix: str) -> None:
-    if isinstance(model.vla, PeftModel):
-        # Embeddings are never adapted; "auto" would ask the hub about the base model.
-        model.vla.save_pretrained(folder / "lora_adapter", save_embedding_layers=False)
-        base = model.vla.get_base_model()
-        if cfg.lora_emit_unused:
-            file = folder / "lora_adapter" / "adapter_model.safetensors"
-            save_file(with_unused_targets(load_file(file), base, cfg.lora_rank), file)
-        base.config.save_pretrained(folder)
-        save_file({"weight": base.action_queries.weight.detach()}, folder / f"action_queries--{suffix}.safetensors")
-    else:
-        model.vla.save_pretrained(folder)
-    save_file(contiguous(model.action_head.state_dict()), folder / f"action_head--{suffix}.safetensors")
-    if model.proprio_projector is not None:
-        save_file(contiguous(model.proprio_projector.state_dict()), folder / f"proprio_projector--{suffix}.safetensors")
+def _write_vla(cfg: FinetuneConfig, model: VLAPolicyModel, folder: Path, state: dict[str, Tensor]) -> None:
+    if not isinstance(model.vla, PeftModel):
+        model.vla.save_pretrained(folder, state_dict=state)
+        return
+    # Embeddings are never adapted; "auto" would ask the hub about the base model.
+    model.vla.save_pretrained(folder / "lora_adapter", state_dict=state, save_embedding_layers=False)
+    base = model.vla.get_base_model()
+    if cfg.lora_emit_unused:
+        file = folder / "lora_adapter" / "adapter_model.safetensors"
+        save_file(with_unused_targets(load_tensors(file), base, cfg.lora_rank), file)
+    base.config.save_pretrained(folder)
 
 
 def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> dict:
@@ -199,39 +254,14 @@ def _craft_record(craft: CRaFTConstraint, base: dict | None) -> dict:
     return craft.state_dict() | {"anchor": anchor}
 
 
-def _save_training_state(setup, state: TrainingState, folder: Path) -> None:
-    model, base = setup.model, setup.base
-    folder.mkdir()
-    save_file(_trainable(model), folder / "trainable.safetensors")
-    torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
-    torch.save({"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}, folder / "rng.pt")
-    version, keys, gauss = random.getstate()
-    kind, numpy_keys, *numpy_rest = np.random.get_state()  # noqa: NPY002 - the global generator is what libraries use
-    generators = {"python": [version, keys, gauss], "numpy": [kind, numpy_keys.tolist(), *numpy_rest]}
-    write_json(folder / "generators.json", generators)
-    write_json(
-        folder / "state.json",
-        {"step": state.step, "samples_seen": state.samples_seen, "constraint_metrics": state.constraint_metrics},
-    )
-    if state.scaler is not None:
-        write_json(folder / "scaler.json", state.scaler.state_dict())
-    if state.ema is not None:
-        save_file(state.ema.state_dict(), folder / "ema.safetensors")
-    if state.anchor is not None:
-        anchor = state.anchor.state_dict()
-        record = {"anchor_sha256": tensors_hash(anchor), "base_sha256": None if base is None else base.sha256}
-        write_json(folder / "craft.json", record | ({} if state.craft is None else state.craft.state_dict()))
-        save_file(contiguous(anchor), folder / "craft_anchor.safetensors")
-
-
 # ------------------------------------------------------------------------------------------------ reading
 
 
 def load_checkpoint(path: str | Path, num_images: int | None = None) -> LoadedCheckpoint:
     """Read a checkpoint folder, ours or published; LoRA adapters without a merged model are merged after loading.
 
-    `num_images`: images per sample of a published folder, which does not state it. Raises FileNotFoundError for a
-    missing file and ValueError for one that does not fit, naming it.
+    `num_images`: images per sample of a published folder, which does not state it. Raises MissingFileError for a
+    missing file and CheckpointError for one that is damaged or does not fit, naming it.
     """
     path = Path(path)
     if not (path / MANIFEST).exists() and is_published(path):
@@ -254,6 +284,7 @@ def load_unmerged(path: str | Path, base_path: str | Path | None = None) -> Load
 
 
 def _load_own(path: Path, merged: bool, base_path: str | Path | None = None) -> LoadedCheckpoint:
+    check_files(path)
     manifest = read_manifest(path)
     if base_path is not None:
         manifest["base"] = {**(manifest["base"] or {}), "path": str(base_path)}
@@ -261,23 +292,29 @@ def _load_own(path: Path, merged: bool, base_path: str | Path | None = None) -> 
     adapted = manifest["tuning"] == TuningMode.LORA.value and not merged
     vla = _load_adapted_vla(path, manifest) if adapted else load_vla(path)
     bare = vla.get_base_model() if adapted else vla
-    head = L1RegressionActionHead(**manifest["action_head"])
+    with reading(path / MANIFEST):
+        head = L1RegressionActionHead(**manifest["action_head"])
     load_module(head, path / f"action_head--{suffix}.safetensors")
     projector = None
     if manifest["use_proprio"]:
-        projector = ProprioProjector(bare.llm_dim, manifest["action_spec"]["proprio_dim"])
+        with reading(path / MANIFEST):
+            projector = ProprioProjector(bare.llm_dim, manifest["action_spec"]["proprio_dim"])
         load_module(projector, path / f"proprio_projector--{suffix}.safetensors")
     model = VLAPolicyModel(vla, head, projector, legacy_slices=manifest["legacy_slices"])
     statistics = read_json(path / "dataset_statistics.json")
-    return LoadedCheckpoint(model.eval(), PrismaticProcessor.from_pretrained(path), manifest, statistics, path)
+    with reading(path):
+        processor = PrismaticProcessor.from_pretrained(path)
+    return LoadedCheckpoint(model.eval(), processor, manifest, statistics, path)
 
 
 def _load_adapted_vla(path: Path, manifest: dict) -> PeftModel:
-    base = BaseModel.from_dict(manifest["base"], path / MANIFEST)
+    base = BaseModel.from_dict(manifest.get("base"), path / MANIFEST)
     adapter = existing(path / "lora_adapter")
-    adapted = PeftModel.from_pretrained(base.load(path, manifest["num_images"]), adapter)
-    queries = load_file(existing(path / f"action_queries--{manifest['file_suffix']}.safetensors"))
-    adapted.get_base_model().action_queries.load_state_dict(queries)
+    bare = base.load(path, manifest["num_images"])
+    with reading(adapter):
+        adapted = PeftModel.from_pretrained(bare, adapter)
+    file = path / f"action_queries--{manifest['file_suffix']}.safetensors"
+    load_strictly(adapted.get_base_model().action_queries, load_tensors(file), file)
     return adapted
 
 
@@ -293,7 +330,7 @@ class BaseModel:
     def of_checkpoint(cls, path: Path) -> BaseModel:
         """Identity of a checkpoint folder (LoRA checkpoints count with their adapters)."""
         adapter = Path(path) / "lora_adapter" / "adapter_model.safetensors"
-        digest = weights_hash(path) or tensors_hash(load_file(existing(adapter)))
+        digest = weights_hash(path) or tensors_hash(load_tensors(adapter))
         return cls("checkpoint", str(path), digest)
 
     def to_dict(self) -> dict[str, str]:
@@ -302,13 +339,14 @@ class BaseModel:
 
     @classmethod
     def from_dict(cls, values: dict | None, source: Path) -> BaseModel:
-        """Inverse of `to_dict`; ValueError naming `source` when the entry is missing."""
+        """Inverse of `to_dict`; CheckpointError naming `source` when the entry is missing."""
         if not values:
-            raise ValueError(f"{source}: base is missing: the adapter cannot be applied to anything")
-        return cls(**values)
+            raise CheckpointError(f"{source}: base is missing: the adapter cannot be applied to anything")
+        with reading(source):
+            return cls(**values)
 
     def load(self, adapted: Path, num_images: int) -> OpenVLAForActionPrediction:
-        """The base VLM; ValueError when its weights are not those the adapter in `adapted` was trained on."""
+        """The base VLM; CheckpointError when its weights are not those the adapter in `adapted` was trained on."""
         if self.kind == "native":
             config = OpenVLAForActionPrediction.config_class.from_pretrained(adapted, local_files_only=True)
             vla = OpenVLAForActionPrediction(config)
@@ -317,69 +355,8 @@ class BaseModel:
             found = BaseModel.of_checkpoint(Path(self.path)).sha256
             vla = load_checkpoint(self.path, num_images).model.vla if found == self.sha256 else None
         if found != self.sha256:
-            raise ValueError(
+            raise CheckpointError(
                 f"base {self.path}: sha256 of its weights is {found}, "
                 f"the adapter in {adapted} was trained on {self.sha256}"
             )
         return vla
-
-
-def restore_training_state(folder: str | Path, setup, state: TrainingState) -> int:
-    """Put the objects of `state` and the model of `setup` back where the checkpoint left them; returns its step.
-
-    Raises FileNotFoundError when the folder holds no training state, or no anchor for a run that is held to one;
-    ValueError when the trained parameters, the anchor or the base model are not those of the interrupted run.
-    """
-    folder = existing(Path(folder) / "training_state")
-    trainable = load_file(folder / "trainable.safetensors")
-    expected = {n: p for n, p in setup.model.named_parameters() if p.requires_grad}
-    if trainable.keys() != expected.keys():
-        difference = sorted(trainable.keys() ^ expected.keys())[:5]
-        raise ValueError(f"{folder}: trained parameters differ from this configuration's, e.g. {difference}")
-    if state.anchor is not None:
-        _restore_anchor(folder, setup.base, state)
-    with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(trainable[name])
-    state.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-    if state.scaler is not None:
-        state.scaler.load_state_dict(read_json(folder / "scaler.json"))
-    if state.ema is not None:
-        state.ema.load_state_dict(load_file(existing(folder / "ema.safetensors")))
-    _restore_generators(folder)
-    counters = read_json(folder / "state.json")
-    state.constraint_metrics = counters["constraint_metrics"]
-    return counters["step"]
-
-
-def _restore_anchor(folder: Path, base: BaseModel | None, state: TrainingState) -> None:
-    file, record = folder / "craft_anchor.safetensors", read_json(folder / "craft.json")
-    anchor = load_file(existing(file))
-    if tensors_hash(anchor) != record["anchor_sha256"]:
-        raise ValueError(f"{file} is not the anchor this run started from: its hash is not the one in craft.json")
-    # With adapters the frozen base weights are part of theta_0.
-    if base is not None and record["base_sha256"] != base.sha256:
-        raise ValueError(
-            f"base {base.path}: sha256 of its weights is {base.sha256}, the interrupted run in {folder} started from "
-            f"{record['base_sha256']}"
-        )
-    if state.craft is not None:
-        state.craft.load_state_dict(record, anchor)
-    else:
-        state.anchor.load_state_dict(anchor)
-
-
-def _restore_generators(folder: Path) -> None:
-    rng = torch.load(folder / "rng.pt", weights_only=True)
-    torch.set_rng_state(rng["torch"])
-    if rng["cuda"] and len(rng["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(rng["cuda"])
-    generators = read_json(folder / "generators.json")
-    version, keys, gauss = generators["python"]
-    random.setstate((version, tuple(keys), gauss))
-    kind, keys, *rest = generators["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
-
-
-def _trainable(model: VLAPolicyModel) -> dict[str, Tensor]:
-    return {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}

@@ -106,8 +106,12 @@ class FinetuneConfig:
     save_freq: int = 10_000
     save_latest_checkpoint_only: bool = False
     save_training_state: bool = True  # optimizer, RNG, data position: needed to resume
-    resume: bool = False
+    resume: bool | str = False  # True: from the newest checkpoint; auto: from the newest undamaged one, or afresh
     resume_step: int | None = None
+    keep_last: int | None = None  # delete all but the N newest checkpoints of the run; None keeps all
+    keep_every: int | None = None  # with --keep_last: checkpoints of steps divisible by this stay
+    async_save: bool = False  # copy the state to CPU memory and write it while training goes on
+    ddp_timeout: float = 1800.0  # seconds until a process gives up on another one; longer than writing a checkpoint
 
     # --- which weights
     use_lora: bool = False
@@ -202,6 +206,27 @@ class FinetuneConfig:
             check_decay(self.ema_decay)
         self._check_validation()
         self._resolve_craft_flags()
+        self._check_saving_flags()
+
+    def _check_saving_flags(self) -> None:
+        if not isinstance(self.resume, bool) and self.resume != "auto":
+            raise ValueError(f"--resume is {self.resume!r}, expected True, False or auto")
+        for name in ("keep_last", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}, expected at least 1")
+        if self.keep_every is not None and self.keep_last is None:
+            raise ValueError(f"--keep_every {self.keep_every} needs --keep_last: without it every checkpoint is kept")
+        if self.keep_last is not None and self.save_latest_checkpoint_only:
+            raise ValueError("--keep_last excludes --save_latest_checkpoint_only True, which keeps one folder")
+        if self.async_save and (self.merge_lora_during_training or self.export_published_layout):
+            # Both run a model, which would draw from the generators of the run at an unpredictable time.
+            raise ValueError(
+                "--async_save True excludes --merge_lora_during_training True and --export_published_layout True: "
+                "merge and export afterwards with merge_lora_weights_and_save.py"
+            )
+        if not self.ddp_timeout > 0:
+            raise ValueError(f"--ddp_timeout is {self.ddp_timeout}, expected more than 0")
 
     def _check_validation(self) -> None:
         if not 0 < self.val_fraction < 1:

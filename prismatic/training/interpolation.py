@@ -8,7 +8,6 @@ head, proprio projector) is interpolated as in full tuning, tensor by tensor in 
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -20,13 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prismatic.training.checkpoint_files import (
-    MANIFEST,
     LoadedCheckpoint,
     contiguous,
-    existing,
     read_manifest,
-    write_json,
 )
+from prismatic.training.checkpoint_folder import MANIFEST, existing, publish, start_folder, write_json
 from prismatic.training.checkpoints import BaseModel, load_checkpoint, load_unmerged
 from prismatic.training.config import TuningMode
 
@@ -253,9 +250,7 @@ def save_policy(loaded: LoadedCheckpoint, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"--output {folder} exists already")
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = start_folder(folder)
     suffix, model = loaded.manifest["file_suffix"], loaded.model
     model.vla.save_pretrained(temporary)
     for name in (_HEAD, _PROPRIO):
@@ -265,5 +260,5 @@ def save_policy(loaded: LoadedCheckpoint, folder: str | Path) -> Path:
     loaded.processor.save_pretrained(temporary)
     write_json(temporary / "dataset_statistics.json", loaded.statistics)
     write_json(temporary / MANIFEST, loaded.manifest)
-    temporary.rename(folder)
+    publish(temporary, folder)
     return folder

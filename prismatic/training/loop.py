@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from itertools import islice
 
 import numpy as np
@@ -14,17 +14,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from prismatic.training.checkpoint_files import write_json
-from prismatic.training.checkpoints import TrainingState, checkpoint_path, restore_training_state, save_checkpoint
+from prismatic.training.checkpoint_folder import write_json
 from prismatic.training.compilation import compile_policy
 from prismatic.training.config import FinetuneConfig, RetentionMethod
 from prismatic.training.craft_utils.config import Rule
 from prismatic.training.ema import WeightAverage
+from prismatic.training.faults import batches_of, explained_faults
 from prismatic.training.retention import DriftProbe, L2SPPenalty, ProbeData, build_constraint, to_device
+from prismatic.training.saving import CheckpointSaver, folder_to_resume
 from prismatic.training.setup import TrainingSetup
 from prismatic.training.step import StepContext, optimizer_step
+from prismatic.training.stop_signal import StopSignal, ignore_stop_signals
 from prismatic.training.throughput import Throughput, throughput_text
-from prismatic.training.tracking import Tracker
+from prismatic.training.tracking import Tracker, say
+from prismatic.training.training_state import TrainingState, restore_training_state
 from prismatic.training.validation import ValidationSettings, Validator
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.sampler import EpochSampler
@@ -64,27 +67,39 @@ class Trainer:
             setup.dataset.weights,
         )
         self.step = 0
+        self._resumed_at = 0, 0  # step and samples seen until then
         self._constraint_metrics: dict[str, float] = {}
         self._probe_batches: Iterator[dict] | None = None
         seed_everything(cfg.seed + accelerator.process_index)
-        if cfg.resume:
-            self._resume()
+        self.saver = CheckpointSaver(cfg, setup, accelerator, say)
+        self._resume()
         if cfg.craft_probe_data is not None:
             self._open_probe(ProbeData(cfg.craft_probe_data, setup, cfg.seed))
         self.tracker = self._build_tracker() if accelerator.is_main_process else None
 
     def fit(self) -> None:
-        """Train from the current step to `max_steps`, logging and saving on the way and at the end."""
+        """Train from the current step to `max_steps`, logging and saving on the way and at the end.
+
+        SIGTERM and SIGUSR1 end it after the step in progress, with a checkpoint.
+        """
         self._announce()
         self.model.train()
         batches = self.batches()
         progress = tqdm(range(self.step, self.cfg.max_steps), disable=None, desc="fine-tuning", unit="step")
         try:
-            for _ in progress:
-                metrics = self._train_one_step(batches)
-                self._log(metrics | self._validate())
-                if self.step % self.cfg.save_freq == 0 or self.step == self.cfg.max_steps:
-                    self.save()
+            with (
+                StopSignal(self.accelerator) as stop,
+                explained_faults(self.cfg, self.accelerator.num_processes),
+                self.saver,
+                closing(batches),  # ends the data workers
+            ):
+                for _ in progress:
+                    metrics = self._train_one_step(batches)
+                    self._log(metrics | self._validate())
+                    stopping = stop.agreed()
+                    self._save_when_due(stopping)
+                    if stopping:
+                        break
         finally:
             if self.tracker is not None:
                 self.tracker.close()
@@ -130,19 +145,25 @@ class Trainer:
             reduce_mean=self._reduce_mean if self.accelerator.num_processes > 1 else None,
         )
 
+    def _save_when_due(self, stopping: bool) -> None:
+        self.saver.check()
+        if stopping and self.tracker is not None:
+            self.tracker.message(f"Asked to stop: saving step {self.step}; --resume auto continues from it")
+        if stopping or self.step % self.cfg.save_freq == 0 or self.step == self.cfg.max_steps:
+            self.save()
+
     def save(self) -> None:
-        """Write the checkpoint of the current step (main process)."""
+        """Write the checkpoint of the current step (main process), or start to with `--async_save True`."""
         self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return
-        state = self._state()
-        folder = save_checkpoint(self.cfg, self.setup, state)
-        self.tracker.message(f"Saved checkpoint at step {self.step}: {folder}")
+        if self.tracker is not None:
+            self.tracker.sync()  # a checkpoint never outlives the metrics of its steps
+        self.saver.save(self._state())
 
     @property
     def samples_seen(self) -> int:
-        """Samples used so far by all processes."""
-        return self.step * self._samples_per_step
+        """Samples used so far by all processes; batch size and processes may have changed at resume."""
+        step, samples = self._resumed_at
+        return samples + (self.step - step) * self._samples_per_step
 
     @property
     def _samples_per_step(self) -> int:
@@ -158,14 +179,23 @@ class Trainer:
             ema=self.ema,
             scaler=self.scaler,
             constraint_metrics=self._constraint_metrics,
+            sampler=self.sampler.state_dict(self.samples_seen),
         )
 
     def _resume(self) -> None:
-        folder = self.cfg.resum_vla_path or checkpoint_path(self.cfg, self.cfg.resume_step)
-        state = self._state()
-        self.step = restore_training_state(folder, self.setup, state)
+        folder = folder_to_resume(self.cfg, self.accelerator, say)
+        if folder is None:
+            return
+        state, rank, world = self._state(), self.accelerator.process_index, self.accelerator.num_processes
+        self.step = restore_training_state(folder, self.setup, state, rank)
+        self._resumed_at = state.step, state.samples_seen
         self._constraint_metrics = state.constraint_metrics
-        self.sampler.start_at(self.samples_seen // self.accelerator.num_processes)
+        self.sampler.load_state_dict(state.sampler or self.sampler.state_dict(state.samples_seen))
+        if len(state.generators) != world and self.accelerator.is_main_process:
+            say(
+                f"{folder.name} was saved by {len(state.generators)} processes, this run has {world}: generators of "
+                "new ranks start from the seed"
+            )
 
     def _open_probe(self, data: ProbeData) -> None:
         cfg = self.cfg
@@ -201,10 +231,11 @@ class Trainer:
             num_workers=self.cfg.num_data_workers,
             collate_fn=self._collator(),
             pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=ignore_stop_signals,
             # Its own generator: the loader draws a seed when it starts, which would shift the model's noise at resume.
             generator=torch.Generator().manual_seed(self.cfg.seed),
         )
-        for batch in loader:
+        for batch in batches_of(loader):
             yield to_device(batch, self.accelerator.device)
 
     def _collator(self) -> VLACollator:

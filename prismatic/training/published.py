@@ -29,9 +29,8 @@ from prismatic.training.checkpoint_files import (
     has_weights,
     load_strictly,
     load_vla,
-    read_json,
-    write_json,
 )
+from prismatic.training.checkpoint_folder import read_json, write_json
 from prismatic.vla.action_spec import ACTION_SPECS, ActionSpec
 from prismatic.vla.images import ImageSpec
 from prismatic.vla.prompts import PROMPT_KIND

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from tqdm import tqdm
@@ -50,7 +51,11 @@ class Tracker:
 
     def message(self, text: str) -> None:
         """A line on the console that does not disturb a progress bar."""
-        tqdm.write(text)
+        say(text)
+
+    def sync(self) -> None:
+        """Flush the metrics to the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file and the W&B run."""
@@ -59,6 +64,11 @@ class Tracker:
             self._wandb.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def say(text: str) -> None:
+    """A line on the console that does not disturb a progress bar."""
+    tqdm.write(text)
 
 
 def _truncate_after(path: Path, start_step: int) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.craft_utils.anchors import quiet_pass
 from prismatic.training.retention import to_device
+from prismatic.training.stop_signal import ignore_stop_signals
 from prismatic.vla.datasets.dataset import VLADataset
 from prismatic.vla.datasets.sampler import EpochSampler
 
@@ -64,6 +65,7 @@ class Validator:
             batch_sampler=_FixedBatches(self.batches(len(dataset))),
             num_workers=settings.num_workers,
             collate_fn=collate,
+            worker_init_fn=ignore_stop_signals,
             # Its own generator: a loader draws a seed when it starts.
             generator=torch.Generator().manual_seed(settings.seed),
         )

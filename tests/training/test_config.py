@@ -88,3 +88,25 @@ def test_run_id_tells_the_runs_apart():
     assert len(ids) == len(variants)
     assert all(i.startswith("b+d+") for i in ids)
     assert FinetuneConfig(use_fz=True).tuning_mode is TuningMode.FROZEN
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"resume": "always"}, "--resume is 'always', expected True, False or auto"),
+        ({"keep_last": 0}, "--keep_last is 0, expected at least 1"),
+        ({"keep_every": 5}, "--keep_every 5 needs --keep_last"),
+        ({"keep_last": 2, "save_latest_checkpoint_only": True}, "--keep_last excludes --save_latest_checkpoint_only"),
+        ({"async_save": True, "export_published_layout": True}, "--async_save True excludes"),
+        ({"ddp_timeout": 0}, "--ddp_timeout is 0, expected more than 0"),
+    ],
+)
+def test_saving_flags_that_contradict_each_other(flags, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**flags)
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("True", True), ("False", False)])
+def test_resume_on_the_command_line(text, value):
+    found = draccus.parse(FinetuneConfig, args=["--resume", text]).resume
+    assert (found, type(found)) == (value, type(value))

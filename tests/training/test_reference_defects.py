@@ -7,7 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prismatic.training import loop
+from prismatic.training import loop, saving
 from prismatic.training.step import optimizer_step
 from prismatic.vla.datasets.sampler import EpochSampler
 
@@ -41,8 +41,8 @@ def test_d1_the_learning_rate_decays_in_a_run_with_warm_up(make_trainer):
 
 def test_d4_saving_and_logging_happen_once_per_optimizer_step(make_trainer, monkeypatch):
     saved, stepped = [], []
-    save, step = loop.save_checkpoint, loop.optimizer_step
-    monkeypatch.setattr(loop, "save_checkpoint", lambda cfg, setup, s: saved.append(s.step) or save(cfg, setup, s))
+    save, step = saving.write_checkpoint, loop.optimizer_step
+    monkeypatch.setattr(saving, "write_checkpoint", lambda cfg, setup, s: saved.append(s.step) or save(cfg, setup, s))
     monkeypatch.setattr(loop, "optimizer_step", lambda *a: stepped.append(len(a[1])) or step(*a))
     trainer = make_trainer("run", max_steps=4, save_freq=2, grad_accumulation_steps=3, batch_size=1)
     trainer.fit()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from experiments.robot.policy import VLAPolicy
 from prismatic.training import loop
 from prismatic.training.checkpoint_files import tensors_hash
+from prismatic.training.checkpoint_folder import LISTING, CheckpointError
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.craft_utils import CRaFTConstraint
 from prismatic.training.step import NonFiniteLossError, optimizer_step
@@ -273,6 +274,9 @@ def test_a_changed_anchor_file_is_refused(make_trainer):
     trainer.fit()
     file = trainer.setup.run_dir.parent / "run--1_chkpt" / "training_state" / "craft_anchor.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match="craft_anchor.safetensors: sha256 is"):
+        make_trainer("run", use_craft=True, max_steps=2, resume=True)
+    (file.parents[1] / LISTING).unlink()  # as in an older folder
     with pytest.raises(ValueError, match="craft_anchor.safetensors is not the anchor"):
         make_trainer("run", use_craft=True, max_steps=2, resume=True)
 

@@ -44,12 +44,16 @@ def test_start_at_equals_skipping(consumed):
 
 
 def test_state_round_trip_and_change_of_world_size():
-    state = EpochSampler(10, 2, rank=1, world_size=2).state_dict(samples_consumed=6)
+    state = EpochSampler(10, 2, rank=1, world_size=2).state_dict(samples_seen=12)
     resumed = EpochSampler(10, 2)
     resumed.load_state_dict(state)
     assert take(resumed, 10) == take(EpochSampler(10, 2), 22)[12:]
-    with pytest.raises(ValueError, match="12 is not a multiple of 5"):
-        EpochSampler(10, 2, world_size=5).load_state_dict(state)
+    # 12 is not a multiple of five ranks: they go on dealing from there all the same.
+    ranks = [EpochSampler(10, 2, rank=rank, world_size=5) for rank in range(5)]
+    for rank in ranks:
+        rank.load_state_dict(state)
+    dealt = [key for group in zip(*(take(rank, 2) for rank in ranks), strict=True) for key in group]
+    assert dealt == take(EpochSampler(10, 2), 22)[12:]
 
 
 def test_a_weight_is_how_often_a_group_is_used_and_no_sample_lags_behind():
@@ -74,12 +78,12 @@ def test_weighted_ranks_and_resume_follow_the_single_process_order():
     everything = take(make(), 60)
     assert [key for group in zip(*per_rank, strict=True) for key in group] == everything
     resumed = make()
-    resumed.load_state_dict(make(0, 2).state_dict(samples_consumed=11))
+    resumed.load_state_dict(make(0, 2).state_dict(samples_seen=22))
     assert take(resumed, 20) == everything[22:42]
 
 
 def test_state_tells_epoch_and_position():
-    state = EpochSampler(10, 2, world_size=2).state_dict(samples_consumed=6)
+    state = EpochSampler(10, 2, world_size=2).state_dict(samples_seen=12)
     assert (state["epoch"], state["position"]) == (1, 2)
 
 
@@ -104,5 +108,7 @@ def test_bad_arguments(size, rank, world):
 
 
 def test_negative_position():
+    with pytest.raises(ValueError, match="-2 samples"):
+        EpochSampler(5).load_state_dict(EpochSampler(5).state_dict(-2))
     with pytest.raises(ValueError, match="-1"):
         EpochSampler(5).start_at(-1)

@@ -50,7 +50,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self._start = 0
+        self._position = 0
 
     @property
     def epoch_length(self) -> int:
@@ -58,7 +58,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return sum(self._counts)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        position = self._start * self.world_size + self.rank
+        position = self._position + self.rank
         epoch, keys = -1, np.empty((0, 2), dtype=np.int64)
         while True:
             if position // self.epoch_length != epoch:
@@ -89,24 +89,22 @@ class EpochSampler(Sampler[tuple[int, int]]):
         """Let the next iterator begin after `samples_consumed` samples of this rank, counted from the very start."""
         if samples_consumed < 0:
             raise ValueError(f"samples_consumed is {samples_consumed}, expected 0 or more")
-        self._start = samples_consumed
+        self._position = samples_consumed * self.world_size
 
-    def state_dict(self, samples_consumed: int) -> dict:
-        """JSON-ready position after `samples_consumed` samples of this rank.
+    def state_dict(self, samples_seen: int) -> dict:
+        """JSON-ready position after `samples_seen` samples of all ranks together.
 
         The caller counts: workers prefetch, so the sampler itself is ahead of what was trained on.
         """
-        total = samples_consumed * self.world_size
-        epoch, position = divmod(total, self.epoch_length)
+        epoch, position = divmod(samples_seen, self.epoch_length)
         identity = {"seed": self.seed, "sizes": self.sizes, "weights": self.weights}
-        return identity | {"samples": total, "epoch": epoch, "position": position}
+        return identity | {"samples": samples_seen, "epoch": epoch, "position": position}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict`; ValueError when seed or data differ or the position does not divide evenly."""
+        """Continue from `state_dict`, also with another world size; ValueError when seed or data differ."""
         for name in ("seed", "sizes", "weights"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"sampler state has {name} {state[name]}, expected {getattr(self, name)}")
-        consumed, rest = divmod(state["samples"], self.world_size)
-        if rest:
-            raise ValueError(f"sampler position {state['samples']} is not a multiple of {self.world_size} ranks")
-        self.start_at(consumed)
+        if state["samples"] < 0:
+            raise ValueError(f"sampler state has {state['samples']} samples, expected 0 or more")
+        self._position = state["samples"]
