@@ -673,8 +673,9 @@ more than the range of the rounds. Rows with `craft_every` k time k steps in a r
 - Peak memory is that of a process that runs three rounds of this row only.
 
 Measured on a CPU. Nothing here was measured on a GPU. How well preset `budget` keeps the drift at its budget with
-`craft_every` 1, 4 and 10 is measured in `results/budget/budget.md`; there the gate is open in a part of the steps only,
-so that a run costs less than the rows with an open gate.
+`craft_every` 1 and 4 is measured in `results/budget/budget.md`; there the gate is open in a part of the constrained
+steps only (its last column), so that a run costs less than the rows with an open gate: with a share p of open steps
+`(1 - p) x` the row with the gate closed and lambda > 0, plus `p x` the row with it open.
 
 Commands:
 """

@@ -95,12 +95,13 @@ def variant_table(variant: str, budgets: dict[float, list[dict]]) -> list[str]:
         f"Deviation |L_ret - eps| / eps: median over all {len(everything)} runs "
         f"{statistics.median(deviation(run) for run in everything):.1%}, largest median of a budget {worst:.1%}.",
         "",
-        "| eps | achieved, median (min to max) | deviation, median | above eps | action loss | lambda at the end "
-        "| gate open |",
-        "|---|---|---|---|---|---|---|",
+        "| eps | runs | achieved, median (min to max) | deviation, median | above eps | action loss "
+        "| lambda at the end | gate open |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for budget, runs in sorted(budgets.items()):
         cells = [
+            str(len(runs)),
             spread([run["achieved"] for run in runs]),
             f"{statistics.median(deviation(run) for run in runs):.1%}",
             f"{sum(run['achieved'] > budget for run in runs)} of {len(runs)}",

@@ -25,6 +25,7 @@ VARIANTS = {
     # The original rule in the same unit as the budget preset, so that one eps means one thing.
     "original": ["--craft_preset", "original", "--craft_retention_metric", "rel_mse"],
     "budget, every 4": ["--craft_preset", "budget", "--craft_every", "4"],
+    "budget, every 4, vision frozen": ["--craft_preset", "budget", "--craft_every", "4", "--freeze_vision", "True"],
 }
 KEPT = ("CRaFT/Retention Loss", "CRaFT/Lambda", "CRaFT/Gate Open", "CRaFT/Conflict Ratio")
 

@@ -66,7 +66,7 @@ def test_the_page_averages_the_last_quarter_and_takes_medians_over_seeds(pages, 
     text = pages.report(runs)
     # Deviations 10 %, 20 % and 50 %: the median is that of the second.
     assert "median over all 3 runs 20.0%, largest median of a budget 20.0%" in text
-    assert "| 0.01 | 0.011 (0.005 to 0.012) | 20.0% | 2 of 3 | 0.5 (0.5 to 0.5) |" in text
+    assert "| 0.01 | 3 | 0.011 (0.005 to 0.012) | 20.0% | 2 of 3 | 0.5 (0.5 to 0.5) |" in text
     assert "Without a constraint it is 0.3 (0.3 to 0.3) (1 seeds)" in text
 
 
@@ -82,7 +82,9 @@ def test_the_committed_page_follows_from_the_raw_files(pages):
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="results/budget is not there")
 def test_the_recorded_commands_are_those_of_the_driver(driver, pages):
-    recorded = {run["command"] for run in pages.load_runs(RESULTS)}
+    recorded = {tuple(shlex.split(run["command"])) for run in pages.load_runs(RESULTS)}
     cfg = driver.BudgetConfig()
-    planned = {tuple(["python", *driver.command(cfg, cell)]) for cell in driver.cells(cfg)}
-    assert {tuple(shlex.split(command)) for command in recorded} == planned
+    planned = {tuple(["python", *driver.command(cfg, cell)]): cell.variant for cell in driver.cells(cfg)}
+    assert recorded <= planned.keys()
+    # The cheaper variants were run in part; the page says how many runs a row rests on.
+    assert {command for command, variant in planned.items() if variant in ("budget", "original")} <= recorded
