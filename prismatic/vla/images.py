@@ -99,7 +99,7 @@ def resize_lanczos3(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     _check_image(image)
     if image.shape[:2] == tuple(size):
         return image
-    return _join_channels(_resized_planes(image, size, block=max(size)))
+    return _join_channels(_resized_planes(image, size, block=max(size)), np.empty((*size, 3), np.uint8))
 
 
 def _resized_planes(image: np.ndarray, size: tuple[int, int], block: int) -> np.ndarray:
@@ -167,8 +167,8 @@ def _blend_rows(planes: np.ndarray, start: float, stop: float, size: int) -> np.
     position = np.linspace(start * last, stop * last, size)
     index = np.clip(position.astype(np.intp), 0, last)
     fraction = (position - index).astype(np.float32)[:, None]
-    low = planes[:, index]
-    blended = planes[:, np.minimum(index + 1, last)]
+    low = planes.take(index, axis=1)  # faster than planes[:, index]
+    blended = planes.take(np.minimum(index + 1, last), axis=1)
     blended -= low
     blended *= fraction
     blended += low
@@ -185,7 +185,7 @@ def center_crop(image: np.ndarray, area: float) -> np.ndarray:
     planes = _split_channels(image) / np.float32(255.0)
     scaled = crop_and_resize(planes[None], box, image.shape[0])[0]
     scaled *= np.float32(255.5)  # uint8 level of v: trunc(255.5 v), TensorFlow's conversion
-    return _join_channels(np.minimum(scaled, np.float32(255.0), out=scaled))
+    return _join_channels(np.minimum(scaled, np.float32(255.0), out=scaled), np.empty_like(image))
 
 
 def augment_images(images: np.ndarray, rng: np.random.Generator, settings: AugmentSettings) -> np.ndarray:
@@ -196,25 +196,26 @@ def augment_images(images: np.ndarray, rng: np.random.Generator, settings: Augme
     """
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
         raise ValueError(f"images have shape {images.shape} {images.dtype}, expected (n, S, S, 3) uint8")
-    return _augment_planes([_split_channels(image) for image in images], rng, settings)
-
-
-def _augment_planes(planes: list[np.ndarray], rng: np.random.Generator, settings: AugmentSettings) -> np.ndarray:
-    """`augment_images` of float32 grey levels, n times (3, S, S) -> uint8 (n, S, S, 3)."""
-    size = planes[0].shape[1]
-    draws = rng.random((len(planes), 6), dtype=np.float64)
-    side = np.sqrt(settings.crop_area)
-    augmented = np.empty((len(planes), size, size, 3), np.uint8)
-    for image, draw, out in zip(planes, draws, augmented, strict=True):
-        corner = draw[:2] * (1.0 - side)
-        pixels = _crop_transposed(image, np.concatenate([corner, corner + side]), size).reshape(3, -1)
-        brightness = _between(draw[2], -settings.brightness, settings.brightness)
-        _shift_brightness_contrast(pixels, brightness, _between(draw[3], *settings.contrast))
-        saturation, hue = _between(draw[4], *settings.saturation), _between(draw[5], -settings.hue, settings.hue)
-        levels = _shift_saturation_hue(pixels, saturation, hue)
-        for channel, plane in enumerate(levels.reshape(3, size, size)):
-            out[:, :, channel] = plane.T
+    augmented = np.empty_like(images)
+    for image, draw, out in zip(images, _draws(len(images), rng), augmented, strict=True):
+        _augment(_split_channels(image), draw, settings, out)
     return augmented
+
+
+def _draws(count: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.random((count, 6), dtype=np.float64)
+
+
+def _augment(planes: np.ndarray, draw: np.ndarray, settings: AugmentSettings, out: np.ndarray) -> None:
+    """Grey levels float32 (3, S, S) and their six draws -> out uint8 (S, S, 3)."""
+    size, side = planes.shape[1], np.sqrt(settings.crop_area)
+    corner = draw[:2] * (1.0 - side)
+    pixels = _crop_transposed(planes, np.concatenate([corner, corner + side]), size).reshape(3, -1)
+    brightness = _between(draw[2], -settings.brightness, settings.brightness)
+    _shift_brightness_contrast(pixels, brightness, _between(draw[3], *settings.contrast))
+    saturation, hue = _between(draw[4], *settings.saturation), _between(draw[5], -settings.hue, settings.hue)
+    levels = _shift_saturation_hue(pixels, saturation, hue).reshape(3, size, size)
+    _join_channels(levels.transpose(0, 2, 1), out)
 
 
 def _between(draw: float, low: float, high: float) -> float:
@@ -222,23 +223,23 @@ def _between(draw: float, low: float, high: float) -> float:
 
 
 def _shift_brightness_contrast(pixels: np.ndarray, brightness: float, contrast: float) -> None:
-    """float32 grey levels (3, N) -> values in [0, 1], in place: offset, then factor about the channel means."""
-    pixels *= np.float32(1.0 / 255.0)
-    pixels += np.float32(brightness)
-    np.clip(pixels, 0.0, 1.0, out=pixels)
+    """Grey levels float32 (3, N), in place: offset (share of 255), then factor about the channel means."""
+    pixels += np.float32(255.0 * brightness)
+    np.clip(pixels, 0.0, 255.0, out=pixels)
     mean = pixels.mean(axis=1, keepdims=True)
     pixels *= np.float32(contrast)
     pixels += mean * np.float32(1.0 - contrast)
-    np.clip(pixels, 0.0, 1.0, out=pixels)
+    np.clip(pixels, 0.0, 255.0, out=pixels)
 
 
-_BLOCK = 8192  # pixels whose intermediate results stay in the second-level cache
+_BLOCK = 12544  # pixels: a quarter of a 224 px image, whose intermediate results stay in the second-level cache
+_TRUNCATED = 255.5 / 255.0  # grey levels times this, truncated, are TensorFlow's uint8 levels
 
 
 def _shift_saturation_hue(pixels: np.ndarray, saturation: float, hue: float) -> np.ndarray:
-    """HSV saturation scaling (clipped at 1) and hue shift (in turns): float32 (3, N) in [0, 1] -> uint8 (3, N).
+    """HSV saturation scaling (clipped at 1) and hue shift (in turns): grey levels float32 (3, N) -> uint8 (3, N).
 
-    The uint8 level of v is trunc(255.5 v), TensorFlow's conversion.
+    Levels become whole numbers as TensorFlow's: trunc(255.5 v) of the value v in [0, 1].
     """
     sectors = 6.0 * hue
     turns = round(sectors / 2.0)  # two sectors are one channel: at most one sector is left for the blocks
@@ -251,7 +252,7 @@ def _shift_saturation_hue(pixels: np.ndarray, saturation: float, hue: float) -> 
 
 
 def _shift_block(rgb: np.ndarray, saturation: float, sectors: float) -> np.ndarray:
-    """float32 (3, n) in [0, 1] -> 255.5 times the shifted values, float32 (3, n); |sectors| <= 1.
+    """Grey levels float32 (3, n) -> 255.5 / 255 times the shifted levels, float32 (3, n); |sectors| <= 1.
 
     With V the largest, L the smallest and M the middle value and chroma C = V - L, channel c is
     L + clip(2 c - L - M, 0, C) for every colour: the largest exceeds its bound by V - M, the smallest by M - L. These
@@ -278,14 +279,13 @@ def _shift_block(rgb: np.ndarray, saturation: float, sectors: float) -> np.ndarr
     np.maximum(shift, np.negative(amount, out=amount), out=shift)
     shifted = rgb - middle
     shifted -= shift
-    np.clip(shifted, 0.0, 1.0, out=shifted)  # 1 is no bound; np.maximum with a number is slower
-    scale = value / (chroma + np.float32(1e-9))
-    np.minimum(scale, np.float32(saturation), out=scale)
-    scale *= np.float32(255.5)
+    np.clip(shifted, 0.0, 255.0, out=shifted)  # 255 is no bound; np.maximum with a number is slower
+    scale = value / (chroma + np.float32(1e-6))
+    np.clip(scale, 0.0, saturation, out=scale)
+    scale *= np.float32(2.0 * _TRUNCATED)
     chroma *= np.float32(0.5)
     np.minimum(shifted, chroma, out=shifted)
-    scale += scale
-    value *= np.float32(255.5)
+    value *= np.float32(_TRUNCATED)
     chroma *= scale
     value -= chroma
     shifted *= scale
@@ -301,11 +301,9 @@ def _split_channels(image: np.ndarray) -> np.ndarray:
     return planes
 
 
-def _join_channels(planes: np.ndarray) -> np.ndarray:
-    """(3, H, W) of whole numbers -> uint8 (H, W, 3)."""
-    levels = planes.astype(np.uint8)
-    image = np.empty((*planes.shape[1:], 3), np.uint8)
-    for channel, plane in enumerate(levels):
+def _join_channels(planes: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """(3, H, W) of numbers in [0, 256), truncated to `image`, uint8 (H, W, 3)."""
+    for channel, plane in enumerate(planes.astype(np.uint8)):
         image[:, :, channel] = plane
     return image
 
@@ -333,10 +331,16 @@ def prepare_train_images(
 
     The same as `prepare_train_image` and `augment_images` one after another, without the uint8 images in between.
     """
-    planes = [_resized_planes(frame_pixels(frame), (spec.size, spec.size), block=16) for frame in frames]
-    if augment is not None:
-        return _augment_planes(planes, rng, augment)
-    return np.stack([_join_channels(image) for image in planes])
+    size = (spec.size, spec.size)
+    draws = [None] * len(frames) if augment is None else _draws(len(frames), rng)
+    images = np.empty((len(frames), *size, 3), np.uint8)
+    for frame, draw, out in zip(frames, draws, images, strict=True):
+        planes = _resized_planes(frame_pixels(frame), size, block=16)
+        if augment is None:
+            _join_channels(planes, out)
+        else:
+            _augment(planes, draw, augment, out)
+    return images
 
 
 def prepare_eval_image(rgb: np.ndarray, spec: ImageSpec) -> np.ndarray:
