@@ -116,7 +116,8 @@ def _resized_planes(image: np.ndarray, size: tuple[int, int], block: int) -> np.
     rows = np.empty((3, size[0], width), np.float32)
     for outputs, inputs, weights in _lanczos3_bands(height, size[0], block):
         np.matmul(weights, planes[:, inputs], out=rows[:, outputs])
-    lines, resized = rows.reshape(-1, width), np.empty((3 * size[0], size[1]), np.float32)
+    lines = rows.reshape(-1, width)  # of all channels: one product instead of three
+    resized = np.empty((len(lines), size[1]), np.float32)
     for outputs, inputs, weights in _lanczos3_bands(width, size[1], block):
         np.matmul(lines[:, inputs], weights.T, out=resized[:, outputs])
     return np.clip(np.rint(resized, out=resized), 0, 255, out=resized).reshape(3, *size)
@@ -226,8 +227,7 @@ def _shift_brightness_contrast(pixels: np.ndarray, brightness: float, contrast: 
     """Grey levels float32 (3, N), in place: offset (share of 255), then factor about the channel means."""
     pixels += np.float32(255.0 * brightness)
     np.clip(pixels, 0.0, 255.0, out=pixels)
-    count = pixels.shape[1]
-    mean = pixels @ np.full((count, 1), 1.0 / count, np.float32)  # BLAS sums faster
+    mean = pixels.mean(axis=1, keepdims=True)
     pixels *= np.float32(contrast)
     pixels += mean * np.float32(1.0 - contrast)
     np.clip(pixels, 0.0, 255.0, out=pixels)
@@ -258,7 +258,8 @@ def _shift_block(rgb: np.ndarray, saturation: float, sectors: float) -> np.ndarr
     With V the largest, L the smallest and M the middle value and chroma C = V - L, channel c is
     L + clip(2 c - L - M, 0, C) for every colour: the largest exceeds its bound by V - M, the smallest by M - L. These
     are the distances along the HSV hexagon to where the channel starts to change, so a hue shift by s sectors adds
-    -s C or s C, depending on which of the other two channels is larger. The saturation scales C and keeps V.
+    -s C or s C, depending on which of the other two channels is larger. The saturation scales C and keeps V. The code
+    halves the expression inside the clip and its bounds, which saves doubling c.
     """
     red, green, blue = rgb
     value = np.maximum(red, green)
@@ -273,7 +274,8 @@ def _shift_block(rgb: np.ndarray, saturation: float, sectors: float) -> np.ndarr
     shift = np.empty_like(rgb)
     for channel in range(3):
         np.subtract(rgb[(channel + 1) % 3], rgb[(channel + 2) % 3], out=shift[channel])
-    # +-|sectors| * chroma / 2 with the sign bit of the difference; a difference of 0 may have either, see the clip
+    # The sign bit of the difference decides between s C / 2 and -s C / 2. Where it is 0, the channel is the largest or
+    # the smallest and exceeds its bound by C, so that the clip gives this bound for either sign.
     chroma *= np.float32(0.5)
     amount = chroma * np.float32(sectors)
     bits = shift.view(np.uint32)
@@ -305,7 +307,7 @@ def _split_channels(image: np.ndarray) -> np.ndarray:
 
 
 def _join_channels(planes: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """(3, H, W) of numbers in [0, 256), truncated to `image`, uint8 (H, W, 3)."""
+    """(3, H, W) in (-1, 256), truncated, into `image`, uint8 (H, W, 3); returns `image`."""
     for channel, plane in enumerate(planes.astype(np.uint8)):
         image[:, :, channel] = plane
     return image
@@ -330,9 +332,10 @@ def prepare_train_images(
     augment: AugmentSettings | None = None,
     rng: np.random.Generator | None = None,
 ) -> np.ndarray:
-    """Stored frames of any sizes -> uint8 (n, size, size, 3), augmented like `augment_images` when `augment` is given.
+    """Stored frames of any sizes -> uint8 (n, size, size, 3), augmented with `rng` when `augment` is given.
 
-    The same as `prepare_train_image` and `augment_images` one after another, without the uint8 images in between.
+    The same as `prepare_train_image` and `augment_images` one after another, without the uint8 images in between. One
+    image is finished before the next one starts, so that the intermediate results are few and stay in the cache.
     """
     size = (spec.size, spec.size)
     draws = [None] * len(frames) if augment is None else _draws(len(frames), rng)
