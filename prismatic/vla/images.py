@@ -116,11 +116,10 @@ def _resized_planes(image: np.ndarray, size: tuple[int, int], block: int) -> np.
     rows = np.empty((3, size[0], width), np.float32)
     for outputs, inputs, weights in _lanczos3_bands(height, size[0], block):
         np.matmul(weights, planes[:, inputs], out=rows[:, outputs])
-    lines = rows.reshape(-1, width)  # of all channels: one product instead of three
-    resized = np.empty((len(lines), size[1]), np.float32)
+    resized = np.empty((3, *size), np.float32)
     for outputs, inputs, weights in _lanczos3_bands(width, size[1], block):
-        np.matmul(lines[:, inputs], weights.T, out=resized[:, outputs])
-    return np.clip(np.rint(resized, out=resized), 0, 255, out=resized).reshape(3, *size)
+        np.matmul(rows[:, :, inputs], weights.T, out=resized[:, :, outputs])
+    return np.clip(np.rint(resized, out=resized), 0, 255, out=resized)
 
 
 @lru_cache(maxsize=16)
