@@ -7,6 +7,7 @@ Images are uint8 (H, W, 3) RGB. Resize and crop follow TensorFlow's `resize(lanc
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -96,24 +97,49 @@ def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
 def resize_lanczos3(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 (H, W, 3) -> uint8 (h, w, 3) with an antialiased Lanczos kernel of radius 3, rounded and clipped."""
     _check_image(image)
-    height, width = image.shape[:2]
-    if (height, width) == tuple(size):
+    if image.shape[:2] == tuple(size):
         return image
-    rows, columns = _lanczos3_weights(height, size[0]), _lanczos3_weights(width, size[1])
-    planes = _to_planes(image[None])[0].astype(np.float32)
-    resized = rows @ planes @ columns.T
-    levels = np.clip(np.rint(resized, out=resized), 0, 255, out=resized).astype(np.uint8)
-    return np.ascontiguousarray(levels.transpose(1, 2, 0))
+    return _join_channels(_resized_planes(image, size, block=max(size)), np.empty((*size, 3), np.uint8))
+
+
+def _resized_planes(image: np.ndarray, size: tuple[int, int], block: int) -> np.ndarray:
+    """uint8 (H, W, 3) -> whole grey levels as float32 planes (3, h, w), `block` output rows or columns at a time.
+
+    Short blocks multiply by few of the zeros off the diagonal of the resampling matrices, long ones take less time per
+    number: of 8, 16, 32 and 56, 16 was the fastest for 256 -> 224. The order of the additions depends on the block,
+    and with it the rounding of a few values in a million. Evaluation multiplies the whole matrices.
+    """
+    height, width = image.shape[:2]
+    planes = _split_channels(image)
+    if (height, width) == tuple(size):
+        return planes
+    rows = np.empty((3, size[0], width), np.float32)
+    for outputs, inputs, weights in _lanczos3_bands(height, size[0], block):
+        np.matmul(weights, planes[:, inputs], out=rows[:, outputs])
+    resized = np.empty((3, *size), np.float32)
+    for outputs, inputs, weights in _lanczos3_bands(width, size[1], block):
+        np.matmul(rows[:, :, inputs], weights.T, out=resized[:, :, outputs])
+    return np.clip(np.rint(resized, out=resized), 0, 255, out=resized)
 
 
 @lru_cache(maxsize=16)
-def _lanczos3_weights(in_size: int, out_size: int) -> np.ndarray:
-    """(out, in) float32 weights with unit row sums; the kernel widens when shrinking (antialias)."""
+def _lanczos3_bands(in_size: int, out_size: int, block: int) -> list[tuple[slice, slice, np.ndarray]]:
+    """Blocks (outputs, inputs, weights (b, i) float32) of the resampling matrix.
+
+    Its rows have unit sums; the kernel widens when shrinking (antialias).
+    """
     step = in_size / out_size
     centers = (np.arange(out_size) + 0.5) * step
     distance = np.abs(np.arange(in_size) + 0.5 - centers[:, None]) / max(step, 1.0)
     weights = np.where(distance < 3.0, np.sinc(distance) * np.sinc(distance / 3.0), 0.0)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    bands = []
+    for start in range(0, out_size, block):
+        rows = weights[start : start + block]
+        used = np.flatnonzero(rows.any(axis=0))
+        inputs = slice(int(used[0]), int(used[-1]) + 1)
+        bands.append((slice(start, start + len(rows)), inputs, np.ascontiguousarray(rows[:, inputs])))
+    return bands
 
 
 def crop_and_resize(planes: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
@@ -122,26 +148,27 @@ def crop_and_resize(planes: np.ndarray, boxes: np.ndarray, size: int) -> np.ndar
     planes (n, C, H, W) uint8 or float32; boxes (n, 4) as y0, x0, y1, x1 in [0, 1], where 1 is the last pixel centre;
     returns (n, C, size, size) float32 in the range of the input.
     """
-    count, channels, height, width = planes.shape
+    count, channels = planes.shape[:2]
     cropped = np.empty((count, channels, size, size), dtype=np.float32)
     for plane, box, out in zip(planes, boxes, cropped, strict=True):
-        low, high, fraction = _bilinear_taps(box[0], box[2], height, size)
-        rows = _blend(plane[:, low], plane[:, high], fraction[:, None])  # rows first: whole rows copy fastest
-        low, high, fraction = _bilinear_taps(box[1], box[3], width, size)
-        out[:] = _blend(rows[:, :, low], rows[:, :, high], fraction)
+        out[:] = _crop_transposed(plane.astype(np.float32, copy=False), box, size).transpose(0, 2, 1)
     return cropped
 
 
-def _bilinear_taps(start: float, stop: float, in_size: int, out_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    position = np.linspace(start * (in_size - 1), stop * (in_size - 1), out_size)
-    low = np.clip(position.astype(np.intp), 0, in_size - 1)
-    high = np.minimum(low + 1, in_size - 1)
-    return low, high, (position - low).astype(np.float32)
+def _crop_transposed(planes: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
+    """float32 (C, H, W) -> float32 crop (C, size, size) with x before y: whole rows copy faster than columns."""
+    rows = _blend_rows(planes, box[0], box[2], size)
+    return _blend_rows(np.ascontiguousarray(rows.transpose(0, 2, 1)), box[1], box[3], size)
 
 
-def _blend(low: np.ndarray, high: np.ndarray, fraction: np.ndarray) -> np.ndarray:
-    low = low.astype(np.float32, copy=False)
-    blended = high.astype(np.float32)
+def _blend_rows(planes: np.ndarray, start: float, stop: float, size: int) -> np.ndarray:
+    """float32 (C, H, W) -> (C, size, W): rows at equal distances from `start` to `stop`, 1 is the last row."""
+    last = planes.shape[1] - 1
+    position = np.linspace(start * last, stop * last, size)
+    index = np.clip(position.astype(np.intp), 0, last)
+    fraction = (position - index).astype(np.float32)[:, None]
+    low = planes.take(index, axis=1)  # faster than planes[:, index]
+    blended = planes.take(np.minimum(index + 1, last), axis=1)
     blended -= low
     blended *= fraction
     blended += low
@@ -155,8 +182,10 @@ def center_crop(image: np.ndarray, area: float) -> np.ndarray:
         raise ValueError(f"image has shape {image.shape}, expected a square one")
     margin = (1.0 - np.sqrt(area)) / 2.0
     box = np.array([[margin, margin, 1.0 - margin, 1.0 - margin]])
-    planes = _to_planes(image[None]).astype(np.float32) / np.float32(255.0)
-    return _to_images(crop_and_resize(planes, box, image.shape[0]))[0]
+    planes = _split_channels(image) / np.float32(255.0)
+    scaled = crop_and_resize(planes[None], box, image.shape[0])[0]
+    scaled *= np.float32(255.5)  # uint8 level of v: trunc(255.5 v), TensorFlow's conversion
+    return _join_channels(np.minimum(scaled, np.float32(255.0), out=scaled), np.empty_like(image))
 
 
 def augment_images(images: np.ndarray, rng: np.random.Generator, settings: AugmentSettings) -> np.ndarray:
@@ -167,74 +196,156 @@ def augment_images(images: np.ndarray, rng: np.random.Generator, settings: Augme
     """
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
         raise ValueError(f"images have shape {images.shape} {images.dtype}, expected (n, S, S, 3) uint8")
-    draws = rng.random((len(images), 6), dtype=np.float64)
-    side = np.sqrt(settings.crop_area)
-    corner = draws[:, :2] * (1.0 - side)
-    planes = crop_and_resize(_to_planes(images), np.concatenate([corner, corner + side], axis=1), images.shape[1])
-    planes *= np.float32(1.0 / 255.0)
-    factors = (
-        _between(draws[:, 2], -settings.brightness, settings.brightness),
-        _between(draws[:, 3], *settings.contrast),
-        _between(draws[:, 4], *settings.saturation),
-        _between(draws[:, 5], -settings.hue, settings.hue),
-    )
-    brightness, contrast, saturation, hue = (factor.astype(np.float32)[:, None, None] for factor in factors)
-    planes += brightness[..., None]
-    np.clip(planes, 0.0, 1.0, out=planes)
-    mean = planes.mean(axis=(2, 3), keepdims=True)
-    planes -= mean
-    planes *= contrast[..., None]
-    planes += mean
-    np.clip(planes, 0.0, 1.0, out=planes)
-    return _to_images(_shift_saturation_hue(planes, saturation, hue))
+    augmented = np.empty_like(images)
+    for image, draw, out in zip(images, _draws(len(images), rng), augmented, strict=True):
+        _augment(_split_channels(image), draw, settings, out)
+    return augmented
 
 
-def _between(draw: np.ndarray, low: float, high: float) -> np.ndarray:
-    return low + draw * (high - low)
+def _draws(count: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.random((count, 6), dtype=np.float64)
 
 
-def _shift_saturation_hue(planes: np.ndarray, saturation: np.ndarray, hue: np.ndarray) -> np.ndarray:
-    """HSV saturation scaling (clipped at 1) and hue shift (in turns), planes (n, 3, H, W) in [0, 1].
+def _augment(planes: np.ndarray, draw: np.ndarray, settings: AugmentSettings, out: np.ndarray) -> None:
+    """Grey levels float32 (3, S, S) and their six draws -> out uint8 (S, S, 3)."""
+    size, side = planes.shape[1], np.sqrt(settings.crop_area)
+    corner = draw[:2] * (1.0 - side)
+    pixels = _crop_transposed(planes, np.concatenate([corner, corner + side]), size).reshape(3, -1)
+    brightness = _between(draw[2], -settings.brightness, settings.brightness)
+    _shift_brightness_contrast(pixels, brightness, _between(draw[3], *settings.contrast))
+    saturation, hue = _between(draw[4], *settings.saturation), _between(draw[5], -settings.hue, settings.hue)
+    levels = _shift_saturation_hue(pixels, saturation, hue).reshape(3, size, size)
+    _join_channels(levels.transpose(0, 2, 1), out)
 
-    Both keep the value V = max(R, G, B), and the saturation does not change the hue, so one pass over the HSV
-    hexagon does both: channel c of hue h is V - chroma * clip(min(k, 4 - k), 0, 1), k = (offset_c + 6 h) mod 6.
+
+def _between(draw: float, low: float, high: float) -> float:
+    return float(low + draw * (high - low))
+
+
+def _shift_brightness_contrast(pixels: np.ndarray, brightness: float, contrast: float) -> None:
+    """Grey levels float32 (3, N), in place: offset (share of 255), then factor about the channel means."""
+    pixels += np.float32(255.0 * brightness)
+    np.clip(pixels, 0.0, 255.0, out=pixels)
+    mean = pixels.mean(axis=1, keepdims=True)
+    pixels *= np.float32(contrast)
+    pixels += mean * np.float32(1.0 - contrast)
+    np.clip(pixels, 0.0, 255.0, out=pixels)
+
+
+_BLOCK = 12544  # pixels: a quarter of a 224 px image, whose intermediate results stay in the second-level cache
+_TRUNCATED = 255.5 / 255.0  # grey levels times this, truncated, are TensorFlow's uint8 levels
+
+
+def _shift_saturation_hue(pixels: np.ndarray, saturation: float, hue: float) -> np.ndarray:
+    """HSV saturation scaling (clipped at 1) and hue shift (in turns): grey levels float32 (3, N) -> uint8 (3, N).
+
+    Levels become whole numbers as TensorFlow's: trunc(255.5 v) of the value v in [0, 1].
     """
-    red, green, blue = planes[:, 0], planes[:, 1], planes[:, 2]
-    value = np.maximum(np.maximum(red, green), blue)
-    chroma = value - np.minimum(np.minimum(red, green), blue)
-    safe = np.where(chroma > 0.0, chroma, np.float32(1.0))
-    sector = np.where(
-        value == red,
-        (green - blue) / safe,
-        np.where(value == green, (blue - red) / safe + np.float32(2.0), (red - green) / safe + np.float32(4.0)),
-    )
-    sector += np.float32(6.0) * hue
-    chroma = np.minimum(chroma * saturation, value)
-    shifted = np.empty_like(planes)
-    for channel, offset in enumerate((5.0, 3.0, 1.0)):
-        k = sector + np.float32(offset)
-        k -= np.float32(6.0) * np.floor(k * np.float32(1.0 / 6.0))
-        np.minimum(k, np.float32(4.0) - k, out=k)
-        np.clip(k, 0.0, 1.0, out=k)
-        np.subtract(value, chroma * k, out=shifted[:, channel])
-    return np.clip(shifted, 0.0, 1.0, out=shifted)
+    sectors = 6.0 * hue
+    turns = round(sectors / 2.0)  # two sectors are one channel: at most one sector is left for the blocks
+    pixels = np.roll(pixels, turns, axis=0) if turns else pixels
+    levels = np.empty(pixels.shape, np.uint8)
+    for start in range(0, pixels.shape[1], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        levels[:, block] = _shift_block(pixels[:, block], saturation, sectors - 2.0 * turns)
+    return levels
 
 
-def _to_planes(images: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+def _shift_block(rgb: np.ndarray, saturation: float, sectors: float) -> np.ndarray:
+    """Grey levels float32 (3, n) -> 255.5 / 255 times the shifted levels, float32 (3, n); |sectors| <= 1.
+
+    With V the largest, L the smallest and M the middle value and chroma C = V - L, channel c is
+    L + clip(2 c - L - M, 0, C) for every colour: the largest exceeds its bound by V - M, the smallest by M - L. These
+    are the distances along the HSV hexagon to where the channel starts to change, so a hue shift by s sectors adds
+    -s C or s C, depending on which of the other two channels is larger. The saturation scales C and keeps V. The code
+    halves the expression inside the clip and its bounds, which saves doubling c.
+    """
+    red, green, blue = rgb
+    value = np.maximum(red, green)
+    lowest = np.minimum(red, green)
+    np.maximum(value, blue, out=value)
+    np.minimum(lowest, blue, out=lowest)
+    chroma = value - lowest
+    middle = red + green
+    middle += blue
+    middle -= value
+    middle *= np.float32(0.5)  # (L + M) / 2
+    shift = np.empty_like(rgb)
+    for channel in range(3):
+        np.subtract(rgb[(channel + 1) % 3], rgb[(channel + 2) % 3], out=shift[channel])
+    # The sign bit of the difference decides between s C / 2 and -s C / 2. Where it is 0, the channel is the largest or
+    # the smallest and exceeds its bound by C, so that the clip gives this bound for either sign.
+    chroma *= np.float32(0.5)
+    amount = chroma * np.float32(sectors)
+    bits = shift.view(np.uint32)
+    bits &= np.uint32(1 << 31)
+    bits ^= amount.view(np.uint32)
+    shifted = rgb - middle
+    shifted -= shift
+    np.clip(shifted, 0.0, 255.0, out=shifted)  # 255 is no bound; np.maximum with a number is slower
+    scale = np.float32(2.0 * saturation * _TRUNCATED)
+    if saturation > 1.0:
+        limit = value * np.float32(_TRUNCATED)  # saturation 1 at most
+        limit /= chroma + np.float32(1e-6)
+        scale = np.clip(limit, 0.0, scale, out=limit)
+    np.minimum(shifted, chroma, out=shifted)
+    value *= np.float32(_TRUNCATED)
+    chroma *= scale
+    value -= chroma
+    shifted *= scale
+    shifted += value
+    return shifted
 
 
-def _to_images(planes: np.ndarray) -> np.ndarray:
-    """(n, 3, H, W) float32 in [0, 1] -> (n, H, W, 3) uint8 as trunc(255.5 v), TensorFlow's conversion."""
-    scaled = planes * np.float32(255.5)
-    levels = np.minimum(scaled, np.float32(255.0), out=scaled).astype(np.uint8)
-    return np.ascontiguousarray(levels.transpose(0, 2, 3, 1))
+def _split_channels(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> float32 (3, H, W)."""
+    planes = np.empty((3, *image.shape[:2]), np.float32)
+    for channel, plane in enumerate(planes):  # numpy would loop over the channels inside, three times slower
+        plane[:] = image[:, :, channel]
+    return planes
+
+
+def _join_channels(planes: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """(3, H, W) in (-1, 256), truncated, into `image`, uint8 (H, W, 3); returns `image`."""
+    for channel, plane in enumerate(planes.astype(np.uint8)):
+        image[:, :, channel] = plane
+    return image
+
+
+def frame_pixels(frame: bytes | np.ndarray) -> np.ndarray:
+    """Stored frame (JPEG or PNG bytes, or uint8 (H, W, 3)) -> uint8 (H, W, 3). ValueError for anything else."""
+    if isinstance(frame, bytes):
+        return decode_image(frame)
+    _check_image(frame)
+    return frame
 
 
 def prepare_train_image(frame: bytes | np.ndarray, spec: ImageSpec) -> np.ndarray:
-    """Stored frame (JPEG or PNG bytes, or uint8 (H, W, 3)) -> uint8 (size, size, 3). Crops belong to augmentation."""
-    pixels = decode_image(frame) if isinstance(frame, bytes) else frame
-    return resize_lanczos3(pixels, (spec.size, spec.size))
+    """Stored frame (see `frame_pixels`) -> uint8 (size, size, 3). Crops belong to augmentation."""
+    return prepare_train_images([frame], spec)[0]
+
+
+def prepare_train_images(
+    frames: Sequence[bytes | np.ndarray],
+    spec: ImageSpec,
+    augment: AugmentSettings | None = None,
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """Stored frames of any sizes -> uint8 (n, size, size, 3), augmented with `rng` when `augment` is given.
+
+    The same as `prepare_train_image` and `augment_images` one after another, without the uint8 images in between. One
+    image is finished before the next one starts, so that the intermediate results are few and stay in the cache.
+    """
+    size = (spec.size, spec.size)
+    draws = [None] * len(frames) if augment is None else _draws(len(frames), rng)
+    images = np.empty((len(frames), *size, 3), np.uint8)
+    for frame, draw, out in zip(frames, draws, images, strict=True):
+        planes = _resized_planes(frame_pixels(frame), size, block=16)
+        if augment is None:
+            _join_channels(planes, out)
+        else:
+            _augment(planes, draw, augment, out)
+    return images
 
 
 def prepare_eval_image(rgb: np.ndarray, spec: ImageSpec) -> np.ndarray:

@@ -13,6 +13,7 @@ from prismatic.vla.images import (
     encode_jpeg,
     prepare_eval_image,
     prepare_train_image,
+    prepare_train_images,
     resize_lanczos3,
 )
 
@@ -58,6 +59,23 @@ def test_crop_samples_corner_pixels():
 def test_train_image_without_resize_is_the_decoded_frame():
     jpeg = encode_jpeg(smooth_images()[0])
     np.testing.assert_array_equal(prepare_train_image(jpeg, ImageSpec(size=48)), decode_jpeg(jpeg))
+
+
+def test_train_images_are_resized_and_augmented():
+    frames = [encode_jpeg(smooth_images()[0]), np.ascontiguousarray(smooth_images()[1][:40])]
+    spec = ImageSpec(size=32)
+    prepared = np.stack([prepare_train_image(frame, spec) for frame in frames])
+    np.testing.assert_array_equal(prepare_train_images(frames, spec), prepared)
+    expected = augment_images(prepared, np.random.default_rng(4), AugmentSettings())
+    actual = prepare_train_images(frames, spec, AugmentSettings(), np.random.default_rng(4))
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(256, 256), (96, 96), (240, 320), (7, 5)])
+def test_training_resizes_like_the_full_product(height, width):
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    difference = np.abs(prepare_train_image(image, ImageSpec()).astype(int) - resize_lanczos3(image, (224, 224)))
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
 
 def test_evaluation_matches_training_frames():
@@ -117,7 +135,10 @@ def test_contrast_scales_around_the_channel_mean():
     np.testing.assert_allclose(ratio, ratio[:, :1] * np.ones(3), atol=0.02)
 
 
-@pytest.mark.parametrize(("saturation", "hue"), [(1.2, 0.0), (0.8, 0.0), (1.0, 0.05), (1.0, -0.05), (1.2, 0.03)])
+@pytest.mark.parametrize(
+    ("saturation", "hue"),
+    [(1.2, 0.0), (0.8, 0.0), (1.0, 0.05), (1.0, -0.05), (1.2, 0.03), (0.9, 0.16), (1.1, -0.2), (1.0, 0.5), (1.2, 0.8)],
+)
 def test_saturation_and_hue_follow_the_hsv_definition(saturation, hue):
     images = np.random.default_rng(2).integers(0, 256, (1, 12, 12, 3), dtype=np.uint8)
     images[0, 0] = np.arange(12, dtype=np.uint8)[:, None] * 20  # greys
@@ -137,6 +158,14 @@ def test_saturation_and_hue_follow_the_hsv_definition(saturation, hue):
         h, s, v = colorsys.rgb_to_hsv(*(source / 255))
         expected = np.array(colorsys.hsv_to_rgb((h + hue) % 1.0, min(s * saturation, 1.0), v)) * 255.5
         assert np.abs(result - np.floor(np.minimum(expected, 255))).max() <= 1
+
+
+def test_colours_of_large_images_are_those_of_small_ones():
+    image = np.random.default_rng(2).integers(0, 256, (1, 65, 65, 3), dtype=np.uint8)
+    settings = only(brightness=0.1, saturation=(0.8, 1.2), hue=0.05)
+    large = augment_images(np.tile(image, (1, 2, 2, 1)), np.random.default_rng(8), settings)  # more than one block
+    small = augment_images(image, np.random.default_rng(8), settings)
+    np.testing.assert_array_equal(large, np.tile(small, (1, 2, 2, 1)))
 
 
 def test_crop_keeps_ninety_percent_with_independent_offsets():

@@ -20,7 +20,7 @@ from prismatic.vla.datasets.registry import (
     get_data_set_config,
 )
 from prismatic.vla.datasets.source import DataSetError, EpisodeSource
-from prismatic.vla.images import AugmentSettings, ImageSpec, augment_images, prepare_train_image
+from prismatic.vla.images import AugmentSettings, ImageSpec, frame_pixels, prepare_train_images
 from prismatic.vla.normalization import Normalizer, compute_statistics
 
 PARTS = ("train", "val")
@@ -88,11 +88,11 @@ class _Part:
         self.actions = normalizer.normalize_action(self.actions)
         self.proprio = normalizer.normalize_proprio(self.proprio)
 
-    def frame(self, position: int, camera: int, step: int, spec: ImageSpec) -> np.ndarray:
-        """One prepared image (S, S, 3) of the episode at `position` of the kept ones."""
+    def frame(self, position: int, camera: int, step: int) -> np.ndarray:
+        """One decoded frame, uint8 (H, W, 3), of the episode at `position` of the kept ones."""
         key, episode = self.source.keys.cameras[camera], self.kept[position]
         try:
-            return prepare_train_image(self.source.frame(key, episode, step), spec)
+            return frame_pixels(self.source.frame(key, episode, step))
         except ValueError as error:
             raise DataSetError(f"{self.name}: episode {episode}, camera {key}, step {step}: {error}") from error
 
@@ -118,7 +118,7 @@ class VLADataset(Dataset):
         self._parts = [self._load(data_root_dir, name, given.get(name)) for name in names]
         self._windows = [_window_counts(part, settings) for part in self._parts]
         self._first = np.cumsum([0, *self.group_sizes])
-        self._augment = AugmentSettings(crop_area=settings.image_spec.crop_area)
+        self._augment = AugmentSettings(crop_area=settings.image_spec.crop_area) if settings.image_aug else None
 
     @property
     def data_set_names(self) -> list[str]:
@@ -179,14 +179,12 @@ class VLADataset(Dataset):
         """
         epoch, index = key
         part, position, step = self._locate(index)
-        spec = self.settings.image_spec
-        images = np.stack([part.frame(position, camera, step, spec) for camera in range(self.settings.num_images)])
-        if self.settings.image_aug:
-            images = augment_images(images, np.random.default_rng((self.settings.seed, epoch, index)), self._augment)
+        frames = [part.frame(position, camera, step) for camera in range(self.settings.num_images)]
+        rng = np.random.default_rng((self.settings.seed, epoch, index)) if self._augment else None
         row = part.starts[position] + step
         episode = part.kept[position]
         return {
-            "images": images,
+            "images": prepare_train_images(frames, self.settings.image_spec, self._augment, rng),
             "proprio": part.proprio[row],
             "actions": part.actions[row : row + self.settings.action_spec.chunk_len],
             "instruction": part.source.instructions[episode],
