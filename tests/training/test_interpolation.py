@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from prismatic.training import checkpoints
 from prismatic.training.checkpoint_files import MANIFEST, weights_hash
+from prismatic.training.checkpoint_folder import LISTING
 from prismatic.training.checkpoints import load_checkpoint, load_unmerged
 from prismatic.training.interpolation import Parts, interpolate_checkpoint, save_policy, scale_adapters
 from prismatic.training.lora import fixed_batch
@@ -72,6 +73,7 @@ def interpolate(monkeypatch, arguments: str) -> None:
 def edit_manifest(folder: Path, **changes) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+    (folder / LISTING).unlink()  # of the files as they were written
 
 
 # ------------------------------------------------------------------------------------------------ the rule
