@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from prismatic.training import checkpoints
 from prismatic.training.checkpoint_files import MANIFEST, weights_hash
-from prismatic.training.checkpoint_folder import seal
+from prismatic.training.checkpoint_folder import LISTING
 from prismatic.training.checkpoints import load_checkpoint, load_unmerged
 from prismatic.training.interpolation import Parts, interpolate_checkpoint, save_policy, scale_adapters
 from prismatic.training.lora import fixed_batch
@@ -73,7 +73,7 @@ def interpolate(monkeypatch, arguments: str) -> None:
 def edit_manifest(folder: Path, **changes) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | changes))
-    seal(folder)
+    (folder / LISTING).unlink()  # of the files as they were written
 
 
 # ------------------------------------------------------------------------------------------------ the rule
@@ -286,7 +286,6 @@ def trim(file: Path, name: str, size: int, dim: int = 0) -> None:
     state = load_file(file)
     state[name] = state[name].narrow(dim, 0, size).contiguous()
     save_file(state, file, metadata={"format": "pt"})
-    seal(file.parent)
 
 
 def test_a_head_of_another_kind_is_refused_with_parts_all(start, make_trainer):
