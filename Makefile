@@ -1,8 +1,9 @@
 # make demo   set up, fine-tune (plain and CRaFT), evaluate in LIBERO, write results/demo/report.md
-# make test   set up, run all tests
+# make test   set up, run all tests, JOBS (2) at a time
 # make lint   style and complexity limits
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 export MUJOCO_GL ?= osmesa
 
@@ -12,7 +13,8 @@ demo: setup
 	$(BIN)/python craft_experiments/00_demo/run_demo.py
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 lint: setup
 	$(BIN)/ruff check .

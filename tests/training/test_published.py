@@ -119,6 +119,7 @@ def test_load_predict_finetune_save_merge_load_predict(make_trainer, tmp_path, p
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_published_size_loads_trains_merges_and_loads_again(make_trainer, tmp_path):
     """1.25 billion random weights; no number of images in the configuration, as in published folders."""
     start = make_published_folder(tmp_path / "p", preset="qwen25-0_5b", num_images_in_input=None)
