@@ -107,7 +107,8 @@ def test_two_processes_with_half_the_batch_equal_one(two, one, name):
         torch.testing.assert_close(
             value, single["weights"][parameter], rtol=1e-3, atol=2e-5, msg=lambda m, n=parameter: f"{n} {m}"
         )
-    assert distributed["dual"]["lambda"] == pytest.approx(single["dual"]["lambda"], rel=1e-4, abs=1e-9)
+    # Lambda sums the relative errors of L_ret, which is a difference of nearly equal features: no closer than those.
+    assert distributed["dual"]["lambda"] == pytest.approx(single["dual"]["lambda"], rel=1e-3, abs=1e-9)
     for mine, other in zip(distributed["metrics"], single["metrics"], strict=True):
         assert mine["CRaFT/Gate Open"] == other["CRaFT/Gate Open"]
         assert mine["CRaFT/Retention Loss"] == pytest.approx(other["CRaFT/Retention Loss"], rel=1e-3, abs=1e-9)
