@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ _NO_PROTOCOL = frozenset(
     {
         "model_family", "pretrained_checkpoint", "unnorm_key", "control", "replay_dataset", "replay_episode",
         "task_suite_name", "task_ids", "num_trials_per_task", "initial_state_offset", "seed",
-        "render_mode", "env_img_res",
+        "render_mode", "env_img_res", "language_source", "control_results",
         "run_id_note", "local_log_dir", "use_wandb", "wandb_entity", "wandb_project", "save_version", "num_workers",
         "worker_timeout_s", "max_consecutive_errors", "max_videos", "video_frame_interval", "save_videos",
         "rollout_dir", "results_dir", "resume", "shard",
@@ -191,27 +191,32 @@ def _admit(episodes: dict[EpisodeId, dict[str, Any]], row: dict[str, Any], where
 def protocol(run: RecordedRun) -> dict[str, list[str]]:
     """Protocol fields of a run and the distinct values found, as text, sorted.
 
-    From the records: render_mode and versions (`versions.mujoco`, ...); from results.json: the resolution used and the
-    flags that say how episodes run. A field nobody recorded is absent.
+    From the records: render_mode, language_source and versions (`versions.mujoco`, ...); from results.json: the
+    resolution used and the flags that say how episodes run. A field nobody recorded is absent.
     """
     found: dict[str, set[str]] = {}
-
-    def add(name: str, value: Any) -> None:
+    for name, value in [*_record_protocol(run), *_facts_protocol(run)]:
         found.setdefault(name, set()).add(value if isinstance(value, str) else json.dumps(value, sort_keys=True))
+    return {name: sorted(values) for name, values in sorted(found.items())}
 
+
+def _record_protocol(run: RecordedRun) -> Iterator[tuple[str, Any]]:
     for record in run.episodes.values():
-        if record.get("render_mode"):
-            add("render_mode", record["render_mode"])
+        for name in ("render_mode", "language_source"):
+            if record.get(name):
+                yield name, record[name]
         for name, version in (record.get("versions") or {}).items():
-            add(f"versions.{name}", version)
+            yield f"versions.{name}", version
+
+
+def _facts_protocol(run: RecordedRun) -> Iterator[tuple[str, Any]]:
     for facts in run.facts:
         for name, value in (facts.get("config") or {}).items():
             if name not in _NO_PROTOCOL:
-                add(name, value)
+                yield name, value
         for name in _FACTS_AS_PROTOCOL:
             if name in facts:
-                add(name, facts[name])
-    return {name: sorted(values) for name, values in sorted(found.items())}
+                yield name, facts[name]
 
 
 @dataclass(frozen=True)
