@@ -46,9 +46,16 @@ def join(children: Sequence[object], separator: str = "") -> Html:
 
 
 def table(heads: Sequence[object], rows: Sequence[Sequence[object]], **attributes: object) -> Html:
-    """A table; each row's first cell is its header. A cell is a child of `td` (`th`), or `Html` that starts with it."""
-    head = el("thead", el("tr", *(el("th", item, scope="col") for item in heads)))
-    body = []
+    """A table; columns of numbers (as in the first row) are aligned right.
+
+    Args:
+        heads: column titles.
+        rows: cells. The first of a row is its header. A cell is a child of `td` (`th`), or `Html` that starts with it.
+        attributes: of the table.
+    """
+    numeric = {i for row in rows[:1] for i, item in enumerate(row) if str(item).startswith('<td class="num')}
+    heads = [el("th", item, scope="col", class_="num" if i in numeric else None) for i, item in enumerate(heads)]
+    head, body = el("thead", el("tr", *heads)), []
     for first, *rest in rows:
         cells = [item if isinstance(item, Html) and item.startswith("<td") else el("td", item) for item in rest]
         ready = isinstance(first, Html) and first.startswith("<th")
@@ -113,7 +120,7 @@ def _axis(top: float, bottom: str, unit: str) -> list[Html]:
         shapes.append(el("line", x1=_MARGIN, x2=CHART_WIDTH - 8, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"))
         shapes.append(el("text", f"{share * top:.3g}", x=_MARGIN - 6, y=f"{y + 4:.1f}", text_anchor="end"))
     shapes.append(el("text", bottom, x=(_MARGIN + CHART_WIDTH) / 2, y=CHART_HEIGHT - 4, text_anchor="middle"))
-    return [*shapes, el("text", unit, x=4, y=11)]
+    return [*shapes, el("text", unit, x=_MARGIN, y=9)]
 
 
 def _chart(shapes: Sequence[Html], title: str) -> Html:
@@ -187,7 +194,7 @@ STYLE = """
   --good: #4fd1a8; --bad: #ff9a66; --light: #2b4a5e; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 24px 20px 64px; }
+main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 64px; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 40px 0 8px; border-bottom: 1px solid var(--line); padding-bottom: 4px; }
 h3 { font-size: 1rem; margin: 0; }
@@ -201,11 +208,14 @@ a { color: var(--c0); }
 .scroll { overflow-x: auto; }
 .tall { max-height: 34rem; overflow-y: auto; border: 1px solid var(--line); }
 .tall thead th { position: sticky; top: 0; background: var(--panel); z-index: 1; }
-table { border-collapse: collapse; font-size: .9rem; min-width: 100%; }
+table { border-collapse: collapse; font-size: .9rem; }
+table.wide { min-width: 100%; }
 th, td { text-align: left; padding: 5px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
-thead th { color: var(--soft); font-weight: 600; white-space: nowrap; vertical-align: bottom; }
+thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+.words { min-width: 15rem; }
 tbody th { font-weight: 400; }
-td.num, td.rate { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.num, th.num { text-align: right; font-variant-numeric: tabular-nums; }
+td.num { white-space: nowrap; }
 th button { all: unset; cursor: pointer; }
 th button:focus-visible, .tall:focus-visible, summary:focus-visible { outline: 2px solid var(--c0); }
 th button::after { content: " \\2195"; opacity: .5; }

@@ -164,7 +164,23 @@ def controls_section(data: ReportData) -> list[Html]:
     rows = [_control_row(control_label(data.run), data.run, None, 0)]
     rows += [_control_row(c.label, c.run, c.comparison, i) for i, c in enumerate(data.controls, start=1)]
     heads = ["", "successes / trials", "rate", "95 % interval, %", "0 to 100 %", "on common episodes"]
-    return [head, table(heads, rows), *notes]
+    return [head, *_control_warning(data.controls), table(heads, rows), *notes]
+
+
+def _control_warning(controls: Sequence[ControlRun]) -> list[Html]:
+    """Names the controls that succeed as often as the policy, as far as the common episodes can tell."""
+    equal = []
+    for control in controls:
+        found = control.comparison
+        if found is not None and (not found.distinguishable or found.difference > 0):
+            equal.append(control.label)
+    if not equal:
+        return []
+    text = (
+        f"On the common episodes the policy's rate is not shown to be above that of: {', '.join(equal)}. "
+        "As far as that, it does not show that the policy looks at the scene."
+    )
+    return [el("div", el("p", text), class_="banner")]
 
 
 def _control_row(label: str, run: RecordedRun, comparison: Comparison | None, colour: int) -> list[object]:
@@ -201,7 +217,7 @@ def tasks_section(data: ReportData) -> list[Html]:
         bars = [bar_of(label, other, task, colour) for colour, (label, other) in enumerate(named)]
         successes, trials = counts_of(run, task)
         steps = [r["steps"] for r in records if r["status"] != "error" and r.get("steps") is not None]
-        cells: list[object] = [_task_text(task, run), str(records[0].get("instruction", ""))]
+        cells: list[object] = [_task_text(task, run), el("td", records[0].get("instruction", ""), class_="words")]
         cells += [el("td", f"{successes} / {trials}", class_="num"), el("td", percent(bars[0].rate), class_="num")]
         cells += [el("td", interval_text(bars[0].interval), class_="num"), rate_bars(bars, _task_text(task, run))]
         cells += [el("td", percent(bar.rate), class_="num") for bar in bars[1:]]
@@ -324,7 +340,7 @@ def episodes_section(data: ReportData) -> list[Html]:
         cells += [number(record.get("n_queries")), number(record.get("wall_s"), 1), number(record.get("attempts"))]
         cells += [number(key.seed), _video_word(video)]
         rows.append(cells)
-    body = table(heads, rows, class_="sortable")
+    body = table(heads, rows, class_="sortable wide")
     region = el("div", body, class_="tall", tabindex="0", role="region", aria_label="All episodes")
     return [el("h2", f"Episodes ({len(rows)})"), region]
 
@@ -383,7 +399,7 @@ def protocol_section(run: RecordedRun) -> list[Html]:
     for name, values in protocol(run).items():
         pinned = PINNED_VERSIONS.get(name.removeprefix("versions."))
         odd = pinned is not None and values != [pinned]
-        text = ", ".join(values)
+        text = ", ".join("not set" if value == "null" else value for value in values)
         rows.append([name, el("td", f"{text} (published numbers: {pinned})", class_="error") if odd else text])
     identity = [("run", "run_id"), ("fingerprint", "fingerprint"), ("seed", "seed"), ("control", "control")]
     head = [[name, ", ".join(run.values(field)) or "not recorded"] for name, field in identity]
