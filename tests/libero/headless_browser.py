@@ -105,8 +105,15 @@ class Browser:
         if height is None:
             size["height"] = int(self.evaluate("document.documentElement.scrollHeight"))
             self.call("Emulation.setDeviceMetricsOverride", **size)
+        # Twice round the painter: a style that has just changed is not on the picture before.
+        painted = "new Promise(d => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(d, 300))))"
+        self.evaluate(painted)
         image = self.call("Page.captureScreenshot", format="png")
         path.write_bytes(base64.b64decode(image["data"]))
+
+    def pdf(self, path: Path) -> None:
+        """The page as it prints."""
+        path.write_bytes(base64.b64decode(self.call("Page.printToPDF", printBackground=True)["data"]))
 
     def complaints(self) -> list[dict[str, Any]]:
         """Console messages, log entries and exceptions so far."""

@@ -89,7 +89,7 @@ def test_errors_are_excluded_and_counted():
     assert result.total.pairs == 2
     assert [(item.episode.init_idx, item.reason) for item in result.unpaired] == [(2, "error in A")]
     text = format_text(result)
-    assert "1 errors: NOT VALID" in text and "initial states 2: error in A" in text
+    assert "1 error(s): NOT VALID" in text and "initial states 2: error in A" in text
 
 
 def test_few_discordant_pairs_and_opposite_tasks_are_said():
@@ -158,7 +158,11 @@ def test_reading_keeps_the_last_attempt_drops_a_torn_line_and_ignores_unknown_fi
     assert run.count("success") == run.count("failure") == 1 and run.count("error") == 0
     assert run.missing == 3 and "not finished" in run.notes[0]
     assert read_run(folder / "episodes.jsonl").episodes == run.episodes
-    second = write(tmp_path / "b", [row(1, 0, "success")])
+    # A record of an earlier version has no perturbation; the suite's name says it.
+    swaps = [row(1, 0, "success", suite="libero_goal_swap"), row(1, 1, "success", suite="libero_goal_swap")]
+    swaps[1]["perturbation"] = "swap"
+    second = write(tmp_path / "b", swaps[:1])
+    assert {key.perturbation for key in read_run(write(tmp_path / "c", swaps)).episodes} == {""}
     assert len(read_run(f"{folder}, {second}").episodes) == 3
 
 

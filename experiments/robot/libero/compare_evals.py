@@ -269,8 +269,8 @@ def run_line(run: RecordedRun) -> str:
     controls = [control for control in run.values("control") if control != "none"]
     text += f", control {', '.join(controls)}" if controls else ""
     if run.count("error"):
-        text += f", {run.count('error')} errors: NOT VALID"
-    return text + (f", {run.missing} planned episodes missing: NOT COMPLETE" if run.missing else "")
+        text += f", {run.count('error')} error(s): NOT VALID"
+    return text + (f", {run.missing} planned episode(s) missing: NOT COMPLETE" if run.missing else "")
 
 
 def format_text(comparison: Comparison) -> str:
@@ -316,7 +316,7 @@ def _left_out_lines(comparison: Comparison) -> list[str]:
         groups.setdefault((item.episode.task, item.episode.seed, item.reason), []).append(item.episode.init_idx)
     if not groups:
         return ["Every episode is paired.", ""]
-    lines = [f"{len(comparison.unpaired)} episodes have no partner and are left out:", ""]
+    lines = [f"{len(comparison.unpaired)} episode(s) have no partner and are left out:", ""]
     for (task, seed, reason), states in groups.items():
         lines.append(f"- {_task_name(task)}, seed {seed}, initial states {format_ranges(states)}: {reason}")
     return [*lines, ""]

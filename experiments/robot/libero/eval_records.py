@@ -56,7 +56,7 @@ class RecordsError(ValueError):
 
 
 class EpisodeId(NamedTuple):
-    """What two runs are paired on. perturbation: empty where the records have no such field."""
+    """What two runs are paired on. perturbation: empty where the suite's name says it, or none is recorded."""
 
     suite: str
     perturbation: str
@@ -175,8 +175,7 @@ def _admit(episodes: dict[EpisodeId, dict[str, Any]], row: dict[str, Any], where
         raise RecordsError(f"{where}: missing fields {missing}")
     if row["status"] not in STATUSES:
         raise RecordsError(f"{where}: status: found {row['status']!r}, expected one of {STATUSES}")
-    perturbation = row.get("perturbation") or ""
-    key = EpisodeId(row["suite"], str(perturbation), row["task_id"], row["init_idx"], row["seed"])
+    key = EpisodeId(row["suite"], _perturbation(row), row["task_id"], row["init_idx"], row["seed"])
     for name in ("task_id", "init_idx", "seed"):
         if not isinstance(row[name], int):
             raise RecordsError(f"{where}: {name}: found {row[name]!r}, expected a whole number")
@@ -188,11 +187,17 @@ def _admit(episodes: dict[EpisodeId, dict[str, Any]], row: dict[str, Any], where
     episodes[key] = row
 
 
+def _perturbation(row: dict[str, Any]) -> str:
+    """Empty where the suite's name already ends with it: records of earlier versions lack the field."""
+    name = str(row.get("perturbation") or "")
+    return "" if row["suite"].endswith(f"_{name}") else name
+
+
 def protocol(run: RecordedRun) -> dict[str, list[str]]:
     """Protocol fields of a run and the distinct values found, as text, sorted.
 
-    From the records: render_mode, language_source and versions (`versions.mujoco`, ...); from results.json: the
-    resolution used and the flags that say how episodes run. A field nobody recorded is absent.
+    From the records: render_mode, language_source, gl_renderer and versions (`versions.mujoco`, ...); from
+    results.json: the resolution used and the flags that say how episodes run. A field nobody recorded is absent.
     """
     found: dict[str, set[str]] = {}
     for name, value in [*_record_protocol(run), *_facts_protocol(run)]:
@@ -202,7 +207,7 @@ def protocol(run: RecordedRun) -> dict[str, list[str]]:
 
 def _record_protocol(run: RecordedRun) -> Iterator[tuple[str, Any]]:
     for record in run.episodes.values():
-        for name in ("render_mode", "language_source"):
+        for name in ("render_mode", "language_source", "gl_renderer"):
             if record.get(name):
                 yield name, record[name]
         for name, version in (record.get("versions") or {}).items():

@@ -81,8 +81,8 @@ class Bar:
 
 def rate_bars(bars: Sequence[Bar], title: str) -> Html:
     """Horizontal bars on a scale from 0 to 100 % with the interval as a line; the first bar is the thicker one."""
-    width, y, shapes = 200.0, 1.0, []
-    for position in (0, 50, 100, 150, 200):
+    width, y, shapes = 160.0, 1.0, []
+    for position in (0, 40, 80, 120, 160):
         shapes.append(el("line", x1=position, x2=position, y1=0, y2="100%", class_="grid"))
     for index, bar in enumerate(bars):
         height = 12 if index == 0 else 7
@@ -125,7 +125,7 @@ def _axis(top: float, bottom: str, unit: str) -> list[Html]:
 
 def _chart(shapes: Sequence[Html], title: str) -> Html:
     size = {"viewBox": f"0 0 {CHART_WIDTH} {CHART_HEIGHT}"}
-    return el("svg", *shapes, role="img", aria_label=title, class_="chart", **size)
+    return el("div", el("svg", *shapes, role="img", aria_label=title, class_="chart", **size), class_="scroll")
 
 
 def timeline(values: Sequence[tuple[float, float]], title: str, unit: str) -> Html:
@@ -210,10 +210,10 @@ a { color: var(--c0); }
 .tall thead th { position: sticky; top: 0; background: var(--panel); z-index: 1; }
 table { border-collapse: collapse; font-size: .9rem; }
 table.wide { min-width: 100%; }
-th, td { text-align: left; padding: 5px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { text-align: left; padding: 5px 8px; border-bottom: 1px solid var(--line); vertical-align: top; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-.words { min-width: 15rem; }
-tbody th { font-weight: 400; }
+.words { min-width: 13rem; }
+tbody th { font-weight: 400; white-space: nowrap; }
 td.num, th.num { text-align: right; font-variant-numeric: tabular-nums; }
 td.num { white-space: nowrap; }
 th button { all: unset; cursor: pointer; }
@@ -222,7 +222,7 @@ th button::after { content: " \\2195"; opacity: .5; }
 th[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1; }
 th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
 .success { color: var(--good); } .failure, .error { color: var(--bad); } .error { font-weight: 700; }
-.bars { display: block; } .chart { display: block; width: 100%; max-width: 720px; height: auto; }
+.bars { display: block; } .chart { display: block; width: 720px; height: 200px; }
 svg text { fill: var(--soft); font-size: 12px; } .grid { stroke: var(--line); stroke-width: 1; }
 .whisker { stroke: var(--ink); stroke-width: 1.3; } .light { fill: var(--light); }
 .fill0 { fill: var(--c0); } .fill1 { fill: var(--c1); } .fill2 { fill: var(--c2); } .fill3 { fill: var(--c3); }
@@ -237,8 +237,11 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: .85r
 summary { cursor: pointer; margin: 8px 0; }
 @media print { :root { --paper: #fff; --ink: #000; --soft: #444; --panel: #fff; --line: #bbb; }
   main { max-width: none; padding: 0; } .tall { max-height: none; overflow: visible; border: 0; }
-  .tall thead th { position: static; } th button::after { content: ""; } h2, h3 { break-after: avoid; }
-  tr { break-inside: avoid; } * { print-color-adjust: exact; } }
+  body { font-size: 10pt; } table { font-size: 8pt; } th, td { padding: 3px 5px; } .words { min-width: 0; }
+  .scroll { overflow: visible; } .bars { width: 110px; height: auto; } .chart { width: 100%; height: auto; }
+  .cards { grid-template-columns: repeat(4, 1fr); gap: 8px; } .tall thead th { position: static; }
+  th button::after { content: ""; } h2, h3 { break-after: avoid; } tr, svg { break-inside: avoid; }
+  @page { margin: 12mm; } * { print-color-adjust: exact; } }
 """
 
 SCRIPT = """

@@ -29,17 +29,9 @@ Task = tuple[str, str, int]
 CONTROL_LABELS = {
     "grey_images": "grey images",
     "frozen_image": "frozen image",
-    "replay": "replayed demonstration",
+    "replay": "replay",
     "none": "policy",
 }
-LATENCY_FIELDS = {
-    "query_latency_ms": 1.0,
-    "latency_ms": 1.0,
-    "query_latency_s": 1000.0,
-    "latency_s": 1000.0,
-}
-"""Record fields that may hold a policy query's duration (number, list per query, or {mean or median, max}), and the
-factor to milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,9 @@ def control_label(run: RecordedRun) -> str:
     names = [CONTROL_LABELS.get(name, name) for name in run.values("control")]
     noise = [value for value in protocol(run).get("init_noise_mm", []) if value not in ("0", "0.0", "null")]
     if noise:
-        names = [name for name in names if name != "policy"] + [f"initial states moved by {', '.join(noise)} mm"]
+        names = [name for name in names if name != "policy"] + [
+            f"objects moved {', '.join(f'{float(value):g}' for value in noise)} mm"
+        ]
     return ", ".join(names) or "control"
 
 
@@ -98,6 +92,13 @@ def bar_of(name: str, run: RecordedRun, task: Task | None, colour: int) -> Bar:
     if not trials:
         return Bar(name, None, None, colour)
     return Bar(name, successes / trials, wilson_interval(successes, trials), colour)
+
+
+def rate_cell(bar: Bar) -> Html:
+    """`98.0 [89.5, 99.6]`, in percent."""
+    if bar.rate is None:
+        return el("td", "-", class_="num")
+    return el("td", f"{100 * bar.rate:.1f} {interval_text(bar.interval)}", class_="num")
 
 
 def compose(data: ReportData) -> str:
@@ -132,9 +133,9 @@ def headline(run: RecordedRun) -> list[Html]:
     successes, trials = counts_of(run)
     errors, problems = run.count("error"), list(run.notes)
     if errors:
-        problems.append(f"{errors} episodes ended in an error: the run is not valid until they are run again.")
+        problems.append(f"{errors} episode(s) ended in an error: the run is not valid until they are run again.")
     if run.missing:
-        problems.append(f"{run.missing} planned episodes have no record: the run is not complete.")
+        problems.append(f"{run.missing} planned episode(s) have no record: the run is not complete.")
     if run.missing is None:
         problems.append("There is no results.json: whether the run is complete is not known.")
     rate = successes / trials if trials else None
@@ -163,7 +164,7 @@ def controls_section(data: ReportData) -> list[Html]:
         return [head, el("p", text), *notes]
     rows = [_control_row(control_label(data.run), data.run, None, 0)]
     rows += [_control_row(c.label, c.run, c.comparison, i) for i, c in enumerate(data.controls, start=1)]
-    heads = ["", "successes / trials", "rate", "95 % interval, %", "0 to 100 %", "on common episodes"]
+    heads = ["", "successes / trials", "rate [95 %], %", "0 to 100 %", "on common episodes"]
     return [head, *_control_warning(data.controls), table(heads, rows), *notes]
 
 
@@ -187,10 +188,9 @@ def _control_row(label: str, run: RecordedRun, comparison: Comparison | None, co
     bar = bar_of(label, run, None, colour)
     successes, trials = counts_of(run)
     errors = run.count("error")
-    text = f"{successes} / {trials}" + (f", {errors} errors" if errors else "")
-    cells = [label, el("td", text, class_="num"), el("td", percent(bar.rate), class_="num")]
-    cells += [el("td", interval_text(bar.interval), class_="num"), rate_bars([bar], label)]
-    return [*cells, _control_verdict(comparison) if colour else ""]
+    text = f"{successes} / {trials}" + (f", {errors} error(s)" if errors else "")
+    cells = [label, el("td", text, class_="num"), rate_cell(bar), rate_bars([bar], label)]
+    return [*cells, el("td", _control_verdict(comparison) if colour else "", class_="words")]
 
 
 def _control_verdict(comparison: Comparison | None) -> str:
@@ -209,8 +209,8 @@ def _control_verdict(comparison: Comparison | None) -> str:
 def tasks_section(data: ReportData) -> list[Html]:
     """One row per task: counts, interval, bars, controls."""
     run, named = data.run, [(control_label(data.run), data.run)] + [(c.label, c.run) for c in data.controls]
-    heads: list[object] = ["task", "instruction", "successes / trials", "rate", "95 % interval, %", "0 to 100 %"]
-    heads += [label for label, _ in named[1:]] + ["mean steps", "errors"]
+    heads: list[object] = ["task", "instruction", "successes / trials", "rate [95 %], %", "0 to 100 %"]
+    heads += [f"{label}, %" for label, _ in named[1:]] + ["mean steps", "errors"]
     rows = []
     for task in tasks_of(run):
         records = [record for key, record in run.episodes.items() if key.task == task]
@@ -218,9 +218,9 @@ def tasks_section(data: ReportData) -> list[Html]:
         successes, trials = counts_of(run, task)
         steps = [r["steps"] for r in records if r["status"] != "error" and r.get("steps") is not None]
         cells: list[object] = [_task_text(task, run), el("td", records[0].get("instruction", ""), class_="words")]
-        cells += [el("td", f"{successes} / {trials}", class_="num"), el("td", percent(bars[0].rate), class_="num")]
-        cells += [el("td", interval_text(bars[0].interval), class_="num"), rate_bars(bars, _task_text(task, run))]
-        cells += [el("td", percent(bar.rate), class_="num") for bar in bars[1:]]
+        cells += [el("td", f"{successes} / {trials}", class_="num"), rate_cell(bars[0])]
+        cells += [rate_bars(bars, _task_text(task, run))]
+        cells += [number(None if bar.rate is None else 100 * bar.rate, 1) for bar in bars[1:]]
         cells += [number(sum(steps) / len(steps) if steps else None, 1)]
         errors = sum(record["status"] == "error" for record in records)
         rows.append([*cells, el("td", errors, class_="num error" if errors else "num")])
@@ -353,31 +353,22 @@ def _video_word(video: Video | None) -> object:
     return el("td", el("a", "file", href=video.link)) if video.link else video.note
 
 
-def latency_of(record: dict[str, Any]) -> tuple[float, float] | None:
-    """(typical, largest) duration of a policy query in ms as recorded (`LATENCY_FIELDS`); None when it is not."""
-    for field, factor in LATENCY_FIELDS.items():
-        value = record.get(field)
-        if isinstance(value, dict):
-            typical = next((value[name] for name in ("median", "p50", "mean") if value.get(name) is not None), None)
-            value = None if typical is None else [typical, value.get("max", typical)]
-            if value:
-                return factor * value[0], factor * max(value)
-        elif isinstance(value, list) and value:
-            return factor * sorted(value)[len(value) // 2], factor * max(value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            return factor * value, factor * value
-    return None
+def query_latencies_ms(record: dict[str, Any]) -> list[float]:
+    """Milliseconds from each question of the episode to the policy's answer, from `query_latency_s`; empty without."""
+    return [1000.0 * seconds for seconds in record.get("query_latency_s") or ()]
 
 
 def latency_section(run: RecordedRun) -> list[Html]:
     """Policy latency where recorded, else that it is not; then the time per episode."""
     parts = [el("h2", "Time")]
-    found = [value for value in map(latency_of, run.episodes.values()) if value is not None]
+    found = [values for values in map(query_latencies_ms, run.episodes.values()) if values]
     if found:
-        typical = [value for value, _ in found]
-        parts.append(el("p", _spread("Policy query, median of each episode", typical, "ms")))
-        title = f"Policy query time of {len(found)} episodes, typical and largest"
-        parts += [timeline(found, title, "ms"), histogram(typical, f"Histogram: {title}", "ms")]
+        queries = [value for values in found for value in values]
+        parts.append(el("p", _spread(f"Policy, {len(queries)} queries", queries, "ms")))
+        title = f"Milliseconds per policy query in {len(found)} episodes"
+        columns = [(sorted(values)[len(values) // 2], max(values)) for values in found]
+        parts += [timeline(columns, f"{title}: median and largest", "ms; dark: median, light: largest")]
+        parts += [histogram(queries, f"Histogram: {title}", "ms")]
     else:
         parts.append(el("p", "The records hold no latency of the policy."))
     seconds = [float(r["wall_s"]) for r in run.episodes.values() if r["status"] != "error" and r.get("wall_s")]
