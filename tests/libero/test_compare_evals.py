@@ -212,3 +212,11 @@ def test_command_line_on_recorded_runs(tmp_path, capsys):
     assert main([a, replay]) == 2 and "render_mode: A lazy, B published" in capsys.readouterr().err
     assert main([a, replay, "--allow", "render_mode"]) == 0
     assert main([a, "nowhere"]) == 2
+
+
+def test_documented_example_is_the_commands_output(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    folder = "results/demo/evaluations"
+    assert main([f"{folder}/plain-target", f"{folder}/craft-target"]) == 0
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert page.split("<!-- output of the command above -->\n```\n")[1].startswith(capsys.readouterr().out + "```")

@@ -141,6 +141,14 @@ def test_recorded_runs_and_command_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2 and "expected a results folder" in capsys.readouterr().err
 
 
+def test_a_run_with_moved_objects_is_no_blind_control(tmp_path):
+    rows = [record(0, i, "success") for i in range(4)]
+    folder = write(tmp_path / "a", rows)
+    moved = write(tmp_path / "b", rows, {"config": {"init_noise_mm": 20.0}})
+    text = make_report(str(folder), [str(moved)]).read_text()
+    assert "objects moved 20 mm" in text and "not told apart" in text and "not shown to be above" not in text
+
+
 def test_controls_named_in_results_are_used_and_missing_ones_said(evaluation, tmp_path):
     folder, grey = evaluation
     rows = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]

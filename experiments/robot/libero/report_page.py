@@ -169,17 +169,18 @@ def controls_section(data: ReportData) -> list[Html]:
 
 
 def _control_warning(controls: Sequence[ControlRun]) -> list[Html]:
-    """Names the controls that succeed as often as the policy, as far as the common episodes can tell."""
+    """Names the controls that do not see the scene and yet succeed as often as the policy, as far as the common
+    episodes can tell."""
     equal = []
     for control in controls:
-        found = control.comparison
-        if found is not None and (not found.distinguishable or found.difference > 0):
+        found, blind = control.comparison, control.run.values("control") not in ([], ["none"])
+        if blind and found is not None and (not found.distinguishable or found.difference > 0):
             equal.append(control.label)
     if not equal:
         return []
     text = (
         f"On the common episodes the policy's rate is not shown to be above that of: {', '.join(equal)}. "
-        "As far as that, it does not show that the policy looks at the scene."
+        "On these episodes it does not show that the policy looks at the scene."
     )
     return [el("div", el("p", text), class_="banner")]
 
