@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from headless_browser import Browser, find_browser
 
-from experiments.robot.libero.make_report import find_video, main, make_report
+from experiments.robot.libero.make_report import VideoFinder, main, make_report
 from experiments.robot.libero.report_html import Html, el, histogram, number, table, timeline
 from experiments.robot.libero.report_page import query_latencies_ms
 
@@ -188,13 +188,26 @@ def test_building_blocks():
     outline(timeline([(0.0, 0.0)], "t", "s") + histogram([0.0], "t", "s"))
 
 
-def test_find_video_prefers_the_recorded_path(tmp_path):
-    for name in ("a/x.mp4", "b/x.mp4"):
-        (tmp_path / name).parent.mkdir()
+def test_videos_are_found_where_recorded_then_above_then_by_name(tmp_path):
+    for name in ("a/x.mp4", "b/x.mp4", "run/v/x.mp4", "run/secret.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"1")
-    assert find_video(str(tmp_path / "b" / "x.mp4"), [tmp_path]) == tmp_path / "b" / "x.mp4"
-    assert find_video("elsewhere/x.mp4", [tmp_path]) == tmp_path / "a" / "x.mp4"
-    assert find_video("elsewhere/y.mp4", [tmp_path]) is None
+    assert VideoFinder([tmp_path / "a"]).find(str(tmp_path / "b" / "x.mp4")) == tmp_path / "b" / "x.mp4"
+    assert VideoFinder([tmp_path / "a"]).find("run/v/x.mp4") == tmp_path / "run" / "v" / "x.mp4"
+    assert VideoFinder([tmp_path / "a", tmp_path / "b"]).find("elsewhere/x.mp4") == tmp_path / "a" / "x.mp4"
+    assert VideoFinder([tmp_path]).find("elsewhere/y.mp4") is None
+    assert VideoFinder([tmp_path]).find(str(tmp_path / "run" / "secret.txt")) is None
+
+
+def test_no_text_field_can_bring_markup_into_the_page(tmp_path):
+    texts = ("run_id", "fingerprint", "checkpoint", "suite", "instruction", "error", "render_mode", "video")
+    rows = []
+    for i, status in enumerate(("success", "failure", "error")):
+        rows.append(record(0, i, status, versions={NASTY: NASTY}, **dict.fromkeys(texts, f"{NASTY}{i}")))
+    facts = {"config": {NASTY: NASTY}, "controls": [{"results": NASTY}]}
+    found = outline(make_report(str(write(tmp_path / "a", rows, facts))).read_text())
+    assert found.tags.count("script") == 1 and "img" not in found.tags
+    assert not [item for item in found.attributes if item[1].startswith("on")]
 
 
 COLUMN = "[...document.querySelectorAll('table.sortable tbody tr')].map(row => row.cells[%d].textContent)"

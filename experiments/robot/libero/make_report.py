@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from experiments.robot.libero.compare_evals import NotComparableError, compare_runs
 from experiments.robot.libero.eval_records import EpisodeId, RecordedRun, RecordsError, read_run
@@ -24,21 +25,35 @@ EMBED_MB = 3.0
 EMBED_TOTAL_MB = 40.0
 
 
-def find_video(recorded: str, folders: Sequence[Path]) -> Path | None:
-    """The file a record names, which may have moved with its results folder.
+class VideoFinder:
+    """Finds recordings that may have moved together with their results folder.
 
     Args:
-        recorded: path as in the record: absolute, or relative to the directory the run was started in.
-        folders: results folders, and others to search by file name, below them as well.
+        folders: results folders and others; searched by file name, below them as well, when the recorded path leads
+            nowhere.
     """
-    direct = Path(recorded)
-    if direct.is_file():
-        return direct
-    for folder in folders:
-        found = sorted(path for path in folder.rglob("*.mp4") if path.name == direct.name)
-        if found:
-            return found[0]
-    return None
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = list(folders)
+        self._by_name: dict[str, Path] | None = None
+
+    def find(self, recorded: str) -> Path | None:
+        """The file a record names: absolute, or relative to the directory the run was started in (this one, or one
+        above the folders). Only `.mp4` files are found, so that a record cannot bring another file into a report."""
+        path = Path(recorded)
+        if path.suffix != ".mp4":
+            return None
+        above = [ancestor / path for folder in self._folders for ancestor in folder.resolve().parents]
+        found = next((place for place in [path, *above] if place.is_file()), None)
+        return found or self._names().get(path.name)
+
+    def _names(self) -> dict[str, Path]:
+        if self._by_name is None:
+            self._by_name = {}
+            for folder in self._folders:
+                for path in sorted(folder.rglob("*.mp4")):
+                    self._by_name.setdefault(path.name, path)
+        return self._by_name
 
 
 class VideoShelf:
@@ -46,17 +61,17 @@ class VideoShelf:
 
     Args:
         report: folder of the report, for relative links.
-        folders: where moved videos are searched.
+        folders: see :class:`VideoFinder`.
         each: bytes of the largest video to embed.
         total: bytes to embed altogether.
     """
 
     def __init__(self, report: Path, folders: Sequence[Path], each: float, total: float) -> None:
-        self.report, self.folders, self.each, self.left = report, list(folders), each, total
+        self.report, self.finder, self.each, self.left = report, VideoFinder(folders), each, total
 
     def place(self, recorded: str) -> Video:
         """The video of one record."""
-        path = find_video(recorded, self.folders)
+        path = self.finder.find(recorded)
         if path is None:
             return Video(None, None, f"file not found: {recorded}")
         size = path.stat().st_size
@@ -64,13 +79,7 @@ class VideoShelf:
             self.left -= size
             return Video("data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode("ascii"), None, "")
         link = Path(os.path.relpath(path, self.report)).as_posix()
-        return Video(None, _quote(link), f"{size / MEGABYTE:.1f} MB, beside the report")
-
-
-def _quote(link: str) -> str:
-    from urllib.parse import quote
-
-    return quote(link, safe="/=-_.~")
+        return Video(None, quote(link, safe="/=-_.~"), f"{size / MEGABYTE:.1f} MB, beside the report")
 
 
 def place_videos(run: RecordedRun, shelf: VideoShelf) -> dict[EpisodeId, Video]:
