@@ -212,6 +212,7 @@ def test_command_line_on_recorded_runs(tmp_path, capsys):
     assert main([a, replay]) == 2 and "render_mode: A lazy, B published" in capsys.readouterr().err
     assert main([a, replay, "--allow", "render_mode"]) == 0
     assert main([a, "nowhere"]) == 2
+    assert main([a, b, "--allow", "renderer"]) == 2 and "allow: found renderer" in capsys.readouterr().err
 
 
 def test_documented_example_is_the_commands_output(monkeypatch, capsys):

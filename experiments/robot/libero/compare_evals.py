@@ -10,8 +10,6 @@ compared; 2: the input cannot be compared.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,11 +25,12 @@ from craft_experiments.common_utils.statistics import (
     stratified_bootstrap_interval,
     wilson_interval,
 )
+from experiments.robot.libero.eval_log import write_json, write_text
 from experiments.robot.libero.eval_records import (
+    DECISIVE_FIELDS,
     EpisodeId,
     ProtocolDifference,
     RecordedRun,
-    RecordsError,
     protocol_differences,
     read_run,
 )
@@ -154,11 +153,16 @@ def compare_runs(
 
     Raises:
         NotComparableError: no common finished episode, or decisive protocol fields differ that are not allowed.
+        ValueError: an unknown field in `allow`.
     """
+    allowed = set(allow)
+    if allowed - DECISIVE_FIELDS - {"all"}:
+        unknown = ", ".join(sorted(allowed - DECISIVE_FIELDS - {"all"}))
+        raise ValueError(f"allow: found {unknown}, expected all or some of {', '.join(sorted(DECISIVE_FIELDS))}")
     counts, paired, unpaired = pair_episodes(a, b)
     if not paired:
         raise NotComparableError(_no_pairs_message(a, b))
-    differences, allowed = protocol_differences(a, b, paired), set(allow)
+    differences = protocol_differences(a, b, paired)
     refused = [item for item in differences if item.decisive and not {item.field, "all"} & allowed]
     if refused:
         raise NotComparableError(
@@ -358,13 +362,6 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def _argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.robot.libero.compare_evals",
@@ -387,14 +384,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         allow = [name.strip() for name in args.allow.split(",") if name.strip()]
         comparison = compare_runs(read_run(args.a), read_run(args.b), allow, args.seed, args.repetitions)
-    except (FileNotFoundError, RecordsError, NotComparableError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     text = format_text(comparison)
     print(text, end="")
     if args.output is not None:
-        data = json.dumps(to_json(comparison), indent=2, ensure_ascii=False) + "\n"
-        _write(args.output, data if args.output.suffix == ".json" else text)
+        if args.output.suffix == ".json":
+            write_json(args.output, to_json(comparison))
+        else:
+            write_text(args.output, text)
     return 0
 
 

@@ -330,10 +330,15 @@ def summarize_run(plans: Sequence[TaskPlan], records: dict[EpisodeKey, EpisodeRe
     }
 
 
-def write_json(path: str | os.PathLike, data: Any) -> None:
-    """Write indented JSON to a temporary name and rename it."""
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 text to a temporary name beside `path` and rename it; creates the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_json(path: str | os.PathLike, data: Any) -> None:
+    """Write indented JSON as :func:`write_text` does."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")

@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from experiments.robot.libero.compare_evals import NotComparableError, compare_runs
+from experiments.robot.libero.eval_log import write_text
 from experiments.robot.libero.eval_records import EpisodeId, RecordedRun, RecordsError, read_run
 from experiments.robot.libero.report_page import ControlRun, ReportData, Video, compose, control_label
 
@@ -144,10 +145,7 @@ def make_report(
     each, total = (MEGABYTE * limit for limit in limits_mb)
     shelf = VideoShelf(output.parent, [*run.folders, *video_folders], each, total)
     data = ReportData(run, tuple(read_controls(run, places)), place_videos(run, shelf), tuple(notes))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
-    partial.write_text(compose(data), encoding="utf-8")
-    os.replace(partial, output)
+    write_text(output, compose(data))
     return output
 
 
