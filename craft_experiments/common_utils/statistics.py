@@ -1,4 +1,4 @@
-"""Statistics of success counts: Wilson score interval and exact McNemar test. Standard library only.
+"""Statistics of success counts: intervals, exact McNemar test, paired bootstrap, sample size.
 
 An evaluation is a set of Bernoulli trials, so a bare rate says little: 17 successes of 20 is compatible with true rates
 from 0.64 to 0.95. Two policies evaluated on the same (task, initial state) pairs are compared by their discordant
@@ -7,9 +7,15 @@ pairs, which is more sensitive than comparing two intervals.
 
 from __future__ import annotations
 
-from math import comb, sqrt
+from collections.abc import Sequence
+from math import ceil, comb, sqrt
+from statistics import NormalDist
+
+import numpy as np
 
 Z_95 = 1.959963984540054  # standard normal quantile at 0.975
+BOOTSTRAP_REPETITIONS = 10_000
+BOOTSTRAP_SEED = 0
 
 
 def _check_count(name: str, value: int) -> int:
@@ -73,3 +79,131 @@ def mcnemar_exact(b: int, c: int) -> float:
 def intervals_overlap(first: tuple[float, float], second: tuple[float, float]) -> bool:
     """True when two closed intervals (low, high) share a point."""
     return first[0] <= second[1] and second[0] <= first[1]
+
+
+def mean_rate_interval(counts: Sequence[tuple[int, int]], z: float = Z_95) -> tuple[float, float]:
+    """Interval of the unweighted mean of independent success probabilities: the macro mean over tasks.
+
+    Zou, Huang and Zhang 2009 (Computational Statistics & Data Analysis 53:1080): with rates p_i, Wilson intervals
+    [l_i, u_i] and k groups, ``low = mean(p) - sqrt(sum (p_i - l_i)^2) / k``,
+    ``high = mean(p) + sqrt(sum (u_i - p_i)^2) / k``. With one group it is the Wilson interval. The groups are taken as
+    given: the interval says nothing about other tasks.
+
+    Args:
+        counts: (successes, trials) of k >= 1 groups, trials >= 1.
+        z: as in :func:`wilson_interval`.
+
+    Returns:
+        (low, high), both in [0, 1].
+
+    Raises:
+        ValueError: no group, or counts that :func:`wilson_interval` rejects.
+    """
+    if not counts:
+        raise ValueError("counts: expected at least one group, found none")
+    below = above = total = 0.0
+    for successes, trials in counts:
+        low, high = wilson_interval(successes, trials, z)
+        rate = successes / trials
+        below, above, total = below + (rate - low) ** 2, above + (high - rate) ** 2, total + rate
+    mean = total / len(counts)
+    return max(0.0, mean - sqrt(below) / len(counts)), min(1.0, mean + sqrt(above) / len(counts))
+
+
+def _check_clusters(clusters: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    arrays = [np.asarray(cluster, dtype=np.int64) for cluster in clusters]
+    if not arrays or any(array.ndim != 1 or array.size == 0 for array in arrays):
+        raise ValueError("clusters: expected one or more non-empty lists of differences")
+    if any(not np.isin(array, (-1, 0, 1)).all() for array in arrays):
+        raise ValueError("clusters: expected differences -1, 0 or 1")
+    return arrays
+
+
+def _central_95(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def cluster_bootstrap_interval(
+    clusters: Sequence[Sequence[int]], seed: int = BOOTSTRAP_SEED, repetitions: int = BOOTSTRAP_REPETITIONS
+) -> tuple[float, float] | None:
+    """95 % percentile interval of a mean paired difference when whole clusters (tasks) are drawn again.
+
+    Cluster bootstrap (Davison and Hinkley 1997, Bootstrap Methods and their Application, section 3.8, first strategy):
+    as many tasks as there are, with replacement, each with all its pairs. The estimator is the mean over all pairs
+    drawn, ``sum of differences / number of pairs``. It answers: what would other tasks of this kind give?
+
+    Args:
+        clusters: per task the differences (second minus first outcome) of its pairs, each -1, 0 or 1.
+        seed: of numpy's generator; a numpy release may change its stream.
+        repetitions: number of draws, >= 1.
+
+    Returns:
+        (low, high) in [-1, 1]; None with a single task, which cannot vary.
+
+    Raises:
+        ValueError: no cluster, an empty one, another difference, or repetitions < 1.
+    """
+    arrays = _check_clusters(clusters)
+    if repetitions < 1:
+        raise ValueError(f"repetitions: expected at least 1, found {repetitions}")
+    k = len(arrays)
+    if k == 1:
+        return None
+    draws = np.random.default_rng(seed).multinomial(k, np.full(k, 1.0 / k), size=repetitions)
+    sums, sizes = np.array([a.sum() for a in arrays]), np.array([a.size for a in arrays])
+    return _central_95((draws @ sums) / (draws @ sizes))
+
+
+def stratified_bootstrap_interval(
+    clusters: Sequence[Sequence[int]], seed: int = BOOTSTRAP_SEED, repetitions: int = BOOTSTRAP_REPETITIONS
+) -> tuple[float, float]:
+    """95 % percentile interval of a mean paired difference when pairs are drawn again within each cluster (task).
+
+    The estimator is that of :func:`cluster_bootstrap_interval`, but the tasks stay as they are (Davison and Hinkley
+    1997, section 3.2). It answers: what would other initial states of these very tasks give?
+
+    Args, raises: as :func:`cluster_bootstrap_interval`.
+
+    Returns:
+        (low, high) in [-1, 1].
+    """
+    arrays = _check_clusters(clusters)
+    if repetitions < 1:
+        raise ValueError(f"repetitions: expected at least 1, found {repetitions}")
+    half, totals = -(-repetitions // 2), []
+    # Both signs use the same random numbers, so that exchanging the two runs mirrors the interval exactly.
+    for sign in (1, -1):
+        rng, total = np.random.default_rng(seed), np.zeros(half, dtype=np.int64)
+        for array in arrays:
+            drawn = rng.multinomial(array.size, [np.mean(array == sign * v) for v in (-1, 0, 1)], size=half)
+            total += sign * (drawn[:, 2] - drawn[:, 0])
+        totals.append(total)
+    return _central_95(np.concatenate(totals) / sum(array.size for array in arrays))
+
+
+def pairs_for_difference(discordance: float, difference: float = 0.02, alpha: float = 0.05, power: float = 0.8) -> int:
+    """Number of pairs with which McNemar's test finds a difference of two success rates.
+
+    Connor 1987 (Biometrics 43:207): with psi the share of discordant pairs and d the difference,
+    ``n = (z_{1-alpha/2} sqrt(psi) + z_{power} sqrt(psi - d^2))^2 / d^2``, rounded up. A normal approximation: the exact
+    test needs a few pairs more. Pairs are taken as independent.
+
+    Args:
+        discordance: psi in [0, 1]; raised to `difference`, since a difference d takes at least a share d of
+            discordant pairs.
+        difference: d in (0, 1).
+        alpha: two-sided error of the first kind, in (0, 1).
+        power: probability of finding the difference, in (alpha, 1).
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+    if not 0.0 <= discordance <= 1.0:
+        raise ValueError(f"discordance: expected 0..1, found {discordance!r}")
+    for name, value, low in (("difference", difference, 0.0), ("alpha", alpha, 0.0), ("power", power, alpha)):
+        if not low < value < 1.0:
+            raise ValueError(f"{name}: expected above {low} and below 1, found {value!r}")
+    psi, normal = max(discordance, difference), NormalDist()
+    root = normal.inv_cdf(1 - alpha / 2) * sqrt(psi) + normal.inv_cdf(power) * sqrt(psi - difference**2)
+    return ceil(root**2 / difference**2)

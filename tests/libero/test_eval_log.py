@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from craft_experiments.common_utils.statistics import wilson_interval
+from craft_experiments.common_utils.statistics import mean_rate_interval, wilson_interval
 from experiments.robot.libero.eval_log import (
     EpisodeRecord,
     EpisodeStatus,
@@ -187,3 +187,30 @@ def test_run_is_valid_only_when_complete_and_without_errors():
     del records[0, 2]
     missing = summarize_run(PLANS, records)
     assert not missing["valid"] and missing["missing"] == 1
+
+
+def test_macro_mean_weighs_tasks_equally_and_has_an_interval():
+    records = {(0, i): replace(RECORD, init_idx=i, status=S) for i in range(4)} | {
+        (4, 0): replace(RECORD, task_id=4, status=F)
+    }
+    plans = [
+        TaskPlan(0, "put_it", "put it", tuple(PlannedEpisode(i, i + 1) for i in range(4))),
+        TaskPlan(4, "close_it", "close it", (PlannedEpisode(0, 5),)),
+    ]
+    results = summarize_run(plans, records)
+    overall = results["overall"]
+    assert (overall["success_rate"], overall["macro_success_rate"]) == (0.8, 0.5)
+    assert overall["wilson_95"] == list(wilson_interval(4, 5))
+    assert overall["macro_95"] == list(mean_rate_interval([(4, 4), (0, 1)]))
+    assert results["per_suite"] == {"libero_10": overall}
+    json.dumps(results)
+
+
+def test_a_task_of_errors_only_has_no_rate_and_does_not_count_as_failed():
+    records = {record.key: record for record in RECORDS}  # task 4 holds one error
+    results = summarize_run(PLANS, records)
+    assert results["per_task"][1]["success_rate"] is None and results["per_task"][1]["errors"] == 1
+    assert results["overall"]["macro_success_rate"] == 0.5  # task 0 alone
+    assert results["per_suite"]["libero_10"]["errors"] == 1 and not results["valid"]
+    empty = summarize_run(PLANS, {})
+    assert empty["overall"]["macro_95"] is None and empty["per_suite"] == {} and not empty["complete"]

@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from craft_experiments.common_utils.statistics import wilson_interval
+from craft_experiments.common_utils.statistics import mean_rate_interval, wilson_interval
 
 
 class EpisodeStatus(str, Enum):
@@ -288,28 +288,57 @@ def summarize(records: Iterable[EpisodeRecord]) -> dict[str, Any]:
     }
 
 
+def summarize_group(tasks: Sequence[Sequence[EpisodeRecord]]) -> dict[str, Any]:
+    """:func:`summarize` of all episodes of several tasks, with the unweighted mean over tasks.
+
+    Args:
+        tasks: the episodes of each task; tasks without a trial do not enter the mean.
+
+    Returns:
+        The keys of :func:`summarize` (success_rate is the micro mean), macro_success_rate and its interval
+        macro_95 [low, high] (see :func:`mean_rate_interval`; None without trials).
+    """
+    found = [summarize(records) for records in tasks]
+    counts = [(task["successes"], task["trials"]) for task in found if task["trials"]]
+    summary = summarize(record for records in tasks for record in records)
+    summary["macro_success_rate"] = sum(k / n for k, n in counts) / len(counts) if counts else None
+    summary["macro_95"] = list(mean_rate_interval(counts)) if counts else None
+    return summary
+
+
 def summarize_run(plans: Sequence[TaskPlan], records: dict[EpisodeKey, EpisodeRecord]) -> dict[str, Any]:
-    """`per_task` and `overall` of results.json, with `complete` (every planned episode has a record) and `valid`
-    (complete, and none of them is an error)."""
-    per_task, planned_records, missing = [], [], 0
+    """`per_task`, `per_suite` and `overall` of results.json, with `complete` (every planned episode has a record) and
+    `valid` (complete, and none of them is an error)."""
+    per_task, groups, suites, missing = [], [], {}, 0
     for plan in plans:
         wanted = [(plan.task_id, planned.init_idx) for planned in plan.episodes if planned.number is not None]
         found = [records[key] for key in wanted if key in records]
         missing += len(wanted) - len(found)
-        planned_records += found
+        groups.append(found)
+        for suite in {record.suite for record in found}:
+            suites.setdefault(suite, []).append([record for record in found if record.suite == suite])
         head = {"task_id": plan.task_id, "task_name": plan.name, "instruction": plan.instruction}
         per_task.append(head | summarize(found) | {"skipped": len(plan.episodes) - len(wanted)})
-    rates = [task["success_rate"] for task in per_task if task["success_rate"] is not None]
-    overall = summarize(planned_records)
-    overall["macro_success_rate"] = sum(rates) / len(rates) if rates else None
-    valid = missing == 0 and overall["errors"] == 0
-    return {"valid": valid, "complete": missing == 0, "missing": missing, "per_task": per_task, "overall": overall}
+    overall = summarize_group(groups)
+    return {
+        "valid": missing == 0 and overall["errors"] == 0,
+        "complete": missing == 0,
+        "missing": missing,
+        "per_task": per_task,
+        "per_suite": {suite: summarize_group(tasks) for suite, tasks in sorted(suites.items())},
+        "overall": overall,
+    }
 
 
-def write_json(path: str | os.PathLike, data: Any) -> None:
-    """Write indented JSON to a temporary name and rename it."""
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 text to a temporary name beside `path` and rename it; creates the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_json(path: str | os.PathLike, data: Any) -> None:
+    """Write indented JSON as :func:`write_text` does."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
