@@ -1,0 +1,213 @@
+"""A checkpoint against itself and against the data it is said to come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.robot.doctor.findings import Check, Status, judge
+from prismatic.models.vla_policy import CraftRequest
+from prismatic.training.checkpoints import LoadedCheckpoint
+from prismatic.vla.datasets.collator import VLACollator
+from prismatic.vla.images import ImageSpec, prepare_eval_image
+from prismatic.vla.normalization import resolve_statistics_key
+
+MAX_STATISTICS_SHIFT = 0.5
+"""Difference of the 1 % and 99 % quantiles, as a share of the data's range, that other episodes may explain."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the checkpoint is to be used for.
+
+    suite: its statistics are looked up, None: those of the only data set. unnorm_key: overrides suite. data_name and
+    data_statistics: of the data it was trained on, None when unknown.
+    """
+
+    suite: str | None = None
+    unnorm_key: str | None = None
+    data_name: str | None = None
+    data_statistics: dict[str, Any] | None = None
+
+
+def checkpoint_checks(loaded: LoadedCheckpoint, wanted: Wanted) -> list[Check]:
+    """Statistics, crop, number of images, attention."""
+    return [
+        Check(
+            "statistics key",
+            "one set of statistics for the suite",
+            "actions in the scale of another robot or data set: 0 %",
+            lambda: _statistics_key(loaded, wanted),
+        ),
+        Check(
+            "statistics against data",
+            f"quantiles within {MAX_STATISTICS_SHIFT:g} of the data's range (median dimension), and no better key",
+            "the same policy at another scale: up to 0 % (min/max used for quantiles: 0 %)",
+            lambda: _statistics_match(loaded, wanted),
+        ),
+        Check(
+            "centre crop",
+            "crop at evaluation exactly when training cropped at random",
+            "about 3 points (76 -> 73 %)",
+            lambda: _crop(loaded),
+        ),
+        Check(
+            "number of images",
+            "the same in the description, the model and the head",
+            "an error, or a policy without its wrist view (LIBERO-Plus 70 -> 56 %)",
+            lambda: _images(loaded),
+        ),
+        Check(
+            "attention mask",
+            "causal: a later query changes no earlier one, an earlier one changes the later; padding changes nothing; "
+            "image and instruction change the actions",
+            "another model than the one that was trained (60 instead of 98 % with a wrong mask)",
+            lambda: _attention(loaded),
+        ),
+    ]
+
+
+def _key(loaded: LoadedCheckpoint, wanted: Wanted) -> str:
+    """Key of the statistics, as the evaluator finds it; data sets of ours are named `<suite>_scripted_no_noops`."""
+    keys = sorted(loaded.statistics)
+    if wanted.unnorm_key is None and wanted.suite is not None and len(keys) == 1 and keys[0].startswith(wanted.suite):
+        return keys[0]
+    return resolve_statistics_key(loaded.statistics, wanted.unnorm_key or wanted.suite)
+
+
+def _statistics_key(loaded: LoadedCheckpoint, wanted: Wanted) -> tuple[Status, str]:
+    try:
+        key = _key(loaded, wanted)
+    except KeyError as error:
+        return Status.FAIL, str(error.args[0])
+    return Status.OK, f"{key} (of {', '.join(sorted(loaded.statistics))})"
+
+
+def _statistics_match(loaded: LoadedCheckpoint, wanted: Wanted) -> tuple[Status, str]:
+    if wanted.data_statistics is None:
+        return Status.SKIP, "no data given (--data)"
+    try:
+        key = _key(loaded, wanted)
+    except KeyError:
+        return Status.SKIP, "no statistics to compare"
+    data = wanted.data_statistics
+    shifts = {name: statistics_shift(statistics, data) for name, statistics in loaded.statistics.items()}
+    nearest = min(shifts, key=shifts.get)
+    found = f"{key} is {shifts[key]:.2f} of the range away from {wanted.data_name}"
+    if shifts[nearest] < 0.5 * shifts[key]:
+        return Status.FAIL, f"{found}, {nearest} only {shifts[nearest]:.2f}"
+    if shifts[key] > MAX_STATISTICS_SHIFT:
+        return Status.FAIL, found
+    counts = (loaded.statistics[key].get("num_transitions"), data.get("num_transitions"))
+    if key == wanted.data_name and counts[0] != counts[1]:
+        return Status.WARN, f"{found}; the name is the same, but {counts[0]} transitions became {counts[1]}"
+    return Status.OK, found
+
+
+def statistics_shift(statistics: dict[str, Any], data: dict[str, Any]) -> float:
+    """How far quantiles are from those of the data, as a share of the data's range: median over the dimensions.
+
+    Args:
+        statistics, data: statistics of one data set each, in the published shape.
+
+    Returns:
+        Share >= 0; infinite when the dimensions differ in number. Dimensions that hardly move in the data, and masked
+        ones, are left out.
+    """
+    shifts: list[float] = []
+    for group in ("action", "proprio"):
+        low, high, own_low, own_high = (
+            np.asarray(values[group][name], dtype=float) for values in (data, statistics) for name in ("q01", "q99")
+        )
+        if low.shape != own_low.shape:
+            return float("inf")
+        span = high - low
+        usable = np.asarray(data[group].get("mask", np.ones(len(low))), dtype=bool) & (span > 1e-3)
+        shifts += (np.maximum(abs(own_low - low), abs(own_high - high))[usable] / span[usable]).tolist()
+    return float(np.median(shifts)) if shifts else 0.0
+
+
+def _crop(loaded: LoadedCheckpoint) -> tuple[Status, str]:
+    crop = ImageSpec.from_dict(loaded.manifest["image_spec"]).center_crop
+    training = loaded.manifest.get("training") or {}
+    augmented = training.get("image_aug")
+    if augmented is None:
+        augmented = True if "image_aug" in str(loaded.path) else None
+    found = f"center_crop {crop}, trained with image_aug {'unknown' if augmented is None else augmented}"
+    if augmented is None:
+        return Status.WARN, found
+    return judge(crop == augmented, found)
+
+
+def _images(loaded: LoadedCheckpoint) -> tuple[Status, str]:
+    model = loaded.model
+    tokens = model.action_head.geometry.num_task_tokens
+    patches = model.vla.vision_backbone.get_num_patches()
+    counts = {
+        "description": loaded.manifest["num_images"],
+        "model": model.num_images,
+        "head": tokens / patches if tokens % patches else tokens // patches,
+    }
+    return judge(len(set(counts.values())) == 1, ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+def _batch(loaded: LoadedCheckpoint, instructions: list[str], seed: int) -> dict[str, Any]:
+    """Collated batch of noise images; rows share image and proprio, so that only the instructions differ."""
+    rng = np.random.default_rng(seed)
+    spec = ImageSpec.from_dict(loaded.manifest["image_spec"])
+    shape = (loaded.model.num_images, 8, 8, 3)
+    images = [np.kron(view, np.ones((16, 16, 1))).astype(np.uint8) for view in rng.integers(0, 256, shape)]
+    action_spec = loaded.manifest["action_spec"]
+    sample = {
+        "images": np.stack([prepare_eval_image(image, spec) for image in images]),
+        "proprio": np.zeros(action_spec["proprio_dim"], np.float32),
+        "actions": np.zeros((action_spec["chunk_len"], action_spec["action_dim"]), np.float32),
+        "dataset_name": "doctor",
+        "sample_id": (0, 0),
+    }
+    collate = VLACollator(loaded.processor.tokenizer, loaded.processor.image_processor, loaded.model.num_action_queries)
+    return collate([sample | {"instruction": text} for text in instructions])
+
+
+def _attention(loaded: LoadedCheckpoint) -> tuple[Status, str]:
+    short, long = "open the drawer", "pick up the black bowl on the ramekin and place it on the plate"
+    model = loaded.model.eval()
+    with torch.inference_mode():
+        alone, padded = _batch(loaded, [short], 0), _batch(loaded, [short, long], 0)
+        base, both = model(alone, CraftRequest(bridge=True)), model(padded).actions
+        last = _shifted_queries(model, alone, -1)
+        first = _shifted_queries(model, alone, 0)
+        other_image = model(_batch(loaded, [short], 1)).actions
+    earlier = _largest(last.action_query_features[:, :, :-1], base.action_query_features[:, :, :-1])
+    vision = _largest(first.raw_latent_features, base.raw_latent_features)
+    facts = {
+        "earlier queries do not see later ones": earlier < 1e-5,
+        "image tokens do not see queries": vision < 1e-5,
+        "later queries see earlier ones": _largest(
+            first.action_query_features[:, :, 1:], base.action_query_features[:, :, 1:]
+        )
+        > 1e-4,
+        "padding changes nothing": _largest(both[:1], base.actions) < 1e-3,
+        "instruction matters": _largest(both[1:], base.actions) > 1e-6,
+        "image matters": _largest(other_image, base.actions) > 1e-6,
+    }
+    wrong = [name for name, holds in facts.items() if not holds]
+    return judge(not wrong, f"violated: {', '.join(wrong)}" if wrong else "as expected in all six points")
+
+
+def _shifted_queries(model: Any, batch: dict[str, Any], index: int) -> Any:
+    """Output with one row of the action-query table changed."""
+    table = model.vla.action_queries.weight
+    kept = table.data.clone()
+    try:
+        table.data[index] += 1.0
+        return model(batch, CraftRequest(bridge=True))
+    finally:
+        table.data.copy_(kept)
+
+
+def _largest(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float((first - second).abs().max())
