@@ -83,7 +83,10 @@ def _statistics_key(loaded: LoadedCheckpoint, wanted: Wanted) -> tuple[Status, s
         key = _key(loaded, wanted)
     except KeyError as error:
         return Status.FAIL, str(error.args[0])
-    return Status.OK, f"{key} (of {', '.join(sorted(loaded.statistics))})"
+    found = f"{key} (of {', '.join(sorted(loaded.statistics))})"
+    if wanted.unnorm_key is None and wanted.suite not in (None, key, key.removesuffix("_no_noops")):
+        found += f", to be named: --unnorm_key {key}"
+    return Status.OK, found
 
 
 def _statistics_match(loaded: LoadedCheckpoint, wanted: Wanted) -> tuple[Status, str]:
