@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--suite", help="suite to be evaluated (default: that of the data)")
     add("--unnorm_key", help="key of the normalisation statistics (default: by the suite's name)")
     add("--num_images_in_input", type=int, help="images per sample of a published checkpoint")
-    add("--render_mode", choices=[m.value for m in RenderMode], default=RenderMode.PUBLISHED.value)
+    add("--render_mode", choices=[m.value for m in RenderMode], help="of the colour check (default: that of --data)")
     add("--quick", action="store_true", help="nothing that renders: no colours, no image comparison, no replay")
     add("--json", help="also write the findings to this file")
     return parser
@@ -49,7 +49,8 @@ def collect_checks(args: argparse.Namespace) -> list[Check]:
     if args.checkpoint:
         checks += _checkpoint_checks(args, data)
     checks += physics_checks()
-    mode = RenderMode(args.render_mode)
+    recorded = data.metadata.get("render_mode") if args.data else None
+    mode = RenderMode(args.render_mode or recorded or RenderMode.PUBLISHED.value)
     if data is not None:
         found = data_checks(data)
         checks += found[:1] if args.quick else found

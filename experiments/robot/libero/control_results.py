@@ -19,7 +19,7 @@ def read_control_results(cfg: EvalConfig, checkpoint: str) -> list[dict[str, Any
     Returns:
         Per run: control ("replay", "grey_images", ..., or "init_noise" for the policy itself on displaced objects),
         init_noise_mm, suite, trials, success_rate, wilson_95, valid, tasks
-        ({task id: trials}), results (folder).
+        ([task id, trials] each), results (folder).
 
     Raises:
         EvalInputError: a folder without a readable results.json, of another suite or another checkpoint, or of a run
@@ -36,7 +36,7 @@ def _read(folder: str, cfg: EvalConfig, checkpoint: str) -> dict[str, Any]:
         name, suite, overall = found["control"], found["suite"], found["overall"]
         noise = float(found.get("config", {}).get("init_noise_mm", 0.0))
         facts = {key: overall[key] for key in ("trials", "success_rate", "wilson_95")}
-        owner, tasks = found["checkpoint"], {task["task_id"]: task["trials"] for task in found["per_task"]}
+        owner, tasks = found["checkpoint"], _trials(found)
         valid = bool(found["valid"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -54,13 +54,17 @@ def _read(folder: str, cfg: EvalConfig, checkpoint: str) -> dict[str, Any]:
     return head | facts | {"valid": valid, "tasks": tasks, "results": str(folder)}
 
 
+def _trials(results: dict[str, Any]) -> list[list[int]]:
+    return sorted([task["task_id"], task["trials"]] for task in results["per_task"])
+
+
 def control_lines(results: dict[str, Any]) -> list[str]:
     """The policy's own rate and, below it, those of its controls, as lines of text.
 
     Args:
         results: content of results.json; uses control, overall and controls.
     """
-    own = {task["task_id"]: task["trials"] for task in results["per_task"]}
+    own = _trials(results)
     name = "policy" if results["control"] == "none" else results["control"]
     lines = [_line(name, results["overall"])]
     for control in results["controls"]:
