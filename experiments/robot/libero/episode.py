@@ -243,7 +243,7 @@ class Session:
         counts = {"steps": 0, "n_queries": 0, "attempts": 2, "error": error, "wall_s": time.monotonic() - started}
         return self._record(task, planned, EpisodeStatus.ERROR, counts)
 
-    def _attempt(  # noqa: PLR0913 - one more than allowed with self
+    def _attempt(
         self, task: Any, actor: Actor, init_state: np.ndarray, limits: EpisodeLimits, init_idx: int
     ) -> Rollout:
         if self._env is None:
