@@ -16,12 +16,16 @@ GREY_LEVEL = 128
 
 
 class Control(str, Enum):
-    """What the policy is given instead of the true observation."""
+    """What the policy is given instead of the true observation. `blind` and `frozen` are short for the image ones."""
 
     NONE = "none"
     GREY_IMAGES = "grey_images"  # both cameras constant grey; the robot state is true
     FROZEN_IMAGE = "frozen_image"  # both cameras as at the first query; the robot state is true
     REPLAY = "replay"  # no policy: one demonstration's actions, open loop
+
+    @classmethod
+    def _missing_(cls, value: object) -> Control | None:
+        return {"blind": cls.GREY_IMAGES, "frozen": cls.FROZEN_IMAGE}.get(value)
 
 
 class Actor(Protocol):

@@ -16,6 +16,7 @@ import numpy as np
 from experiments.robot.libero.controls import WAIT_ACTION, Actor, Control, PolicyActor, ReplayActor, find_demonstration
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 from experiments.robot.libero.eval_log import EpisodeRecord, EpisodeStatus, PlannedEpisode
+from experiments.robot.libero.init_noise import displace_objects
 from experiments.robot.libero.initial_states import read_initial_states
 from experiments.robot.libero.policy_facts import (
     check_flags,
@@ -24,6 +25,7 @@ from experiments.robot.libero.policy_facts import (
     resolve_render_mode,
 )
 from experiments.robot.libero.simulator import RenderMode, ResetMode
+from experiments.robot.libero.suites import with_language
 from experiments.robot.libero.video import PUBLISHED_FPS, SaveVideos, VideoBudget, rollout_path, write_video
 
 ENV_SEED = 0
@@ -84,6 +86,7 @@ class RunInfo:
             "suite": cfg.task_suite_name,
             "control": cfg.control.value,
             "seed": cfg.seed,
+            "language_source": cfg.resolved_language_source().value,
         }
 
 
@@ -177,6 +180,7 @@ class Session:
         self.image_size = resolve_image_size(cfg, facts)
         self.versions = backend.versions()
         self._env: Any = None
+        self._offsets: dict[str, list[float]] | None = None
 
     def describe(self) -> dict[str, Any]:
         """Facts known only after loading, for results.json."""
@@ -196,7 +200,8 @@ class Session:
         """
         task = self.backend.load_task(self.cfg.task_suite_name, job.task_id)
         states = read_initial_states(self.cfg, task)
-        actor = self._actor(task)
+        actor = self._actor(task)  # demonstrations are filed under the name in the file name
+        task = with_language(task, self.cfg.resolved_language_source())
         budget = VideoBudget(self.cfg.save_videos, job.video_limit)
         try:
             for planned in job.episodes:
@@ -225,7 +230,7 @@ class Session:
         for attempt in (1, 2):
             started = time.monotonic()
             try:
-                rollout = self._attempt(task, actor, init_state, limits)
+                rollout = self._attempt(task, actor, init_state, limits, planned.init_idx)
             except Exception as exception:  # noqa: BLE001 - any exception is an outcome of the episode
                 error = _one_line(exception)
                 self._close_env()  # its state is unknown now
@@ -233,11 +238,14 @@ class Session:
             video = self._save_video(rollout, planned, task.language, budget) if limits.frame_interval else None
             status = EpisodeStatus.SUCCESS if rollout.success else EpisodeStatus.FAILURE
             counts = {"steps": rollout.steps, "n_queries": rollout.n_queries, "attempts": attempt, "video": video}
+            counts["init_offsets_mm"] = self._offsets
             return self._record(task, planned, status, counts | {"error": error, "wall_s": time.monotonic() - started})
         counts = {"steps": 0, "n_queries": 0, "attempts": 2, "error": error, "wall_s": time.monotonic() - started}
         return self._record(task, planned, EpisodeStatus.ERROR, counts)
 
-    def _attempt(self, task: Any, actor: Actor, init_state: np.ndarray, limits: EpisodeLimits) -> Rollout:
+    def _attempt(
+        self, task: Any, actor: Actor, init_state: np.ndarray, limits: EpisodeLimits, init_idx: int
+    ) -> Rollout:
         if self._env is None:
             render = actor.needs_observation or self.cfg.save_videos is not SaveVideos.NONE
             settings = EnvSettings(self.image_size, self.render_mode, self.cfg.reset_mode, render)
@@ -245,6 +253,10 @@ class Session:
         seed_everything(self.cfg.seed)
         actor.reset(task.language)
         self._env.reset(init_state=init_state, seed=ENV_SEED)
+        self._offsets = None
+        if self.cfg.init_noise_mm > 0:
+            key = (self.cfg.seed, task.task_id, init_idx)
+            self._offsets = displace_objects(self._env, self.cfg.init_noise_mm, key)
         return run_episode(self._env, actor, limits)
 
     def _close_env(self) -> None:

@@ -10,7 +10,8 @@ import os
 from dataclasses import dataclass
 
 from experiments.robot.libero.controls import Control
-from experiments.robot.libero.simulator import SUITE_MAX_STEPS, RenderMode, ResetMode
+from experiments.robot.libero.simulator import RenderMode, ResetMode
+from experiments.robot.libero.suites import LanguageSource, resolve_language_source, split_suite
 from experiments.robot.libero.video import SaveVideos
 
 DEFAULT_INITIAL_STATES = "DEFAULT"
@@ -74,6 +75,10 @@ class EvalConfig:
     task_ids: str = ""
     # Index of the first initial state: trials use offset .. offset + num_trials_per_task - 1.
     initial_state_offset: int = 0
+    # Where instructions come from: filename or bddl. None: bddl for the `_lan` and `_task` suites, else filename.
+    language_source: LanguageSource | None = None
+    # Radius (mm) of the disc from which each movable object's extra displacement is drawn; 0: none.
+    init_noise_mm: float = 0.0
 
     # --- How they run ---
     # 1: in this process. More: one process per group of episodes of one task, this many at a time.
@@ -98,11 +103,14 @@ class EvalConfig:
     rollout_dir: str = "./rollouts"
 
     # --- Controls ---
+    # none, replay, blind (grey_images) or frozen (frozen_image).
     control: Control = Control.NONE
     # RLDS data set directory (.../<name>/1.0.0) for `--control replay`.
     replay_dataset: str | None = None
     # Episode index; None: for each task the first episode with its instruction.
     replay_episode: int | None = None
+    # Comma-separated results folders of control runs on the same episodes: their rates go into results.json.
+    control_results: str = ""
 
     # --- Results ---
     # Folder of episodes.jsonl and results.json; None: `<local_log_dir>/<run id>`.
@@ -142,6 +150,10 @@ class EvalConfig:
             )
         return ids
 
+    def resolved_language_source(self) -> LanguageSource:
+        """The flag, or what the suite needs."""
+        return resolve_language_source(self.task_suite_name, self.language_source)
+
     def statistics_key(self) -> str:
         """Name of the normalisation statistics to ask the checkpoint for.
 
@@ -149,10 +161,7 @@ class EvalConfig:
         """
         if self.unnorm_key:
             return self.unnorm_key
-        for base in SUITE_MAX_STEPS:
-            if self.task_suite_name == base or self.task_suite_name.startswith(base + "_"):
-                return base
-        return self.task_suite_name
+        return split_suite(self.task_suite_name)[0] or self.task_suite_name
 
 
 def _check_supported(cfg: EvalConfig) -> None:
@@ -183,6 +192,7 @@ def _check_counts(cfg: EvalConfig) -> None:
         "video_frame_interval": 1,
         "replay_episode": 0,
         "worker_timeout_s": 1,
+        "init_noise_mm": 0,
     }
     for name, low in minimum.items():
         value = getattr(cfg, name)

@@ -36,7 +36,8 @@ class EpisodeRecord:
     Fields: fingerprint (hash of everything that decides the outcome besides task and initial state); steps (policy
     actions executed, without waiting steps); n_queries (policy calls); attempts (2 after a retry); error (text of the
     exception, of the last attempt when status is error, of the retried one otherwise); wall_s (seconds of the last
-    attempt, with reset); video (path or None); versions (package -> version).
+    attempt, with reset); video (path or None); versions (package -> version); language_source (where the instruction
+    was read); init_offsets_mm (object -> [dx, dy] of `--init_noise_mm`, None without).
     """
 
     run_id: str
@@ -58,6 +59,8 @@ class EpisodeRecord:
     error: str | None = None
     video: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    language_source: str = "filename"
+    init_offsets_mm: dict[str, list[float]] | None = None
 
     @property
     def key(self) -> EpisodeKey:

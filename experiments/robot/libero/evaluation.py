@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from experiments.robot.libero.control_results import read_control_results
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.episode import Backend, EnvSettings, Job, RunInfo
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
@@ -29,6 +30,7 @@ from experiments.robot.libero.eval_log import (
 )
 from experiments.robot.libero.initial_states import read_initial_states
 from experiments.robot.libero.scheduler import CrashReport, Report, SessionReport, WorkerPool, run_in_process
+from experiments.robot.libero.suites import language_warnings, with_language
 from experiments.robot.libero.tracking import make_tracker
 from experiments.robot.libero.video import SaveVideos, require_encoder
 
@@ -108,14 +110,18 @@ def plan_tasks(cfg: EvalConfig, backend: Backend) -> list[TaskPlan]:
         backend.max_steps(cfg.task_suite_name)  # a suite without a step limit cannot be evaluated
     except ValueError as error:
         raise EvalInputError(f"--task_suite_name: {error}") from error
-    plans, number = [], 0
+    source = cfg.resolved_language_source()
+    plans, tasks, number = [], [], 0
     for task_id in cfg.task_id_list(count):
         task = backend.load_task(cfg.task_suite_name, task_id)
+        tasks.append(task)
         episodes = []
         for init_idx, state in read_initial_states(cfg, task).items():
             number += state is not None
             episodes.append(PlannedEpisode(init_idx, None if state is None else number))
-        plans.append(TaskPlan(task_id, task.name, task.language, tuple(episodes)))
+        plans.append(TaskPlan(task_id, task.name, with_language(task, source).language, tuple(episodes)))
+    for line in language_warnings(cfg.task_suite_name, source, tasks):
+        print(f"warning: {line}", file=sys.stderr)
     return plans
 
 
@@ -154,8 +160,9 @@ def run_fingerprint(cfg: EvalConfig) -> tuple[str, str]:
     else:
         checkpoint = f"{cfg.pretrained_checkpoint}@{checkpoint_fingerprint(cfg.pretrained_checkpoint)}"
     names = ("task_suite_name", "control", "seed", "num_open_loop_steps", "num_steps_wait", "env_img_res")
-    names += ("initial_states_path", "render_mode", "reset_mode", "unnorm_key")
+    names += ("initial_states_path", "render_mode", "reset_mode", "unnorm_key", "init_noise_mm")
     settings = {name: _plain(getattr(cfg, name)) for name in names} | {"checkpoint": checkpoint.rpartition("@")[2]}
+    settings["language_source"] = cfg.resolved_language_source().value
     text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16], checkpoint
 
@@ -184,14 +191,17 @@ def evaluate(cfg: EvalConfig, backend: Backend | None = None) -> dict[str, Any]:
     note = f"--{cfg.run_id_note}" if cfg.run_id_note else ""
     run_id = f"EVAL-{cfg.task_suite_name}-{cfg.model_family}-{started}{note}"
     run = RunInfo(run_id, started, fingerprint, checkpoint)
-    return _Evaluation(cfg, backend, run, plans).execute()
+    controls = read_control_results(cfg, checkpoint)
+    return _Evaluation(cfg, backend, run, plans, controls).execute()
 
 
 class _Evaluation:
     """State of one run: the store, the text log, and the facts reported by the sessions."""
 
-    def __init__(self, cfg: EvalConfig, backend: Backend, run: RunInfo, plans: list[TaskPlan]) -> None:
-        self.cfg, self.backend, self.run, self.plans = cfg, backend, run, plans
+    def __init__(
+        self, cfg: EvalConfig, backend: Backend, run: RunInfo, plans: list[TaskPlan], controls: list[dict[str, Any]]
+    ) -> None:
+        self.cfg, self.backend, self.run, self.plans, self.controls = cfg, backend, run, plans, controls
         folder = Path(cfg.results_dir) if cfg.results_dir else Path(cfg.local_log_dir) / run.run_id
         self.results_path = folder / "results.json"
         if not cfg.resume and (folder / "episodes.jsonl").exists():
@@ -286,7 +296,9 @@ class _Evaluation:
         summary = summarize_run(self.plans, self.store.records)
         rate = 60.0 * self.new_episodes / wall_s if wall_s > 0 else None
         speed = {"wall_s": wall_s, "episodes_run": self.new_episodes, "episodes_per_minute": rate}
-        results = head | summary | speed | {"config": _plain(dataclasses.asdict(self.cfg))}
+        language = {"language_source": self.cfg.resolved_language_source().value}
+        beside = {"controls": self.controls, "init_noise_mm": self.cfg.init_noise_mm} | language
+        results = head | summary | speed | beside | {"config": _plain(dataclasses.asdict(self.cfg))}
         write_json(self.results_path, results)
         return results
 

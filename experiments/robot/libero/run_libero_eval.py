@@ -16,6 +16,7 @@ def main() -> int:
     """Parse the command line, evaluate, report the outcome as exit code."""
     import draccus
 
+    from experiments.robot.libero.control_results import control_lines
     from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
     from experiments.robot.libero.evaluation import evaluate
 
@@ -28,8 +29,8 @@ def main() -> int:
     if not results["valid"]:
         print(f"error: {results['overall']['errors']} episodes ended in an error: no valid result", file=sys.stderr)
         return 1
-    low, high = results["overall"]["wilson_95"] or (0.0, 1.0)
-    print(f"95 % interval of the success rate (Wilson): {low:.4f} - {high:.4f}")
+    print("success rate, trials and 95 % interval (Wilson)")
+    print("\n".join(control_lines(results)))
     return 0
 
 

@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.robot.libero.suites import split_suite
+
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 CONTROL_HZ = 20
 SETTLE_STEPS = 10
@@ -110,9 +112,9 @@ def max_episode_steps(suite: str) -> int:
 
     Raises UnknownSuiteError when no base suite matches.
     """
-    for base, steps in SUITE_MAX_STEPS.items():
-        if suite == base or suite.startswith(base + "_"):
-            return steps
+    base, _ = split_suite(suite)
+    if base is not None:
+        return SUITE_MAX_STEPS[base]
     raise UnknownSuiteError(f"no step limit for suite {suite!r}; known base suites: {', '.join(SUITE_MAX_STEPS)}")
 
 
@@ -248,7 +250,14 @@ class LiberoEnv:
         gripper.current_action = np.zeros(gripper.dof)  # a soft reset would keep the last episode's finger command
         if init_state is None:
             return
-        state = np.asarray(init_state, dtype=np.float64)
+        self.set_state(init_state)
+
+    def set_state(self, state: np.ndarray) -> None:
+        """Put the simulation into a flattened state (d,) float64: [time, qpos, qvel].
+
+        Raises ValueError when it has a wrong size.
+        """
+        state = np.asarray(state, dtype=np.float64)
         expected = 1 + self.sim.model.nq + self.sim.model.nv
         if state.shape != (expected,):
             raise ValueError(f"init_state of {self.task.name}: expected shape ({expected},), found {state.shape}")

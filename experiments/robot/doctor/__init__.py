@@ -1,0 +1,1 @@
+"""Checks of everything that is known to change LIBERO success rates without an error message."""

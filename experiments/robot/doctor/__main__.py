@@ -1,0 +1,104 @@
+"""Check an installation, a checkpoint and its data before believing a success rate.
+
+    python -m experiments.robot.doctor [--checkpoint DIR] [--data DIR] [--quick] [--json FILE]
+
+Prints one line per check. Exit code 1 when a check failed, 2 when an argument cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.robot.doctor.findings import Check, Finding, exit_code
+from experiments.robot.libero.simulator import RenderMode
+
+SHIPPED_DATA = Path(__file__).parents[3] / "datasets" / "rlds" / "libero_object_scripted_no_noops"
+"""Scripted demonstrations of a source checkout; an installed package has none."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.robot.doctor", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--checkpoint", help="checkpoint folder; without it, statistics, crop, images and attention are not checked")
+    add("--data", help="RLDS data set the checkpoint was trained on (default: the shipped demonstrations, if any)")
+    add("--suite", help="suite to be evaluated (default: that of the data)")
+    add("--unnorm_key", help="key of the normalisation statistics (default: by the suite's name)")
+    add("--num_images_in_input", type=int, help="images per sample of a published checkpoint")
+    add("--render_mode", choices=[m.value for m in RenderMode], help="of the colour check (default: that of --data)")
+    add("--quick", action="store_true", help="nothing that renders: no colours, no image comparison, no replay")
+    add("--json", help="also write the findings to this file")
+    return parser
+
+
+def collect_checks(args: argparse.Namespace) -> list[Check]:
+    """The checks that the arguments ask for, cheap ones first. Raises FileNotFoundError, ValueError, KeyError."""
+    from experiments.robot.doctor.conventions import convention_checks
+    from experiments.robot.doctor.data_checks import data_checks, replay_check
+    from experiments.robot.doctor.demonstrations import open_data_set, recorded_starts
+    from experiments.robot.doctor.installation import version_checks
+    from experiments.robot.doctor.simulator_checks import physics_checks, render_checks
+
+    shipped = open_data_set(SHIPPED_DATA) if SHIPPED_DATA.is_dir() else None
+    data = open_data_set(args.data) if args.data else shipped
+    checks = version_checks() + convention_checks()
+    if args.checkpoint:
+        checks += _checkpoint_checks(args, data)
+    checks += physics_checks()
+    recorded = data.metadata.get("render_mode") if args.data else None
+    mode = RenderMode(args.render_mode or recorded or RenderMode.PUBLISHED.value)
+    if data is not None:
+        found = data_checks(data)
+        checks += found[:1] if args.quick else found
+    if not args.quick:
+        checks += render_checks(mode)
+        replayable = next((d for d in (data, shipped) if d is not None and len(recorded_starts(d)) > 1), None)
+        if replayable is not None:
+            checks.append(replay_check(replayable))
+    return checks
+
+
+def _checkpoint_checks(args: argparse.Namespace, data: Any) -> list[Check]:
+    from experiments.robot.doctor.checkpoint_checks import Wanted, checkpoint_checks
+    from prismatic.training.checkpoints import load_checkpoint
+
+    loaded = load_checkpoint(args.checkpoint, args.num_images_in_input)
+    suite = args.suite or (data.suite if args.data else None)
+    known = data is not None and bool(args.data)  # the shipped demonstrations are not what it was trained on
+    wanted = Wanted(suite, args.unnorm_key, data.name if known else None, data.statistics() if known else None)
+    return checkpoint_checks(loaded, wanted)
+
+
+def write_findings(file: str, findings: list[Finding]) -> None:
+    """JSON: {"healthy": bool, "findings": [{name, status, found, expected, cost}]}."""
+    content = {"healthy": exit_code(findings) == 0, "findings": [finding.to_dict() for finding in findings]}
+    Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the checks and print each as it ends."""
+    args = build_parser().parse_args(argv)
+    try:
+        checks = collect_checks(args)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    findings = []
+    for check in checks:
+        findings.append(check.run())
+        print(findings[-1].line(), flush=True)
+    counts = {
+        name: sum(finding.status.value == name for finding in findings) for name in ("ok", "warn", "fail", "skip")
+    }
+    print(", ".join(f"{count} {name}" for name, count in counts.items()))
+    if args.json:
+        write_findings(args.json, findings)
+    return exit_code(findings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

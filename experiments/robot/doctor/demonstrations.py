@@ -1,0 +1,157 @@
+"""Recorded demonstrations: where they started, and a policy that acts only on what it recognises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from experiments.robot.libero.collect_demos import Start, episode_start
+from experiments.robot.libero.suites import split_suite
+from prismatic.vla.action_spec import ActionSpec, NormalizationType
+from prismatic.vla.datasets.registry import standardize_libero
+from prismatic.vla.datasets.rlds import Episode, RLDSReader, version_directories
+from prismatic.vla.images import decode_jpeg
+from prismatic.vla.normalization import Normalizer, compute_statistics
+
+CAMERAS = ("image", "wrist_image")
+THUMBNAIL = 24
+MAX_IMAGE_DIFFERENCE = 12.0
+"""Grey levels, mean over a thumbnail: within 3 for the same scene in the same render mode, above 17 for a flip."""
+MAX_STATE_DIFFERENCE = 0.15
+"""Metres, radians: what contacts and rounding leave in a repeated rollout stays below a tenth of it."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """RLDS demonstrations. suite: base suite they show, None when it cannot be told; metadata: as collected, or {}."""
+
+    path: Path
+    name: str
+    suite: str | None
+    reader: RLDSReader
+    metadata: dict[str, Any]
+
+    def statistics(self) -> dict[str, Any]:
+        """Statistics of the whole data set, as training computes them."""
+        pairs = [standardize_libero(e.actions, e.state) for e in map(self.reader.episode, range(len(self)))]
+        return compute_statistics([a for a, _ in pairs], [s for _, s in pairs], [True] * 6 + [False])
+
+    def __len__(self) -> int:
+        return self.reader.num_episodes
+
+
+def open_data_set(path: str | Path) -> DataSet:
+    """Open `<name>/<x.y.z>` or `<name>` (its highest version). Raises FileNotFoundError when there is no data set."""
+    folder = Path(path)
+    if not (folder / "dataset_info.json").is_file():
+        versions = version_directories(folder)
+        if not versions:
+            raise FileNotFoundError(f"--data {path}: expected a folder with dataset_info.json, found none")
+        folder = versions[-1]
+    reader = RLDSReader(folder)
+    metadata = reader.metadata or {}
+    name = folder.resolve().parent.name
+    suite = metadata.get("task_suite_name") or split_suite(name)[0]
+    return DataSet(folder, name, suite, reader, metadata)
+
+
+@dataclass(frozen=True)
+class RecordedStart:
+    """How a demonstration began: task of the suite, and what to reset the simulator with."""
+
+    episode: int
+    task_id: int
+    start: Start
+
+
+def recorded_starts(data: DataSet) -> list[RecordedStart]:
+    """Starts of the episodes whose recorded actions are the executed ones, shortest episode first.
+
+    Empty when the data set does not record how it was collected.
+    """
+    if not {"seed", "initial_states", "tasks"} <= set(data.metadata):
+        return []
+    known = _starts_by_seed(data.metadata)
+    found = []
+    for index in range(len(data)):
+        episode = data.reader.episode(index)
+        seed = episode.file_path.rpartition("/")[2]
+        match = known.get(int(seed)) if seed.isdigit() else None
+        if match is not None and match[1].noise_std == 0:
+            found.append((len(episode), RecordedStart(index, *match)))
+    return [start for _, start in sorted(found, key=lambda pair: pair[0])]
+
+
+def _starts_by_seed(metadata: dict[str, Any]) -> dict[int, tuple[int, Start]]:
+    settings = SimpleNamespace(**{k: metadata[k] for k in ("seed", "initial_states", "noise_std", "noise_fraction")})
+    starts = {}
+    for task_id, facts in metadata["tasks"].items():
+        for number in range(facts["episodes"] + facts["unsolved"]):
+            for attempt in range(metadata["max_attempts"]):
+                start = episode_start(settings, int(task_id), number, attempt)
+                starts[start.seed] = (int(task_id), start)
+    return starts
+
+
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> (THUMBNAIL, THUMBNAIL, 3) float64, averaged."""
+    small = Image.fromarray(np.ascontiguousarray(image)).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float64)
+
+
+class DemonstrationPolicy:
+    """Repeats one demonstration, finding its place in it by what it sees; rests when it recognises nothing.
+
+    It depends on every convention of the evaluator at once: a flipped image, exchanged cameras or another rotation
+    resemble no recorded frame, and actions take the way of a policy's: standardised, normalised, un-normalised.
+
+    Args:
+        episode: the demonstration, as stored.
+        chunk_len: actions per call.
+    """
+
+    def __init__(self, episode: Episode, chunk_len: int = 8) -> None:
+        actions, self._states = standardize_libero(episode.actions, episode.state)
+        spec = ActionSpec(chunk_len=chunk_len, normalization=NormalizationType.BOUNDS)  # quantiles would clip
+        statistics = compute_statistics([actions], [self._states], [True] * 6 + [False])
+        normalizer = Normalizer(statistics, spec)
+        self._actions = normalizer.unnormalize_action(normalizer.normalize_action(actions).astype(np.float64))
+        self._views = np.array([[thumbnail(decode_jpeg(f)) for f in episode.images[name]] for name in CAMERAS])
+        self._chunk_len = chunk_len
+        self.calls = 0
+        self.problem: str | None = None
+
+    def predict(self, image: np.ndarray, wrist_image: np.ndarray, state: np.ndarray, instruction: str) -> np.ndarray:
+        """(K, 7) float64, gripper in [0, 1] with 1 = open; all zero in the arm when nothing is recognised."""
+        self.calls += 1
+        place = self._find(np.stack([thumbnail(image), thumbnail(wrist_image)]), np.asarray(state))
+        chunk = np.zeros((self._chunk_len, 7))
+        if place is None:
+            chunk[:, -1] = 1.0
+            return chunk
+        found = self._actions[place : place + self._chunk_len]
+        chunk[: len(found)] = found
+        chunk[len(found) :, -1] = found[-1, -1]
+        return chunk
+
+    def _find(self, views: np.ndarray, state: np.ndarray) -> int | None:
+        grey = np.abs(self._views - views[:, None]).mean(axis=(2, 3, 4))  # (cameras, T)
+        moved = np.abs(self._states - state).max(axis=1)
+        cost = (grey / MAX_IMAGE_DIFFERENCE).max(axis=0) + moved / MAX_STATE_DIFFERENCE
+        place = int(cost.argmin())
+        problems = []
+        for name, difference in zip(CAMERAS, grey[:, place], strict=True):
+            if difference > MAX_IMAGE_DIFFERENCE:
+                problems.append(f"{name} differs by {difference:.0f} grey levels from every recorded frame")
+        if moved[place] > MAX_STATE_DIFFERENCE:
+            worst = int(np.abs(self._states[place] - state).argmax())
+            problems.append(f"state[{worst}] is {state[worst]:.2f}, recorded {self._states[place, worst]:.2f}")
+        if problems:
+            self.problem = self.problem or f"at query {self.calls}: {'; '.join(problems)}"
+            return None
+        return place

@@ -1,0 +1,67 @@
+"""Mean colours of the cameras, per suite and render mode: measured, stored, compared.
+
+    python -m experiments.robot.doctor.render_reference
+
+measures with the installed simulator and writes `render_reference.json` beside this file. Do that only with the
+known-good versions.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.robot.libero import simulator
+from experiments.robot.libero.simulator import RenderMode, ResetMode
+
+REFERENCE_FILE = Path(__file__).with_name("render_reference.json")
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+IMAGE_SIZE = 96
+
+TOLERANCE = {"osmesa": 1.0, "egl": 2.0, "glx": 2.0, "glfw": 2.0}
+"""Allowed difference of a mean colour channel, grey levels, per GL back end. The reference was rendered with OSMesa."""
+
+
+def mean_colours(suite: str, mode: RenderMode) -> dict[str, list[float]]:
+    """Camera field -> mean red, green, blue (grey levels) of task 0 at initial state 0, before any step."""
+    task = simulator.load_task(suite, 0)
+    env = simulator.LiberoEnv(task, IMAGE_SIZE, mode, reset_mode=ResetMode.SOFT)
+    try:
+        env.reset(task.init_states[0], seed=0)
+        seen = env.observe()
+    finally:
+        env.close()
+    views = {"image": seen.image, "wrist_image": seen.wrist_image}
+    return {name: np.round(view.mean(axis=(0, 1)), 2).tolist() for name, view in views.items()}
+
+
+def load_reference() -> dict[str, Any]:
+    """Content of the stored file: {"versions", "image_size", "modes": {mode: {suite: {camera: [r, g, b]}}}}."""
+    return json.loads(REFERENCE_FILE.read_text(encoding="utf-8"))
+
+
+def largest_difference(found: dict[str, list[float]], stored: dict[str, list[float]]) -> tuple[float, str]:
+    """Largest difference of a channel (grey levels, with sign), and its camera."""
+    signed = [
+        (value - reference, camera)
+        for camera in stored
+        for value, reference in zip(found[camera], stored[camera], strict=True)
+    ]
+    return max(signed, key=lambda pair: abs(pair[0]))
+
+
+def main() -> int:
+    """Measure every suite in every mode and write the file."""
+    modes = {mode.value: {suite: mean_colours(suite, mode) for suite in SUITES} for mode in RenderMode}
+    content = {"versions": simulator.simulator_versions(), "image_size": IMAGE_SIZE, "modes": modes}
+    REFERENCE_FILE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(content))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

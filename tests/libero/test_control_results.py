@@ -1,0 +1,90 @@
+"""Controls beside a rate: which runs are accepted, and what is printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fake_libero_world import FakeBackend
+
+from experiments.robot.libero.control_results import control_lines
+from experiments.robot.libero.controls import Control
+from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
+from experiments.robot.libero.evaluation import evaluate
+from experiments.robot.libero.video import SaveVideos
+
+
+def run(folder: Path, name: str, backend: FakeBackend | None = None, **changes) -> dict:
+    checkpoint = folder / "chkpt"
+    checkpoint.mkdir(exist_ok=True)
+    (checkpoint / "weights").write_text(changes.pop("weights", "x"))
+    options = {
+        "pretrained_checkpoint": str(checkpoint),
+        "task_suite_name": "toy_suite",
+        "num_trials_per_task": 2,
+        "local_log_dir": str(folder / "logs"),
+        "run_id_note": name,
+        "results_dir": str(folder / name),
+        "save_videos": SaveVideos.NONE,
+    }
+    return evaluate(EvalConfig(**{**options, **changes}), backend or FakeBackend())
+
+
+def test_short_names_of_the_controls():
+    assert Control("blind") is Control.GREY_IMAGES and Control("frozen") is Control.FROZEN_IMAGE
+    assert Control("grey_images") is Control.GREY_IMAGES
+    with pytest.raises(ValueError, match="deaf"):
+        Control("deaf")
+
+
+def test_rates_of_controls_are_listed_beside_the_policy(tmp_path):
+    run(tmp_path, "blind", FakeBackend(speed=0.0), control=Control.GREY_IMAGES)
+    results = run(tmp_path, "own", control_results=str(tmp_path / "blind"))
+    (control,) = results["controls"]
+    assert (control["control"], control["trials"], control["success_rate"]) == ("grey_images", 6, 0.0)
+    stored = json.loads((tmp_path / "own" / "results.json").read_text())
+    assert stored["controls"][0]["results"] == str(tmp_path / "blind")
+    lines = control_lines(results)
+    assert lines[0].startswith("policy: 1.0000 of 6") and lines[1].startswith("grey_images: 0.0000 of 6")
+
+
+def test_a_rate_without_controls_says_so(tmp_path):
+    results = run(tmp_path, "own")
+    assert results["controls"] == [] and results["init_noise_mm"] == 0.0
+    assert results["language_source"] == "filename" and "none given" in control_lines(results)[-1]
+
+
+def test_other_trials_are_pointed_out(tmp_path):
+    run(tmp_path, "frozen", control=Control.FROZEN_IMAGE, num_trials_per_task=1)
+    results = run(tmp_path, "own", control_results=str(tmp_path / "frozen"))
+    assert "other tasks or numbers of trials" in control_lines(results)[1]
+
+
+def test_runs_that_are_no_control_of_this_one_are_refused(tmp_path):
+    run(tmp_path, "plain")
+    run(tmp_path, "other", weights="y", control=Control.GREY_IMAGES)
+    with pytest.raises(EvalInputError, match="--control or --init_noise_mm"):
+        run(tmp_path, "a", control_results=str(tmp_path / "plain"))
+    with pytest.raises(EvalInputError, match="checkpoint: expected"):
+        run(tmp_path, "b", control_results=str(tmp_path / "other"))
+    with pytest.raises(EvalInputError, match="readable results.json"):
+        run(tmp_path, "c", control_results=str(tmp_path / "nowhere"))
+    blind = json.loads((tmp_path / "other" / "results.json").read_text())
+    (tmp_path / "other" / "results.json").write_text(json.dumps(blind | {"suite": "libero_goal"}))
+    with pytest.raises(EvalInputError, match="suite: expected toy_suite, found libero_goal"):
+        run(tmp_path, "d", control_results=str(tmp_path / "other"))
+
+
+def test_language_and_noise_are_part_of_the_run(tmp_path, monkeypatch):
+    from experiments.robot.libero import episode
+
+    monkeypatch.setattr(episode, "displace_objects", lambda env, radius, key: {"bowl": [radius, float(key[2])]})
+    plain, noisy = run(tmp_path, "plain"), run(tmp_path, "noisy", init_noise_mm=20.0)
+    assert plain["fingerprint"] != noisy["fingerprint"]
+    records = [json.loads(line) for line in (tmp_path / "noisy" / "episodes.jsonl").read_text().splitlines()]
+    assert records[1]["init_offsets_mm"] == {"bowl": [20.0, 1.0]} and records[1]["language_source"] == "filename"
+    first = json.loads((tmp_path / "plain" / "episodes.jsonl").read_text().splitlines()[0])
+    assert first["init_offsets_mm"] is None
+    results = run(tmp_path, "own", control_results=str(tmp_path / "noisy"))
+    assert control_lines(results)[1].startswith("init_noise (20 mm): ")
