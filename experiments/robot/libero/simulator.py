@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.robot.libero.scene_sampling import SceneSampler
+
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 CONTROL_HZ = 20
 SETTLE_STEPS = 10
@@ -56,8 +58,10 @@ class SimulatorUnavailableError(RuntimeError):
 class RenderMode(str, Enum):
     """How camera images are produced.  Recorded with every data set and every evaluation.
 
-    PUBLISHED: robosuite's own camera observables, rendered in every control step, multisampling and reflections on.
-    The published LIBERO numbers were produced this way.
+    PUBLISHED: the images of robosuite's own camera observables, multisampling and reflections on. The published LIBERO
+    numbers were produced with them. They are rendered only when `LiberoEnv.observe` is called (`scene_sampling.py`).
+    EVERY_STEP: the same images, bit for bit, rendered in every control step as robosuite does it: the reference for
+    tests and benchmarks, up to ten times slower.
     LAZY: the cameras are rendered when `LiberoEnv.observe` is called, without multisampling and without reflections;
     2.5 times faster per image, and images nobody looks at cost nothing.
 
@@ -69,11 +73,17 @@ class RenderMode(str, Enum):
     """
 
     PUBLISHED = "published"
+    EVERY_STEP = "every_step"
     LAZY = "lazy"
 
 
 class ResetMode(str, Enum):
-    """HARD rebuilds the simulation model on every reset (published protocol); SOFT reuses it (3-5 times faster)."""
+    """How an episode starts.
+
+    HARD rebuilds the simulation model on every reset, as published. SOFT reuses it. With an initial state and a seed SOFT
+    builds the model once, as HARD would, keeps what the reset left in the simulation, and returns to that: the episode is
+    the same, bit for bit. Sampled starts differ (a soft reset leaves fixtures where they were built).
+    """
 
     HARD = "hard"
     SOFT = "soft"
@@ -163,6 +173,38 @@ def load_task(suite: str, task_id: int) -> LiberoTask:
     return LiberoTask(suite, task_id, task.name, task.language, bddl_file, states)
 
 
+class SimulationSnapshot:
+    """Everything that decides how one simulation goes on: MuJoCo's integration state, which includes what its solver
+    starts from, and those arrays of the model that simulation code writes to."""
+
+    def __init__(self, sim: Any) -> None:
+        import mujoco
+
+        self._model, self._data = sim.model._model, sim.data._data
+        self._spec = mujoco.mjtState.mjSTATE_INTEGRATION
+        self._state = np.empty(mujoco.mj_stateSize(self._model, self._spec))
+        mujoco.mj_getState(self._model, self._data, self._state, self._spec)
+        self._arrays = {name: array.copy() for name, array in _small_arrays(self._model)}
+
+    def restore(self) -> None:
+        """Put the simulation back; computed quantities follow with the next forward pass."""
+        import mujoco
+
+        for name, array in _small_arrays(self._model):
+            if not np.array_equal(array, self._arrays[name]):
+                array[...] = self._arrays[name]
+        mujoco.mj_setState(self._model, self._data, self._state, self._spec)
+
+
+def _small_arrays(model: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays of the model that simulation code changes: places, sizes, colours of bodies, geoms and sites."""
+    for name in dir(model):
+        if name.startswith(("body_", "geom_", "site_", "jnt_", "actuator_", "light_", "cam_")):
+            value = getattr(model, name)
+            if isinstance(value, np.ndarray):
+                yield name, value
+
+
 class LiberoEnv:
     """One simulated task.
 
@@ -190,6 +232,8 @@ class LiberoEnv:
         self.reset_mode = ResetMode(reset_mode)
         self._render = render
         self._context: Any = None
+        self._sampler: SceneSampler | None = None
+        self._kept: tuple[int, SimulationSnapshot] | None = None  # seed of the hard reset, and what it left
         self._last: dict[str, np.ndarray] | None = None
         self._random_state = np.random.RandomState(0).get_state()  # noqa: NPY002 - what robosuite draws from
         self._env = self._build()
@@ -198,7 +242,8 @@ class LiberoEnv:
         _import_libero()
         from libero.libero.envs.env_wrapper import ControlEnv
 
-        published = self._render and self.render_mode is RenderMode.PUBLISHED
+        every_step = self._render and self.render_mode is RenderMode.EVERY_STEP
+        sampled = self._render and self.render_mode is RenderMode.PUBLISHED
         with _quiet(), self._own_random_state():
             env = ControlEnv(
                 bddl_file_name=str(self.task.bddl_file),
@@ -206,14 +251,16 @@ class LiberoEnv:
                 camera_heights=self.image_size,
                 camera_widths=self.image_size,
                 has_renderer=False,
-                has_offscreen_renderer=published,
-                use_camera_obs=published,
+                has_offscreen_renderer=every_step or sampled,
+                use_camera_obs=every_step,
                 control_freq=CONTROL_HZ,
                 hard_reset=self.reset_mode is ResetMode.HARD,
                 horizon=10_000,  # episodes are bounded by the caller
             )
             env.seed(0)
-        if not published:
+        if sampled:
+            self._sampler = SceneSampler(env.env, CAMERAS, self.image_size)
+        elif not every_step:
             # Nobody reads robosuite's observables then; updating them in each of the 25 sub-steps costs a third of
             # the step.
             env.env._update_observables = lambda force=False: None
@@ -239,11 +286,11 @@ class LiberoEnv:
         """
         if seed is not None:
             self._random_state = np.random.RandomState(seed).get_state()  # noqa: NPY002
-        if self.reset_mode is ResetMode.HARD:
-            self._drop_context()  # its model is about to be rebuilt
         self._set_joint_noise(START_JOINT_STD if init_state is None else 0.0)
-        with _quiet(), self._own_random_state():
-            self._last = self._env.reset()
+        if self.reset_mode is ResetMode.SOFT and init_state is not None and seed is not None:
+            self._reset_to_snapshot(seed)
+        else:
+            self._reset_robosuite(self.reset_mode is ResetMode.HARD)
         gripper = self.domain.robots[0].gripper
         gripper.current_action = np.zeros(gripper.dof)  # a soft reset would keep the last episode's finger command
         if init_state is None:
@@ -253,6 +300,23 @@ class LiberoEnv:
         if state.shape != (expected,):
             raise ValueError(f"init_state of {self.task.name}: expected shape ({expected},), found {state.shape}")
         self._last = self._env.set_init_state(state)
+
+    def _reset_robosuite(self, hard: bool) -> None:
+        if hard:
+            self._drop_context()  # its model is about to be rebuilt
+            self._kept = None
+        self.domain.hard_reset = hard
+        with _quiet(), self._own_random_state():
+            self._last = self._env.reset()
+
+    def _reset_to_snapshot(self, seed: int) -> None:
+        """Leave the simulation as a hard reset with this seed does; it is built when there is none to return to."""
+        if self._kept is None or self._kept[0] != seed:
+            self._reset_robosuite(hard=True)
+            self._kept = seed, SimulationSnapshot(self.sim)
+            return
+        self._reset_robosuite(hard=False)  # robot, controller, clocks
+        self._kept[1].restore()
 
     def _set_joint_noise(self, std: float) -> None:
         """Spread (rad) of the arm joints at the next reset; hard resets rebuild the robot from its configuration."""
@@ -293,7 +357,7 @@ class LiberoEnv:
         return np.array(self.sim.data.qpos[self.domain.robots[0]._ref_joint_pos_indexes])
 
     def observe(self) -> Observation:
-        """Images and state.  PUBLISHED returns what robosuite sampled in the last step, LAZY renders now.
+        """Images and state.  PUBLISHED shows what robosuite samples in the last step, LAZY the end of the step.
 
         Raises RuntimeError when the environment was built with render=False or was not reset yet.
         """
@@ -301,8 +365,10 @@ class LiberoEnv:
             raise RuntimeError("observe: this environment was built with render=False")
         if self._last is None:
             raise RuntimeError("observe: call reset first")
-        if self.render_mode is RenderMode.PUBLISHED:
-            return self._published_observation(self._last)
+        if self.render_mode is RenderMode.EVERY_STEP:
+            return self._published_observation(self._last, [self._last[f"{name}_image"] for name in CAMERAS])
+        if self._sampler is not None:
+            return self._published_observation(self._sampler.proprioception, self._sampler.images())
         self._place_bodies()
         images = [self._render_camera(name) for name in CAMERAS]
         return Observation(images[0], images[1], self.state())
@@ -313,11 +379,11 @@ class LiberoEnv:
         self._env.close()
 
     @staticmethod
-    def _published_observation(raw: dict[str, np.ndarray]) -> Observation:
+    def _published_observation(raw: dict[str, np.ndarray], views: list[np.ndarray]) -> Observation:
         state = np.concatenate(
             [raw["robot0_eef_pos"], quat_to_axis_angle(raw["robot0_eef_quat"]), raw["robot0_gripper_qpos"]]
         )
-        images = [_rotate180(raw[f"{name}_image"]) for name in CAMERAS]
+        images = [_rotate180(view) for view in views]
         return Observation(images[0], images[1], state)
 
     def _hand_quat(self) -> np.ndarray:
