@@ -28,6 +28,8 @@ class EpisodeStatus(str, Enum):
 
 EpisodeKey = tuple[int, int]  # (task_id, init_idx); everything else is fixed by the run's fingerprint
 
+_ADDED_LATER = {"checkpoint_hash", "perturbation", "gl_renderer", "query_latency_s", "policy_wait_share"}
+
 
 @dataclass(frozen=True)
 class EpisodeRecord:
@@ -36,7 +38,10 @@ class EpisodeRecord:
     Fields: fingerprint (hash of everything that decides the outcome besides task and initial state); steps (policy
     actions executed, without waiting steps); n_queries (policy calls); attempts (2 after a retry); error (text of the
     exception, of the last attempt when status is error, of the retried one otherwise); wall_s (seconds of the last
-    attempt, with reset); video (path or None); versions (package -> version).
+    attempt, with reset); video (path or None); versions (package -> version); checkpoint_hash (of the files behind
+    `checkpoint`); perturbation (`swap` for libero_goal_swap, "" for a standard suite); gl_renderer (the name OpenGL
+    reports, "" without images); query_latency_s (seconds from each question to its answer as the episode sees them, so
+    with the policy's work for other episodes); policy_wait_share (their sum as a share of wall_s, None after an error).
     """
 
     run_id: str
@@ -58,6 +63,11 @@ class EpisodeRecord:
     error: str | None = None
     video: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    checkpoint_hash: str = ""
+    perturbation: str = ""
+    gl_renderer: str = ""
+    query_latency_s: list[float] = field(default_factory=list)
+    policy_wait_share: float | None = None
 
     @property
     def key(self) -> EpisodeKey:
@@ -84,9 +94,12 @@ class EpisodeRecord:
             data = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: expected one JSON object, found {line[:60]!r} ({error.msg})") from None
-        names = {item.name for item in fields(cls)}
-        if not isinstance(data, dict) or set(data) != names:
-            found = sorted(set(data) ^ names) if isinstance(data, dict) else type(data).__name__
+        known = {item.name for item in fields(cls)}
+        required = known - _ADDED_LATER  # files of earlier versions stay readable
+        if not isinstance(data, dict) or not required <= set(data) <= known:
+            found = (
+                sorted((required - set(data)) | (set(data) - known)) if isinstance(data, dict) else type(data).__name__
+            )
             raise ValueError(f"{where}: expected the fields of an episode record, difference: {found}")
         return cls(**{**data, "status": EpisodeStatus(data["status"])})
 

@@ -80,9 +80,9 @@ class RenderMode(str, Enum):
 class ResetMode(str, Enum):
     """How an episode starts.
 
-    HARD rebuilds the simulation model on every reset, as published. SOFT reuses it. With an initial state and a seed SOFT
-    builds the model once, as HARD would, keeps what the reset left in the simulation, and returns to that: the episode is
-    the same, bit for bit. Sampled starts differ (a soft reset leaves fixtures where they were built).
+    HARD rebuilds the simulation model on every reset, as published. SOFT reuses it. With an initial state and a seed
+    SOFT builds the model once, as HARD would, keeps what the reset left in the simulation, and returns to that: the
+    episode is the same, bit for bit. Sampled starts differ (a soft reset leaves fixtures where they were built).
     """
 
     HARD = "hard"
@@ -124,6 +124,14 @@ def max_episode_steps(suite: str) -> int:
         if suite == base or suite.startswith(base + "_"):
             return steps
     raise UnknownSuiteError(f"no step limit for suite {suite!r}; known base suites: {', '.join(SUITE_MAX_STEPS)}")
+
+
+def suite_perturbation(suite: str) -> str:
+    """What a suite changes of the one it is derived from: "swap" for `libero_goal_swap`, "" for a standard suite."""
+    for base in SUITE_MAX_STEPS:
+        if suite.startswith(base + "_"):
+            return suite[len(base) + 1 :]
+    return ""
 
 
 def quat_to_axis_angle(xyzw: np.ndarray) -> np.ndarray:
@@ -373,6 +381,18 @@ class LiberoEnv:
         images = [self._render_camera(name) for name in CAMERAS]
         return Observation(images[0], images[1], self.state())
 
+    def gl_renderer(self) -> str:
+        """Name of the OpenGL renderer behind the images, e.g. `llvmpipe (LLVM 15.0.6, 256 bits)`; "" before the first
+        image and without a renderer."""
+        context = self._context or getattr(self.sim, "_render_context_offscreen", None)
+        if context is None:
+            return ""
+        from OpenGL.GL import GL_RENDERER, glGetString
+
+        context.gl_ctx.make_current()
+        name = glGetString(GL_RENDERER)
+        return name.decode(errors="replace") if name else ""
+
     def close(self) -> None:
         """Free the renderer and the simulation (most of the memory stays with the process)."""
         self._drop_context()
@@ -499,10 +519,13 @@ def _import_libero() -> None:
 
 
 def _choose_gl() -> None:
-    """Set MUJOCO_GL when unset (OSMesa without display and GPU) and check that OSMesa exists when it is chosen."""
-    if "MUJOCO_GL" not in os.environ and not _has_gpu_or_display():
-        os.environ["MUJOCO_GL"] = "osmesa"
-    chosen = os.environ.get("MUJOCO_GL", "").lower()
+    """Set MUJOCO_GL when unset (EGL on a GPU, else OSMesa, else EGL in software) and check that OSMesa exists when it
+    is chosen. A display is not used: rendering to a window system fails on most machines that evaluate."""
+    if "MUJOCO_GL" not in os.environ:
+        has_osmesa = ctypes.util.find_library("OSMesa") is not None
+        has_egl = ctypes.util.find_library("EGL") is not None
+        os.environ["MUJOCO_GL"] = "egl" if has_egl and (_has_gpu() or not has_osmesa) else "osmesa"
+    chosen = os.environ["MUJOCO_GL"].lower()
     if chosen and chosen not in _GL_BACKENDS and chosen not in ("disable", "disabled", "off"):
         raise SimulatorUnavailableError(f"MUJOCO_GL={chosen!r}: expected one of {', '.join(_GL_BACKENDS)}")
     if chosen == "osmesa":
@@ -513,8 +536,8 @@ def _choose_gl() -> None:
             )
 
 
-def _has_gpu_or_display() -> bool:
-    return bool(os.environ.get("DISPLAY")) or os.path.exists("/dev/nvidia0") or os.path.exists("/dev/dri/renderD128")
+def _has_gpu() -> bool:
+    return os.path.exists("/dev/nvidia0") or os.path.exists("/dev/dri/renderD128")
 
 
 @contextlib.contextmanager
