@@ -160,7 +160,7 @@ def lines_of(cfg: EvalConfig) -> list[dict]:
 
 def comparable(cfg: EvalConfig) -> dict:
     """Records without what may differ between two equal runs."""
-    free = ("run_id", "wall_s", "video", "query_latency_s", "policy_wait_share")
+    free = ("run_id", "wall_s", "video", "query_latency_s", "policy_wait_share", "setup_s")
     return {(r["task_id"], r["init_idx"]): {k: v for k, v in r.items() if k not in free} for r in lines_of(cfg)}
 
 

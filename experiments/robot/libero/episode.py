@@ -217,6 +217,7 @@ class EpisodeRunner:
         self._states: dict[int, np.ndarray | None] = {}
         self._actor: Actor | None = None
         self._env: Any = None
+        self._setup_s = 0.0
 
     def run(self, assignment: Assignment) -> EpisodeRecord:
         """Run one episode. An exception is tried once more in a new environment; if it lasts, the status is error."""
@@ -263,12 +264,14 @@ class EpisodeRunner:
         return ReplayActor(actions, self.cfg.num_open_loop_steps)
 
     def _attempt(self, init_state: np.ndarray, limits: EpisodeLimits) -> Rollout:
+        self._setup_s = 0.0
         if self._env is None:
             render = self._actor.needs_observation or self.cfg.save_videos is not SaveVideos.NONE
-            settings = self.settings
+            settings, started = self.settings, time.monotonic()
             self._env = self.backend.make_env(
                 self._task, EnvSettings(settings.image_size, settings.render_mode, self.cfg.reset_mode, render)
             )
+            self._setup_s = time.monotonic() - started
         seed_everything(self.cfg.seed)
         self._actor.reset(self._task.language)
         self._env.reset(init_state=init_state, seed=ENV_SEED)
@@ -283,6 +286,7 @@ class EpisodeRunner:
             "wall_s": wall_s,
             "query_latency_s": [round(seconds, 5) for seconds in rollout.query_s],
             "policy_wait_share": sum(rollout.query_s) / wall_s if wall_s > 0 else 0.0,
+            "setup_s": self._setup_s,
             "gl_renderer": renderer() if renderer is not None else "",
         }
 

@@ -28,7 +28,7 @@ class EpisodeStatus(str, Enum):
 
 EpisodeKey = tuple[int, int]  # (task_id, init_idx); everything else is fixed by the run's fingerprint
 
-_ADDED_LATER = {"checkpoint_hash", "perturbation", "gl_renderer", "query_latency_s", "policy_wait_share"}
+_ADDED_LATER = {"checkpoint_hash", "perturbation", "gl_renderer", "query_latency_s", "policy_wait_share", "setup_s"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class EpisodeRecord:
     attempt, with reset); video (path or None); versions (package -> version); checkpoint_hash (of the files behind
     `checkpoint`); perturbation (`swap` for libero_goal_swap, "" for a standard suite); gl_renderer (the name OpenGL
     reports, "" without images); query_latency_s (seconds from each question to its answer as the episode sees them, so
-    with the policy's work for other episodes); policy_wait_share (their sum as a share of wall_s, None after an error).
+    with the policy's work for other episodes); policy_wait_share (their sum as a share of wall_s, None after an error);
+    setup_s (the part of wall_s in which the environment was built, 0 when it was kept).
     """
 
     run_id: str
@@ -68,6 +69,7 @@ class EpisodeRecord:
     gl_renderer: str = ""
     query_latency_s: list[float] = field(default_factory=list)
     policy_wait_share: float | None = None
+    setup_s: float = 0.0
 
     @property
     def key(self) -> EpisodeKey:
