@@ -84,7 +84,7 @@ def test_an_episode_is_the_same_alone_and_after_another(tmp_path):
 
 
 def test_workers_see_what_the_published_protocol_sees(tmp_path):
-    """The images and states of all queries: rendered in each step with rebuilt models, and by workers that do neither."""
+    """The images and states of all queries: rendered in each step with rebuilt models, and by workers."""
     sequential, shared = ShortBackend(), ShortBackend()
     two = {"num_trials_per_task": 2, "seed": 7}
     published = {"render_mode": RenderMode.EVERY_STEP, "reset_mode": ResetMode.HARD}
