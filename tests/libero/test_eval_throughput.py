@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 
 import eval_throughput
 import numpy as np
+import pytest
 from fake_libero_world import FakePolicy
 
 
-def make_row(name: str, wall_s: float, setups: list[float], memory: list[float]) -> dict:
+def make_row(name: str, finished_s: list[float], memory: list[float]) -> dict:
     return {
         "row": name,
         "wall_s": 100.0,
@@ -18,36 +18,40 @@ def make_row(name: str, wall_s: float, setups: list[float], memory: list[float])
         "policy_wait_share": 0.1,
         "process_mb": 900.0,
         "worker_mb": memory,
-        "outcomes": [[0, i, "success", 100, 13] for i in range(len(setups))],
-        "queries_sha256": "a",
-        "episodes": [{"task_id": 0, "init_idx": i, "wall_s": wall_s + s, "setup_s": s} for i, s in enumerate(setups)],
+        "outcomes": [[0, i, "success", 100, 2] for i in range(len(finished_s))],
+        "queries": sorted(f"{i}{q}" for i in range(len(finished_s)) for q in "ab"),
+        "episodes": [{} for _ in finished_s],
+        "finished_s": finished_s,
         "load_average": 2.0,
-        "versions": {},
         "gl_renderers": ["llvmpipe"],
     }
 
 
 def rows() -> list[dict]:
-    made = [make_row("sequential", 36.0, [4.0, 0.0], []), make_row("in_process", 9.0, [4.0, 0.0], [])]
-    return made + [make_row(f"workers_{n}", 9.0, [4.0, 0.0], [1800.0] * n) for n in (1, 2, 4)]
+    made = [make_row("sequential", [40.0, 76.0], []), make_row("in_process", [20.0, 29.0, 38.0, 47.0, 56.0], [])]
+    return made + [make_row(f"workers_{n}", [20.0, 21.0, 24.0, 25.0, 28.0], [1800.0] * n) for n in (1, 2, 4)]
 
 
-def test_rates_leave_out_episodes_that_built_their_environment():
+def test_rates_begin_when_every_worker_has_an_environment():
     whole, standing = eval_throughput.rates(rows()[3])
-    assert whole == 72.0 and standing == 800.0
+    assert whole == 180.0 and standing == pytest.approx(3600 * 3 / 7)
 
 
 def test_page_compares_with_the_sequential_row():
     page = eval_throughput.page(rows())
-    assert "bit-identical in all rows" in page
-    assert "| workers_2 | 72 | 800 | 8.0 | 25.0 | 10 % | 1800 |" in page
+    assert "bit-identical in all rows" in page and "runs the first 2 episodes" in page
+    assert "| workers_2 | 180 | 1543 | 15.4 | 10.0 | 10 % | 1800 |" in page
     assert "| sequential | 72 | 100 | 1.0 | 25.0 | 10 % | 900 (with policy) |" in page
 
 
-def test_page_says_when_rows_differ():
-    other = copy.deepcopy(rows())
-    other[2]["queries_sha256"] = "b"
+@pytest.mark.parametrize("row", [0, 2])
+def test_page_says_when_rows_differ(row):
+    other = rows()
+    other[row]["queries"][0] = "0c"
     assert "**The rows differ.**" in eval_throughput.page(other)
+    other = rows()
+    other[row]["outcomes"][1][2] = "failure"
+    assert not eval_throughput.agree(other)
 
 
 def test_the_hash_covers_every_input_and_the_answer():

@@ -263,6 +263,7 @@ class LiberoEnv:
                 use_camera_obs=every_step,
                 control_freq=CONTROL_HZ,
                 hard_reset=self.reset_mode is ResetMode.HARD,
+                initialization_noise={"magnitude": 0.0, "type": "gaussian"},
                 horizon=10_000,  # episodes are bounded by the caller
             )
             env.seed(0)
@@ -272,6 +273,11 @@ class LiberoEnv:
             # Nobody reads robosuite's observables then; updating them in each of the 25 sub-steps costs a third of
             # the step.
             env.env._update_observables = lambda force=False: None
+        if self.reset_mode is ResetMode.SOFT:
+            # Built with the random numbers of seed 0, this simulation is the one a hard reset with that seed makes.
+            env.sim.forward()
+            env.env.visualize(vis_settings=dict.fromkeys(env.env._visualizations, False))
+            self._kept = 0, SimulationSnapshot(env.sim)
         return env
 
     @property
