@@ -353,7 +353,7 @@ def _look_and_move(env: LiberoEnv, init_state: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.simulator
 @pytest.mark.slow
-@pytest.mark.parametrize(("suite", "task_id"), [("libero_object", 1), ("libero_goal", 7)])
+@pytest.mark.parametrize(("suite", "task_id"), [("libero_spatial", 4), ("libero_goal", 7)])
 def test_a_soft_reset_starts_what_a_hard_reset_starts(suite, task_id):
     task = load_task(suite, task_id)
     hard = LiberoEnv(task, 48, RenderMode.PUBLISHED, reset_mode=ResetMode.HARD)

@@ -319,6 +319,9 @@ class LiberoEnv:
         if hard:
             self._drop_context()  # its model is about to be rebuilt
             self._kept = None
+            # libero fills this list again at every rebuild. Grown, it draws more random numbers, and the fixtures of
+            # tasks that begin with something open or switched on (libero_spatial 4) would move from reset to reset.
+            self.domain.object_property_initializers.clear()
         self.domain.hard_reset = hard
         with _quiet(), self._own_random_state():
             self._last = self._env.reset()
