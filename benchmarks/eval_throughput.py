@@ -85,7 +85,7 @@ class Watch(threading.Thread):
 
     def __init__(self, records: Path) -> None:
         super().__init__(daemon=True)
-        self._records, self._started = records, time.monotonic()
+        self._records, self._begin = records, time.monotonic()
         self.peaks: dict[int, float] = {}
         self.finished_s: list[float] = []
 
@@ -101,7 +101,7 @@ class Watch(threading.Thread):
             self.peaks[pid] = max(_peak_mb(pid), self.peaks.get(pid, 0.0))
         count = self._records.read_bytes().count(b"\n") if self._records.exists() else 0
         new = count - len(self.finished_s)
-        self.finished_s += [round(time.monotonic() - self._started, 2)] * new
+        self.finished_s += [round(time.monotonic() - self._begin, 2)] * new
 
     def workers(self) -> list[float]:
         """Peaks of the processes above 200 MB (helpers of multiprocessing are far below), largest first."""
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default=str(ROOT / "pretrained_models" / "tiny-libero-object"))
     parser.add_argument("--task_ids", default="0")
     parser.add_argument("--trials", type=int, default=12, help="initial states per task")
-    parser.add_argument("--sequential_trials", type=int, default=4, help="initial states per task of `sequential`")
+    parser.add_argument("--sequential_trials", type=int, default=3, help="initial states per task of `sequential`")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--row", choices=list(ROWS), help="measure this row only, and write no page")
     parser.add_argument("--out", type=Path, default=None, help="file of --row")

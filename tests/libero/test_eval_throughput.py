@@ -72,3 +72,14 @@ def test_workers_do_not_get_the_policy():
     backend = eval_throughput.HashingBackend()
     backend.policy = object()
     assert not hasattr(pickle.loads(pickle.dumps(backend)), "policy")
+
+
+def test_the_watch_sees_lines_appear(tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    watch = eval_throughput.Watch(path)
+    watch.start()
+    watch.look()
+    assert watch.finished_s == []
+    path.write_text("{}\n{}\n{}")
+    watch.look()
+    assert len(watch.finished_s) == 2
