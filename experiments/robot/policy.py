@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.images import ImageSpec, prepare_eval_image
 from prismatic.vla.normalization import Normalizer, resolve_statistics_key
+
+Request = tuple[np.ndarray, np.ndarray, np.ndarray, str]
+"""Arguments of `VLAPolicy.predict`."""
 
 
 class VLAPolicy:
@@ -50,7 +54,6 @@ class VLAPolicy:
         """
         return cls(load_checkpoint(path, num_images), device, unnorm_key)
 
-    @torch.inference_mode()
     def predict(self, image: np.ndarray, wrist_image: np.ndarray, state: np.ndarray, instruction: str) -> np.ndarray:
         """Actions of the next chunk: (K, A) float64, un-normalised, gripper in [0, 1] with 1 = open.
 
@@ -60,8 +63,25 @@ class VLAPolicy:
             state: end-effector position (m), axis-angle (rad), gripper joint positions (m): (8,).
             instruction: the task in words.
         """
+        return self.predict_batch([(image, wrist_image, state, instruction)])[0]
+
+    @torch.inference_mode()
+    def predict_batch(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        """Chunks of several observations from one forward pass, in their order.
+
+        The arguments of each request are those of `predict`. A batch of one is `predict`; in larger ones matrix
+        products are divided differently and the last bits of an action may differ from it.
+        """
+        if not requests:
+            return []
+        batch = self._collate([self._sample(*request) for request in requests])
+        batch = {k: v.to(self._device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        actions = self._model(batch).actions.float().cpu().numpy().astype(np.float64)
+        return [self._normalizer.unnormalize_action(chunk) for chunk in actions]
+
+    def _sample(self, image: np.ndarray, wrist_image: np.ndarray, state: np.ndarray, instruction: str) -> dict:
         images = [image, wrist_image][: self._num_images]
-        sample = {
+        return {
             "images": np.stack([prepare_eval_image(i, self.image_spec) for i in images]),
             "proprio": self._normalizer.normalize_proprio(np.asarray(state, dtype=np.float32), self._zero_constant),
             "actions": np.zeros((self.action_spec.chunk_len, self.action_spec.action_dim), dtype=np.float32),
@@ -69,7 +89,3 @@ class VLAPolicy:
             "dataset_name": self.unnorm_key,
             "sample_id": (0, 0),
         }
-        batch = self._collate([sample])
-        batch = {k: v.to(self._device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        actions = self._model(batch).actions[0].float().cpu().numpy()
-        return self._normalizer.unnormalize_action(actions.astype(np.float64))

@@ -6,13 +6,18 @@ module of its own because worker processes import it.
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+
+from experiments.robot.libero.eval_config import EvalConfig
 
 CHUNK = 8
 LANGUAGES = ("push the Red.Block", "open the drawer", "stack the bowls")
@@ -121,9 +126,7 @@ class FakeBackend:
         self.policies: list[FakePolicy] = []
 
     def load_policy(self, cfg):
-        if self.load_error == "exit":
-            os._exit(9)
-        if self.load_error:
+        if self.load_error and self.load_error != "exit":
             raise OSError(self.load_error)
         self.policies.append(FakePolicy(self.speed, self.metadata, self.center_crop))
         return self.policies[-1]
@@ -132,6 +135,8 @@ class FakeBackend:
         return self.demos
 
     def task_count(self, suite):
+        if self.load_error == "exit" and multiprocessing.parent_process() is not None:
+            os._exit(9)
         return len(LANGUAGES)
 
     def load_task(self, suite, task_id):
@@ -147,3 +152,19 @@ class FakeBackend:
 
     def versions(self):
         return {"mujoco": "3.3.0", "numpy": np.__version__}
+
+
+def lines_of(cfg: EvalConfig) -> list[dict]:
+    return [json.loads(line) for line in (Path(cfg.results_dir) / "episodes.jsonl").read_text().splitlines()]
+
+
+def comparable(cfg: EvalConfig) -> dict:
+    """Records without what may differ between two equal runs."""
+    free = ("run_id", "wall_s", "video", "query_latency_s", "policy_wait_share", "setup_s")
+    return {(r["task_id"], r["init_idx"]): {k: v for k, v in r.items() if k not in free} for r in lines_of(cfg)}
+
+
+def text_log(cfg: EvalConfig) -> str:
+    (path,) = Path(cfg.local_log_dir).glob("EVAL-*.txt")
+    assert re.fullmatch(r"EVAL-toy_suite-openvla-\d{4}(_\d\d){2}-\d\d(_\d\d){2}\.txt", path.name)
+    return path.read_text()

@@ -218,7 +218,7 @@ def test_largest_colour_difference_keeps_its_sign():
     assert render_reference.largest_difference(found, stored) == (-15.0, "wrist_image")
     reference = render_reference.load_reference()
     assert reference["versions"]["mujoco"] == "3.3.0"
-    assert set(reference["modes"]) == {mode.value for mode in simulator.RenderMode}
+    assert set(reference["modes"]) == {mode.value for mode in render_reference.MODES}
 
 
 # -- command --------------------------------------------------------------------------------------------------------

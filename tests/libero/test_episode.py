@@ -44,13 +44,13 @@ def test_success_is_the_first_done():
 def test_the_policy_is_asked_only_when_the_queue_is_empty(chunk, queries):
     env = fresh_env()
     rollout = run_episode(env, actor(0.001, chunk), EpisodeLimits(10, 20))
-    assert rollout.n_queries == queries == env.observations and rollout.frames == []
+    assert len(rollout.query_s) == queries == env.observations and rollout.frames == []
 
 
 def test_frames_at_the_interval_cost_no_second_observation():
     env = fresh_env()
     rollout = run_episode(env, actor(0.001), EpisodeLimits(10, 20, frame_interval=1))
-    assert env.observations == 20 == len(rollout.frames) and rollout.n_queries == 3
+    assert env.observations == 20 == len(rollout.frames) and len(rollout.query_s) == 3
     env = fresh_env()
     rollout = run_episode(env, actor(0.001), EpisodeLimits(10, 20, frame_interval=8))
     assert env.observations == 3 == len(rollout.frames)

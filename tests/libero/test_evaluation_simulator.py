@@ -83,10 +83,19 @@ def test_an_episode_is_the_same_alone_and_after_another(tmp_path):
     assert record["steps"] == 16 and record["n_queries"] == 2 and record["versions"]["robosuite"] == "1.4.0"
 
 
-def test_soft_resets_start_nearly_the_same(tmp_path):
-    after, alone = run_both_ways(tmp_path, ResetMode.SOFT)
-    np.testing.assert_allclose(after[0][1], alone[0][1], rtol=0, atol=1e-4)
-    assert np.abs(after[0][0].astype(int) - alone[0][0]).max() <= 2
+def test_workers_see_what_the_published_protocol_sees(tmp_path):
+    """The images and states of all queries: rendered in each step with rebuilt models, and by workers."""
+    sequential, shared = ShortBackend(), ShortBackend()
+    two = {"num_trials_per_task": 2, "seed": 7}
+    published = {"render_mode": RenderMode.EVERY_STEP, "reset_mode": ResetMode.HARD}
+    evaluate(config(tmp_path / "a", num_workers=0, **published, **two), sequential)
+    results = evaluate(config(tmp_path / "b", num_workers=2, render_mode=RenderMode.PUBLISHED, **two), shared)
+    assert results["valid"] and results["gl_renderers"] and len(shared.policy.seen) == 4
+
+    def in_order(policy):
+        return sorted((state.tobytes(), image.tobytes()) for image, state in policy.seen)
+
+    assert in_order(sequential.policy) == in_order(shared.policy)
 
 
 def test_unknown_suite_and_too_many_trials_are_input_errors(tmp_path):

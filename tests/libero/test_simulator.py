@@ -63,18 +63,27 @@ def test_importing_is_light_and_silent():
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
-def test_osmesa_is_chosen_without_gpu_and_display(monkeypatch):
+@pytest.mark.parametrize(
+    ("gpu", "libraries", "chosen"),
+    [
+        (True, {"EGL", "OSMesa"}, "egl"),
+        (True, {"OSMesa"}, "osmesa"),
+        (False, {"EGL", "OSMesa"}, "osmesa"),
+        (False, {"EGL"}, "egl"),
+    ],
+)
+def test_the_backend_is_chosen_when_none_is_set(monkeypatch, gpu, libraries, chosen):
     monkeypatch.delenv("MUJOCO_GL", raising=False)
-    monkeypatch.setenv("PYOPENGL_PLATFORM", "osmesa")
-    monkeypatch.setattr(simulator, "_has_gpu_or_display", lambda: False)
-    monkeypatch.setattr(ctypes.util, "find_library", lambda name: "libOSMesa.so.8")
+    monkeypatch.setenv("PYOPENGL_PLATFORM", chosen)
+    monkeypatch.setattr(simulator, "_has_gpu", lambda: gpu)
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: f"lib{name}.so" if name in libraries else None)
     simulator._choose_gl()
-    assert os.environ["MUJOCO_GL"] == "osmesa"
+    assert os.environ["MUJOCO_GL"] == chosen
 
 
 def test_a_chosen_backend_is_kept(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "egl")
-    monkeypatch.setattr(simulator, "_has_gpu_or_display", lambda: False)
+    monkeypatch.setattr(simulator, "_has_gpu", lambda: False)
     simulator._choose_gl()
     assert os.environ["MUJOCO_GL"] == "egl"
 
@@ -244,7 +253,7 @@ def test_soft_reset_carries_nothing_over(spatial_env, spatial_task):
 
 @pytest.mark.simulator
 @pytest.mark.slow
-def test_soft_and_hard_resets_give_the_same_episode(spatial_env, spatial_task):
+def test_soft_and_hard_resets_give_the_same_movement(spatial_env, spatial_task):
     def episode(env):
         env.reset(spatial_task.init_states[2], seed=5)
         for _ in range(6):
@@ -310,6 +319,49 @@ def test_render_modes_show_the_same_moment_of_the_same_physics(object_rollouts):
         one_earlier = _difference(getattr(published[-1], camera), getattr(lazy[-2], camera))
         assert 0.0 < same_moment < 6.0, "smoothing and reflections only"
         assert same_moment < one_earlier
+
+
+@pytest.mark.simulator
+@pytest.mark.slow
+def test_images_made_on_request_are_those_made_in_every_step(object_rollouts):
+    every, every_states, _ = object_rollouts[RenderMode.EVERY_STEP]
+    asked, asked_states, _ = object_rollouts[RenderMode.PUBLISHED]
+    np.testing.assert_array_equal(every_states, asked_states)
+    for reference, observation in zip(every, asked, strict=True):
+        for name in (*CAMERA_FIELDS, "state"):
+            np.testing.assert_array_equal(getattr(reference, name), getattr(observation, name))
+
+
+def _look_and_move(env: LiberoEnv, init_state: np.ndarray) -> list[np.ndarray]:
+    """What an episode's beginning shows: images, state, and where everything is later."""
+    env.reset(init_state, seed=0)
+    start = np.concatenate([env.sim.data.qpos, env.sim.data.qvel, env.sim.data.qacc_warmstart])
+    env.settle(3)
+    seen = env.observe()
+    for number in range(8):
+        env.step(np.array([0.8, -0.5, -0.9, 0.1, 0.3, -0.2, 1.0 if number % 4 < 2 else -1.0]))
+    after = env.observe()
+    end = np.concatenate([env.sim.data.qpos, env.sim.data.qvel])
+    return [start, seen.image, seen.wrist_image, seen.state, after.image, after.wrist_image, after.state, end]
+
+
+@pytest.mark.simulator
+@pytest.mark.slow
+@pytest.mark.parametrize(("suite", "task_id"), [("libero_spatial", 4), ("libero_goal", 7)])
+def test_a_soft_reset_starts_what_a_hard_reset_starts(suite, task_id):
+    task = load_task(suite, task_id)
+    hard = LiberoEnv(task, 48, RenderMode.PUBLISHED, reset_mode=ResetMode.HARD)
+    expected = [_look_and_move(hard, task.init_states[number]) for number in (3, 7)]
+    hard.close()
+    soft = LiberoEnv(task, 48, RenderMode.PUBLISHED, reset_mode=ResetMode.SOFT)
+    _look_and_move(soft, task.init_states[9])
+    found = [_look_and_move(soft, task.init_states[number]) for number in (3, 7)]
+    renderer = soft.gl_renderer()
+    soft.close()
+    for want, have in zip(expected, found, strict=True):
+        for first, second in zip(want, have, strict=True):
+            np.testing.assert_array_equal(first, second)
+    assert renderer
 
 
 def _difference(first: np.ndarray, second: np.ndarray) -> float:

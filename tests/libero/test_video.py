@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.robot.libero.video import SaveVideos, VideoBudget, rollout_path, write_video
+from experiments.robot.libero.video import SaveVideos, VideoBudget, keeps_video, rollout_path, write_video
 
 
 def test_published_path():
@@ -35,8 +35,21 @@ def test_published_path():
 )
 def test_budget(choice, limit, kept):
     budget = VideoBudget(choice, limit)
-    outcomes = [True, False, True, False]
-    assert [i for i, success in enumerate(outcomes) if budget.should_record() and budget.take(success)] == kept
+    written = []
+    for index, success in enumerate([True, False, True, False]):
+        reserved = budget.reserve()
+        if reserved and keeps_video(choice, success):
+            written.append(index)
+        elif reserved:
+            budget.give_back()
+    assert written == kept
+
+
+def test_episodes_under_way_count_against_the_budget():
+    budget = VideoBudget(SaveVideos.FAILURES, 2)
+    assert [budget.reserve() for _ in range(3)] == [True, True, False]
+    budget.give_back()
+    assert budget.reserve() and not budget.reserve()
 
 
 def test_video_is_written_completely_or_not_at_all(tmp_path):

@@ -29,10 +29,10 @@ def convention_checks() -> list[Check]:
 def _quaternion() -> tuple[Status, str]:
     """The state that the simulator adapter hands out for a rotation by 4 rad about x, whose w is negative."""
     angle = 4.0
-    raw = {f"{camera}_image": np.zeros((2, 2, 3), np.uint8) for camera in simulator.CAMERAS}
-    raw |= {"robot0_eef_pos": np.zeros(3), "robot0_gripper_qpos": np.zeros(2)}
+    views = [np.zeros((2, 2, 3), np.uint8) for _ in simulator.CAMERAS]
+    raw = {"robot0_eef_pos": np.zeros(3), "robot0_gripper_qpos": np.zeros(2)}
     raw["robot0_eef_quat"] = np.array([np.sin(angle / 2), 0.0, 0.0, np.cos(angle / 2)])
-    found = simulator.LiberoEnv._published_observation(raw).state[3:6]
+    found = simulator.LiberoEnv._published_observation(raw, views).state[3:6]
     if np.allclose(found, [angle, 0.0, 0.0], atol=1e-6):
         return Status.OK, "a rotation by 4 rad about x is reported as 4 rad"
     folded = np.allclose(found, [angle - 2 * np.pi, 0.0, 0.0], atol=1e-6)

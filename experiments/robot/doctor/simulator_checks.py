@@ -94,6 +94,7 @@ def render_checks(mode: RenderMode, suites: tuple[str, ...] = render_reference.S
 
 
 def _colours(suite: str, mode: RenderMode) -> tuple[Status, str]:
+    mode = mode if mode in render_reference.MODES else RenderMode.PUBLISHED
     stored = render_reference.load_reference()["modes"][mode.value][suite]
     difference, camera = render_reference.largest_difference(render_reference.mean_colours(suite, mode), stored)
     backend = os.environ.get("MUJOCO_GL", "")

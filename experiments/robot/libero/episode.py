@@ -1,4 +1,4 @@
-"""One evaluation episode, and the session that runs the episodes of a job in one process."""
+"""One evaluation episode, and the runner that holds the environment of one process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,8 +24,8 @@ from experiments.robot.libero.policy_facts import (
     resolve_render_mode,
 )
 from experiments.robot.libero.simulator import RenderMode, ResetMode
-from experiments.robot.libero.suites import with_language
-from experiments.robot.libero.video import PUBLISHED_FPS, SaveVideos, VideoBudget, rollout_path, write_video
+from experiments.robot.libero.suites import perturbation, with_language
+from experiments.robot.libero.video import PUBLISHED_FPS, SaveVideos, keeps_video, rollout_path, write_video
 
 ENV_SEED = 0
 """Published protocol: the environment is seeded with 0. Seeded before every episode here, so that an episode does not
@@ -83,6 +82,8 @@ class RunInfo:
             "run_id": self.run_id,
             "fingerprint": self.fingerprint,
             "checkpoint": self.checkpoint,
+            "checkpoint_hash": self.checkpoint.rpartition("@")[2],
+            "perturbation": perturbation(cfg.task_suite_name) or "",
             "suite": cfg.task_suite_name,
             "control": cfg.control.value,
             "seed": cfg.seed,
@@ -92,11 +93,29 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class Job:
-    """Episodes of one task for one process. video_limit: None or most videos of this job."""
+    """Open episodes of one task. video_limit: None or most videos of them."""
 
     task_id: int
     episodes: tuple[PlannedEpisode, ...]
     video_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One episode to run, and whether to record its frames."""
+
+    task_id: int
+    planned: PlannedEpisode
+    record_video: bool = False
+
+
+@dataclass(frozen=True)
+class RunnerSettings:
+    """What every process of a run must do alike; decided once, with the policy at hand."""
+
+    render_mode: RenderMode
+    image_size: int
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -110,11 +129,12 @@ class EpisodeLimits:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Outcome of `run_episode`. frames: rotated agent-view images, empty when not recorded."""
+    """Outcome of `run_episode`. query_s: seconds of each query; frames: rotated agent-view images, empty when not
+    recorded."""
 
     success: bool
     steps: int
-    n_queries: int
+    query_s: list[float]
     frames: list[np.ndarray]
 
 
@@ -133,7 +153,7 @@ def run_episode(env: Any, actor: Actor, limits: EpisodeLimits) -> Rollout:
         env.step(WAIT_ACTION.copy())
     queue: deque[np.ndarray] = deque()
     frames: list[np.ndarray] = []
-    n_queries = 0
+    query_s: list[float] = []
     for step in range(limits.max_steps):
         frame_due = limits.frame_interval > 0 and step % limits.frame_interval == 0
         query_due = not queue
@@ -141,11 +161,12 @@ def run_episode(env: Any, actor: Actor, limits: EpisodeLimits) -> Rollout:
         if frame_due:
             frames.append(observation.image)
         if query_due:
+            asked = time.perf_counter()
             queue.extend(actor.act(observation))
-            n_queries += 1
+            query_s.append(time.perf_counter() - asked)
         if env.step(queue.popleft()):
-            return Rollout(True, step + 1, n_queries, frames)
-    return Rollout(False, limits.max_steps, n_queries, frames)
+            return Rollout(True, step + 1, query_s, frames)
+    return Rollout(False, limits.max_steps, query_s, frames)
 
 
 def seed_everything(seed: int) -> None:
@@ -159,105 +180,125 @@ def seed_everything(seed: int) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-class Session:
-    """Loads the policy once and runs jobs with it, one environment at a time.
+def prepare(cfg: EvalConfig, backend: Backend) -> tuple[Any, RunnerSettings, dict[str, Any]]:
+    """Load the policy and decide what follows from it.
+
+    Returns:
+        (policy, None for a replay; settings of all runners; facts for results.json).
 
     Raises:
         EvalInputError: a flag contradicts the checkpoint.
     """
+    policy = None if cfg.control is Control.REPLAY else backend.load_policy(cfg)
+    facts = read_policy_facts(policy)
+    check_flags(cfg, facts)
+    settings = RunnerSettings(resolve_render_mode(cfg, facts), resolve_image_size(cfg, facts), backend.versions())
+    described = {
+        "policy_metadata": dict(getattr(policy, "metadata", None) or {}),
+        "render_mode": settings.render_mode.value,
+        "env_img_res": settings.image_size,
+        "versions": settings.versions,
+    }
+    return policy, settings, described
 
-    def __init__(self, cfg: EvalConfig, backend: Backend, run: RunInfo) -> None:
-        self.cfg, self.backend, self.run = cfg, backend, run
-        self.policy: Any = None
-        self.demonstrations: Any = None
-        if cfg.control is Control.REPLAY:
-            self.demonstrations = backend.open_demonstrations(cfg.replay_dataset)
-        else:
-            self.policy = backend.load_policy(cfg)
-        facts = read_policy_facts(self.policy)
-        check_flags(cfg, facts)
-        self.render_mode = resolve_render_mode(cfg, facts)
-        self.image_size = resolve_image_size(cfg, facts)
-        self.versions = backend.versions()
+
+class EpisodeRunner:
+    """Runs one episode after the other; keeps the environment as long as the task stays the same.
+
+    Args:
+        cfg, backend, run: as for the whole evaluation.
+        settings: from `prepare`.
+        policy: object with `predict`; None for a replay.
+    """
+
+    def __init__(
+        self, cfg: EvalConfig, backend: Backend, run: RunInfo, settings: RunnerSettings, policy: Any = None
+    ) -> None:
+        self.cfg, self.backend, self.run_info, self.settings, self.policy = cfg, backend, run, settings, policy
+        self._demonstrations: Any = None
+        self._task: Any = None
+        self._states: dict[int, np.ndarray | None] = {}
+        self._actor: Actor | None = None
         self._env: Any = None
         self._offsets: dict[str, list[float]] | None = None
+        self._setup_s = 0.0
 
-    def describe(self) -> dict[str, Any]:
-        """Facts known only after loading, for results.json."""
-        return {
-            "policy_metadata": dict(getattr(self.policy, "metadata", None) or {}),
-            "render_mode": self.render_mode.value,
-            "env_img_res": self.image_size,
-            "versions": self.versions,
-        }
-
-    def run_job(self, job: Job) -> Iterator[EpisodeRecord]:
-        """Run the episodes of one task and yield a record after each.
-
-        Yields:
-            One record per planned episode, in order; an episode whose exception persisted after one retry in a new
-            environment has status error.
-        """
-        task = self.backend.load_task(self.cfg.task_suite_name, job.task_id)
-        states = read_initial_states(self.cfg, task)
-        actor = self._actor(task)  # demonstrations are filed under the name in the file name
-        task = with_language(task, self.cfg.resolved_language_source())
-        budget = VideoBudget(self.cfg.save_videos, job.video_limit)
-        try:
-            for planned in job.episodes:
-                yield self._run_planned(task, actor, planned, states[planned.init_idx], budget)
-        finally:
-            self._close_env()
-
-    def _actor(self, task: Any) -> Actor:
-        if self.demonstrations is None:
-            return PolicyActor(self.policy, self.cfg.num_open_loop_steps, self.cfg.control)
-        try:
-            actions = find_demonstration(self.demonstrations, task.language, self.cfg.replay_episode)
-        except (KeyError, IndexError, ValueError) as error:
-            raise EvalInputError(f"--replay_dataset {self.cfg.replay_dataset}: {error.args[0]}") from error
-        return ReplayActor(actions, self.cfg.num_open_loop_steps)
-
-    def _run_planned(
-        self, task: Any, actor: Actor, planned: PlannedEpisode, init_state: np.ndarray, budget: VideoBudget
-    ) -> EpisodeRecord:
-        limits = EpisodeLimits(
-            self.cfg.num_steps_wait,
-            self.backend.max_steps(self.cfg.task_suite_name),
-            self._frame_interval() if budget.should_record() else 0,
-        )
+    def run(self, assignment: Assignment) -> EpisodeRecord:
+        """Run one episode. An exception is tried once more in a new environment; if it lasts, the status is error."""
+        self._take_task(assignment.task_id)
+        planned = assignment.planned
+        interval = self._frame_interval() if assignment.record_video else 0
+        limits = EpisodeLimits(self.cfg.num_steps_wait, self.backend.max_steps(self.cfg.task_suite_name), interval)
         error: str | None = None
         for attempt in (1, 2):
             started = time.monotonic()
             try:
-                rollout = self._attempt(task, actor, init_state, limits, planned.init_idx)
+                rollout = self._attempt(self._states[planned.init_idx], limits, planned.init_idx)
             except Exception as exception:  # noqa: BLE001 - any exception is an outcome of the episode
-                error = _one_line(exception)
+                error = one_line(exception)
                 self._close_env()  # its state is unknown now
                 continue
-            video = self._save_video(rollout, planned, task.language, budget) if limits.frame_interval else None
-            status = EpisodeStatus.SUCCESS if rollout.success else EpisodeStatus.FAILURE
-            counts = {"steps": rollout.steps, "n_queries": rollout.n_queries, "attempts": attempt, "video": video}
-            counts["init_offsets_mm"] = self._offsets
-            return self._record(task, planned, status, counts | {"error": error, "wall_s": time.monotonic() - started})
-        counts = {"steps": 0, "n_queries": 0, "attempts": 2, "error": error, "wall_s": time.monotonic() - started}
-        return self._record(task, planned, EpisodeStatus.ERROR, counts)
+            outcome = self._outcome(rollout, time.monotonic() - started)
+            outcome |= {"attempts": attempt, "error": error, "video": self._save_video(rollout, planned)}
+            return self._record(planned, outcome)
+        outcome = {"status": EpisodeStatus.ERROR, "steps": 0, "n_queries": 0, "attempts": 2, "error": error}
+        return self._record(planned, outcome | {"wall_s": time.monotonic() - started})
 
-    def _attempt(
-        self, task: Any, actor: Actor, init_state: np.ndarray, limits: EpisodeLimits, init_idx: int
-    ) -> Rollout:
+    def close(self) -> None:
+        """Close the environment."""
+        self._close_env()
+
+    def _take_task(self, task_id: int) -> None:
+        if self._task is not None and self._task.task_id == task_id:
+            return
+        self._close_env()
+        self._task = self.backend.load_task(self.cfg.task_suite_name, task_id)
+        self._states = read_initial_states(self.cfg, self._task)
+        self._actor = self._make_actor()  # demonstrations are filed under the instruction of the file name
+        self._task = with_language(self._task, self.cfg.resolved_language_source())
+
+    def _make_actor(self) -> Actor:
+        if self.cfg.control is not Control.REPLAY:
+            return PolicyActor(self.policy, self.cfg.num_open_loop_steps, self.cfg.control)
+        if self._demonstrations is None:
+            self._demonstrations = self.backend.open_demonstrations(self.cfg.replay_dataset)
+        try:
+            actions = find_demonstration(self._demonstrations, self._task.language, self.cfg.replay_episode)
+        except (KeyError, IndexError, ValueError) as error:
+            raise EvalInputError(f"--replay_dataset {self.cfg.replay_dataset}: {error.args[0]}") from error
+        return ReplayActor(actions, self.cfg.num_open_loop_steps)
+
+    def _attempt(self, init_state: np.ndarray, limits: EpisodeLimits, init_idx: int) -> Rollout:
+        self._setup_s = 0.0
         if self._env is None:
-            render = actor.needs_observation or self.cfg.save_videos is not SaveVideos.NONE
-            settings = EnvSettings(self.image_size, self.render_mode, self.cfg.reset_mode, render)
-            self._env = self.backend.make_env(task, settings)
+            render = self._actor.needs_observation or self.cfg.save_videos is not SaveVideos.NONE
+            settings, started = self.settings, time.monotonic()
+            self._env = self.backend.make_env(
+                self._task, EnvSettings(settings.image_size, settings.render_mode, self.cfg.reset_mode, render)
+            )
+            self._setup_s = time.monotonic() - started
         seed_everything(self.cfg.seed)
-        actor.reset(task.language)
+        self._actor.reset(self._task.language)
         self._env.reset(init_state=init_state, seed=ENV_SEED)
         self._offsets = None
         if self.cfg.init_noise_mm > 0:
-            key = (self.cfg.seed, task.task_id, init_idx)
+            key = (self.cfg.seed, self._task.task_id, init_idx)
             self._offsets = displace_objects(self._env, self.cfg.init_noise_mm, key)
-        return run_episode(self._env, actor, limits)
+        return run_episode(self._env, self._actor, limits)
+
+    def _outcome(self, rollout: Rollout, wall_s: float) -> dict[str, Any]:
+        renderer = getattr(self._env, "gl_renderer", None)
+        return {
+            "status": EpisodeStatus.SUCCESS if rollout.success else EpisodeStatus.FAILURE,
+            "steps": rollout.steps,
+            "n_queries": len(rollout.query_s),
+            "wall_s": wall_s,
+            "query_latency_s": [round(seconds, 5) for seconds in rollout.query_s],
+            "policy_wait_share": sum(rollout.query_s) / wall_s if wall_s > 0 else 0.0,
+            "setup_s": self._setup_s,
+            "init_offsets_mm": self._offsets,
+            "gl_renderer": renderer() if renderer is not None else "",
+        }
 
     def _close_env(self) -> None:
         env, self._env = self._env, None
@@ -267,43 +308,44 @@ class Session:
     def _frame_interval(self) -> int:
         if self.cfg.video_frame_interval is not None:
             return self.cfg.video_frame_interval
-        return 1 if self.render_mode is RenderMode.PUBLISHED else self.cfg.num_open_loop_steps
+        return 1 if self.settings.render_mode is RenderMode.EVERY_STEP else self.cfg.num_open_loop_steps
 
-    def _save_video(
-        self, rollout: Rollout, planned: PlannedEpisode, instruction: str, budget: VideoBudget
-    ) -> str | None:
-        if not budget.take(rollout.success):
+    def _save_video(self, rollout: Rollout, planned: PlannedEpisode) -> str | None:
+        if not rollout.frames or not keeps_video(self.cfg.save_videos, rollout.success):
             return None
         folder = f"{self.cfg.rollout_dir}/{self.cfg.save_version}"
-        path = rollout_path(folder, self.run.started, planned.number, rollout.success, instruction)
+        started, task = self.run_info.started, self._task.language
+        path = rollout_path(folder, started, planned.number, rollout.success, task)
         # A sparser video keeps its duration.
         write_video(path, rollout.frames, PUBLISHED_FPS / self._frame_interval())
         return path
 
-    def _record(
-        self, task: Any, planned: PlannedEpisode, status: EpisodeStatus, outcome: dict[str, Any]
-    ) -> EpisodeRecord:
+    def _record(self, planned: PlannedEpisode, outcome: dict[str, Any]) -> EpisodeRecord:
         return EpisodeRecord(
-            **self.run.record_fields(self.cfg),
-            task_id=task.task_id,
-            task_name=task.name,
-            instruction=task.language,
+            **self.run_info.record_fields(self.cfg),
+            task_id=self._task.task_id,
+            task_name=self._task.name,
+            instruction=self._task.language,
             init_idx=planned.init_idx,
-            status=status,
-            render_mode=self.render_mode.value,
-            versions=self.versions,
+            render_mode=self.settings.render_mode.value,
+            versions=self.settings.versions,
             **outcome,
         )
 
 
 def limit_threads(threads: int) -> None:
-    """CPU threads of this process for the numerical libraries; an OMP_NUM_THREADS set by the user wins.
+    """CPU threads of this process for numerical libraries and the software renderer; what the user set wins.
 
     Effective for libraries imported later, so it comes first in a worker process.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("LP_NUM_THREADS", str(threads))
 
 
-def _one_line(exception: BaseException) -> str:
+def one_line(exception: BaseException) -> str:
+    """`Type: text` without line ends; that of a forwarded exception is its own."""
+    forwarded = getattr(exception, "forwarded", None)
+    if forwarded is not None:
+        return forwarded
     text = " ".join(str(exception).split())
     return f"{type(exception).__name__}: {text}" if text else type(exception).__name__

@@ -81,16 +81,23 @@ class EvalConfig:
     init_noise_mm: float = 0.0
 
     # --- How they run ---
-    # 1: in this process. More: one process per group of episodes of one task, this many at a time.
-    num_workers: int = 1
+    # 0: one episode after the other in this process, as published. More: this many simulator processes, which share
+    # the policy of this process; every episode ends the same.
+    num_workers: int = 0
+    # True: observations that wait for the policy at the same time share one forward pass. Faster on a GPU, but actions
+    # then depend in their last bits on what else was waiting. False: one by one.
+    batch_inference: bool = False
+    # "2/3": only the second third of the episodes (episode numbers 2, 5, 8, ...); `merge_shards` joins the results.
+    shard: str | None = None
     # A worker that reports nothing for this long is ended and its episode tried once more.
     worker_timeout_s: float = 3600.0
     # Give up after this many errors in a row: a broken renderer would otherwise grind through all episodes.
     max_consecutive_errors: int = 10
     # None: as in the checkpoint's training data where recorded, else `published`.
     render_mode: RenderMode | None = None
-    # `hard` rebuilds the simulation model before every episode, as published; `soft` reuses it, which is faster.
-    reset_mode: ResetMode = ResetMode.HARD
+    # `hard` rebuilds the simulation model before every episode, as published; `soft` returns to the state a hard reset
+    # leaves: the same episodes bit for bit, without the seconds of rebuilding.
+    reset_mode: ResetMode = ResetMode.SOFT
     # None: cuda when there is one, else cpu.
     device: str | None = None
 
@@ -98,7 +105,7 @@ class EvalConfig:
     save_videos: SaveVideos = SaveVideos.ALL
     # Videos per task; None: no limit (`first`: 1).
     max_videos: int | None = None
-    # Control steps per video frame; None: 1 in published mode, num_open_loop_steps in lazy mode (costs no rendering).
+    # Control steps per video frame. None: one per query, which needs no further image; each other frame costs one.
     video_frame_interval: int | None = None
     rollout_dir: str = "./rollouts"
 
@@ -127,6 +134,7 @@ class EvalConfig:
         _check_supported(self)
         _check_counts(self)
         _check_paths(self)
+        self.shard_part()
 
     def task_id_list(self, num_tasks: int) -> list[int]:
         """Selected task numbers in ascending order, without repetition.
@@ -153,6 +161,21 @@ class EvalConfig:
     def resolved_language_source(self) -> LanguageSource:
         """The flag, or what the suite needs."""
         return resolve_language_source(self.task_suite_name, self.language_source)
+
+    def shard_part(self) -> tuple[int, int]:
+        """(part, parts) of `--shard`, part counted from 1; (1, 1) without.
+
+        Raises:
+            EvalInputError: not of the form "2/3", or a part that does not exist.
+        """
+        if self.shard is None:
+            return 1, 1
+        words = self.shard.split("/")
+        if len(words) == 2 and all(word.strip().isdigit() for word in words):
+            part, parts = int(words[0]), int(words[1])
+            if 1 <= part <= parts:
+                return part, parts
+        raise EvalInputError(f"--shard: expected part/parts such as 1/3 (the first is 1), found {self.shard!r}")
 
     def statistics_key(self) -> str:
         """Name of the normalisation statistics to ask the checkpoint for.
@@ -186,7 +209,7 @@ def _check_counts(cfg: EvalConfig) -> None:
         "num_trials_per_task": 1,
         "env_img_res": 16,
         "initial_state_offset": 0,
-        "num_workers": 1,
+        "num_workers": 0,
         "max_consecutive_errors": 1,
         "max_videos": 0,
         "video_frame_interval": 1,

@@ -28,6 +28,9 @@ class EpisodeStatus(str, Enum):
 
 EpisodeKey = tuple[int, int]  # (task_id, init_idx); everything else is fixed by the run's fingerprint
 
+_ADDED_LATER = {"checkpoint_hash", "perturbation", "gl_renderer", "query_latency_s", "policy_wait_share", "setup_s"}
+_ADDED_LATER |= {"language_source", "init_offsets_mm"}
+
 
 @dataclass(frozen=True)
 class EpisodeRecord:
@@ -36,8 +39,12 @@ class EpisodeRecord:
     Fields: fingerprint (hash of everything that decides the outcome besides task and initial state); steps (policy
     actions executed, without waiting steps); n_queries (policy calls); attempts (2 after a retry); error (text of the
     exception, of the last attempt when status is error, of the retried one otherwise); wall_s (seconds of the last
-    attempt, with reset); video (path or None); versions (package -> version); language_source (where the instruction
-    was read); init_offsets_mm (object -> [dx, dy] of `--init_noise_mm`, None without).
+    attempt, with reset); video (path or None); versions (package -> version); checkpoint_hash (of the files behind
+    `checkpoint`); perturbation (`swap` for libero_goal_swap, "" for a standard suite); gl_renderer (the name OpenGL
+    reports, "" without images); query_latency_s (seconds from each question to its answer as the episode sees them, so
+    with the policy's work for other episodes); policy_wait_share (their sum as a share of wall_s, None after an error);
+    setup_s (the part of wall_s in which the environment was built, 0 when it was kept); language_source (where the
+    instruction was read); init_offsets_mm (object -> [dx, dy] of `--init_noise_mm`, None without).
     """
 
     run_id: str
@@ -61,6 +68,12 @@ class EpisodeRecord:
     versions: dict[str, str] = field(default_factory=dict)
     language_source: str = "filename"
     init_offsets_mm: dict[str, list[float]] | None = None
+    checkpoint_hash: str = ""
+    perturbation: str = ""
+    gl_renderer: str = ""
+    query_latency_s: list[float] = field(default_factory=list)
+    policy_wait_share: float | None = None
+    setup_s: float = 0.0
 
     @property
     def key(self) -> EpisodeKey:
@@ -87,9 +100,12 @@ class EpisodeRecord:
             data = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: expected one JSON object, found {line[:60]!r} ({error.msg})") from None
-        names = {item.name for item in fields(cls)}
-        if not isinstance(data, dict) or set(data) != names:
-            found = sorted(set(data) ^ names) if isinstance(data, dict) else type(data).__name__
+        known = {item.name for item in fields(cls)}
+        required = known - _ADDED_LATER  # files of earlier versions stay readable
+        if not isinstance(data, dict) or not required <= set(data) <= known:
+            found = (
+                sorted((required - set(data)) | (set(data) - known)) if isinstance(data, dict) else type(data).__name__
+            )
             raise ValueError(f"{where}: expected the fields of an episode record, difference: {found}")
         return cls(**{**data, "status": EpisodeStatus(data["status"])})
 

@@ -37,6 +37,8 @@ from experiments.robot.libero.video import SaveVideos, require_encoder
 PINNED_VERSIONS = {"mujoco": "3.3.0", "robosuite": "1.4.0"}
 """Simulator versions behind the published numbers; others change success rates by up to 86 points on single tasks."""
 
+PLAN_FILE = "plan.json"
+
 _HASH_WHOLE_BELOW = 1 << 24
 _HASH_EDGE = 1 << 20
 
@@ -125,6 +127,19 @@ def plan_tasks(cfg: EvalConfig, backend: Backend) -> list[TaskPlan]:
     return plans
 
 
+def shard_plans(plans: Iterable[TaskPlan], part: int, parts: int) -> list[TaskPlan]:
+    """The episodes of one of several machines: every `parts`-th episode number, so that each gets some of every task.
+
+    Skipped trials, which have no number, stay with the first part; tasks without episodes are left out.
+    """
+    result = []
+    for plan in plans:
+        mine = tuple(e for e in plan.episodes if (0 if e.number is None else e.number - 1) % parts == part - 1)
+        if mine:
+            result.append(dataclasses.replace(plan, episodes=mine))
+    return result
+
+
 def checkpoint_fingerprint(path: str) -> str:
     """Hash of a checkpoint directory's files: names, sizes and contents (of files above 16 MB, the first and last MB).
 
@@ -161,6 +176,7 @@ def run_fingerprint(cfg: EvalConfig) -> tuple[str, str]:
         checkpoint = f"{cfg.pretrained_checkpoint}@{checkpoint_fingerprint(cfg.pretrained_checkpoint)}"
     names = ("task_suite_name", "control", "seed", "num_open_loop_steps", "num_steps_wait", "env_img_res")
     names += ("initial_states_path", "render_mode", "reset_mode", "unnorm_key", "init_noise_mm")
+    names += ("batch_inference",) if cfg.batch_inference else ()  # as the default, it changes nothing
     settings = {name: _plain(getattr(cfg, name)) for name in names} | {"checkpoint": checkpoint.rpartition("@")[2]}
     settings["language_source"] = cfg.resolved_language_source().value
     text = json.dumps(settings, sort_keys=True)
@@ -201,7 +217,8 @@ class _Evaluation:
     def __init__(
         self, cfg: EvalConfig, backend: Backend, run: RunInfo, plans: list[TaskPlan], controls: list[dict[str, Any]]
     ) -> None:
-        self.cfg, self.backend, self.run, self.plans, self.controls = cfg, backend, run, plans, controls
+        self.cfg, self.backend, self.run, self.controls = cfg, backend, run, controls
+        self.whole_plan, self.plans = plans, shard_plans(plans, *cfg.shard_part())
         folder = Path(cfg.results_dir) if cfg.results_dir else Path(cfg.local_log_dir) / run.run_id
         self.results_path = folder / "results.json"
         if not cfg.resume and (folder / "episodes.jsonl").exists():
@@ -224,6 +241,7 @@ class _Evaluation:
         _warn_about_versions(self.facts["versions"])
         if self.store.dropped is not None:
             print(f"warning: {self.store.path}: cut off an unfinished last line", file=sys.stderr)
+        write_plan(self.results_path.with_name(PLAN_FILE), self.whole_plan)
         started = time.monotonic()
         tracker = make_tracker(self.cfg, self.run.run_id)
         with open(log_path, "x", encoding="utf-8") as file:
@@ -252,7 +270,7 @@ class _Evaluation:
 
     def _records(self, jobs: list[Job]) -> Iterator[EpisodeRecord]:
         reports: Iterable[Report]
-        if self.cfg.num_workers == 1:
+        if self.cfg.num_workers == 0:
             reports = run_in_process(jobs, self.cfg, self.backend, self.run)
         else:
             reports = WorkerPool(self.cfg, self.backend, self.run).run(jobs)
@@ -265,13 +283,13 @@ class _Evaluation:
                 yield report
 
     def _crash_record(self, crash: CrashReport) -> EpisodeRecord:
-        plan = next(plan for plan in self.plans if plan.task_id == crash.job.task_id)
+        plan = next(plan for plan in self.plans if plan.task_id == crash.assignment.task_id)
         return EpisodeRecord(
             **self.run.record_fields(self.cfg),
             task_id=plan.task_id,
             task_name=plan.name,
             instruction=plan.instruction,
-            init_idx=crash.planned.init_idx,
+            init_idx=crash.assignment.planned.init_idx,
             status=EpisodeStatus.ERROR,
             steps=0,
             n_queries=0,
@@ -298,9 +316,39 @@ class _Evaluation:
         speed = {"wall_s": wall_s, "episodes_run": self.new_episodes, "episodes_per_minute": rate}
         language = {"language_source": self.cfg.resolved_language_source().value}
         beside = {"controls": self.controls, "init_noise_mm": self.cfg.init_noise_mm} | language
-        results = head | summary | speed | beside | {"config": _plain(dataclasses.asdict(self.cfg))}
+        facts = speed | measured_facts(self.store.records.values()) | beside
+        results = head | summary | facts | {"config": _plain(dataclasses.asdict(self.cfg))}
         write_json(self.results_path, results)
         return results
+
+
+def write_plan(path: Path, plans: Iterable[TaskPlan]) -> None:
+    """Write the trials of a whole run, so that its shards can be joined without a simulator."""
+    path.write_text(
+        json.dumps([dataclasses.asdict(plan) for plan in plans], ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def read_plan(path: Path) -> list[TaskPlan]:
+    """What `write_plan` wrote.  Raises FileNotFoundError, and ValueError for another content."""
+    try:
+        tasks = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            TaskPlan(**{**task, "episodes": tuple(PlannedEpisode(**episode) for episode in task["episodes"])})
+            for task in tasks
+        ]
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: expected the plan of an evaluation, found something else ({error})") from error
+
+
+def measured_facts(records: Iterable[EpisodeRecord]) -> dict[str, Any]:
+    """`gl_renderers` (distinct names) and `policy_wait_share` (time episodes waited for the policy over their whole
+    time, None without episodes) of results.json."""
+    records = list(records)
+    wall_s = sum(record.wall_s for record in records)
+    waited_s = sum(sum(record.query_latency_s) for record in records)
+    renderers = sorted({record.gl_renderer for record in records if record.gl_renderer})
+    return {"gl_renderers": renderers, "policy_wait_share": waited_s / wall_s if wall_s > 0 else None}
 
 
 def open_jobs(plans: Iterable[TaskPlan], done: Iterable[tuple[int, int]], max_videos: int | None) -> list[Job]:

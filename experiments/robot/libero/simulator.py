@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.robot.libero.scene_sampling import SceneSampler
 from experiments.robot.libero.suites import split_suite
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
@@ -58,8 +59,10 @@ class SimulatorUnavailableError(RuntimeError):
 class RenderMode(str, Enum):
     """How camera images are produced.  Recorded with every data set and every evaluation.
 
-    PUBLISHED: robosuite's own camera observables, rendered in every control step, multisampling and reflections on.
-    The published LIBERO numbers were produced this way.
+    PUBLISHED: the images of robosuite's own camera observables, multisampling and reflections on. The published LIBERO
+    numbers were produced with them. They are rendered only when `LiberoEnv.observe` is called (`scene_sampling.py`).
+    EVERY_STEP: the same images, bit for bit, rendered in every control step as robosuite does it: the reference for
+    tests and benchmarks, up to ten times slower.
     LAZY: the cameras are rendered when `LiberoEnv.observe` is called, without multisampling and without reflections;
     2.5 times faster per image, and images nobody looks at cost nothing.
 
@@ -71,11 +74,17 @@ class RenderMode(str, Enum):
     """
 
     PUBLISHED = "published"
+    EVERY_STEP = "every_step"
     LAZY = "lazy"
 
 
 class ResetMode(str, Enum):
-    """HARD rebuilds the simulation model on every reset (published protocol); SOFT reuses it (3-5 times faster)."""
+    """How an episode starts.
+
+    HARD rebuilds the simulation model on every reset, as published. SOFT reuses it. With an initial state and a seed
+    SOFT builds the model once, as HARD would, keeps what the reset left in the simulation, and returns to that: the
+    episode is the same, bit for bit. Sampled starts differ (a soft reset leaves fixtures where they were built).
+    """
 
     HARD = "hard"
     SOFT = "soft"
@@ -165,6 +174,38 @@ def load_task(suite: str, task_id: int) -> LiberoTask:
     return LiberoTask(suite, task_id, task.name, task.language, bddl_file, states)
 
 
+class SimulationSnapshot:
+    """Everything that decides how one simulation goes on: MuJoCo's integration state, which includes what its solver
+    starts from, and those arrays of the model that simulation code writes to."""
+
+    def __init__(self, sim: Any) -> None:
+        import mujoco
+
+        self._model, self._data = sim.model._model, sim.data._data
+        self._spec = mujoco.mjtState.mjSTATE_INTEGRATION
+        self._state = np.empty(mujoco.mj_stateSize(self._model, self._spec))
+        mujoco.mj_getState(self._model, self._data, self._state, self._spec)
+        self._arrays = {name: array.copy() for name, array in _small_arrays(self._model)}
+
+    def restore(self) -> None:
+        """Put the simulation back; computed quantities follow with the next forward pass."""
+        import mujoco
+
+        for name, array in _small_arrays(self._model):
+            if not np.array_equal(array, self._arrays[name]):
+                array[...] = self._arrays[name]
+        mujoco.mj_setState(self._model, self._data, self._state, self._spec)
+
+
+def _small_arrays(model: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays of the model that simulation code changes: places, sizes, colours of bodies, geoms and sites."""
+    for name in dir(model):
+        if name.startswith(("body_", "geom_", "site_", "jnt_", "actuator_", "light_", "cam_")):
+            value = getattr(model, name)
+            if isinstance(value, np.ndarray):
+                yield name, value
+
+
 class LiberoEnv:
     """One simulated task.
 
@@ -192,6 +233,8 @@ class LiberoEnv:
         self.reset_mode = ResetMode(reset_mode)
         self._render = render
         self._context: Any = None
+        self._sampler: SceneSampler | None = None
+        self._kept: tuple[int, SimulationSnapshot] | None = None  # seed of the hard reset, and what it left
         self._last: dict[str, np.ndarray] | None = None
         self._random_state = np.random.RandomState(0).get_state()  # noqa: NPY002 - what robosuite draws from
         self._env = self._build()
@@ -200,7 +243,8 @@ class LiberoEnv:
         _import_libero()
         from libero.libero.envs.env_wrapper import ControlEnv
 
-        published = self._render and self.render_mode is RenderMode.PUBLISHED
+        every_step = self._render and self.render_mode is RenderMode.EVERY_STEP
+        sampled = self._render and self.render_mode is RenderMode.PUBLISHED
         with _quiet(), self._own_random_state():
             env = ControlEnv(
                 bddl_file_name=str(self.task.bddl_file),
@@ -208,17 +252,25 @@ class LiberoEnv:
                 camera_heights=self.image_size,
                 camera_widths=self.image_size,
                 has_renderer=False,
-                has_offscreen_renderer=published,
-                use_camera_obs=published,
+                has_offscreen_renderer=every_step or sampled,
+                use_camera_obs=every_step,
                 control_freq=CONTROL_HZ,
                 hard_reset=self.reset_mode is ResetMode.HARD,
+                initialization_noise={"magnitude": 0.0, "type": "gaussian"},
                 horizon=10_000,  # episodes are bounded by the caller
             )
             env.seed(0)
-        if not published:
+        if sampled:
+            self._sampler = SceneSampler(env.env, CAMERAS, self.image_size)
+        elif not every_step:
             # Nobody reads robosuite's observables then; updating them in each of the 25 sub-steps costs a third of
             # the step.
             env.env._update_observables = lambda force=False: None
+        if self.reset_mode is ResetMode.SOFT:
+            # Built with the random numbers of seed 0, this simulation is the one a hard reset with that seed makes.
+            env.sim.forward()
+            env.env.visualize(vis_settings=dict.fromkeys(env.env._visualizations, False))
+            self._kept = 0, SimulationSnapshot(env.sim)
         return env
 
     @property
@@ -241,11 +293,11 @@ class LiberoEnv:
         """
         if seed is not None:
             self._random_state = np.random.RandomState(seed).get_state()  # noqa: NPY002
-        if self.reset_mode is ResetMode.HARD:
-            self._drop_context()  # its model is about to be rebuilt
         self._set_joint_noise(START_JOINT_STD if init_state is None else 0.0)
-        with _quiet(), self._own_random_state():
-            self._last = self._env.reset()
+        if self.reset_mode is ResetMode.SOFT and init_state is not None and seed is not None:
+            self._reset_to_snapshot(seed)
+        else:
+            self._reset_robosuite(self.reset_mode is ResetMode.HARD)
         gripper = self.domain.robots[0].gripper
         gripper.current_action = np.zeros(gripper.dof)  # a soft reset would keep the last episode's finger command
         if init_state is None:
@@ -262,6 +314,26 @@ class LiberoEnv:
         if state.shape != (expected,):
             raise ValueError(f"init_state of {self.task.name}: expected shape ({expected},), found {state.shape}")
         self._last = self._env.set_init_state(state)
+
+    def _reset_robosuite(self, hard: bool) -> None:
+        if hard:
+            self._drop_context()  # its model is about to be rebuilt
+            self._kept = None
+            # libero fills this list again at every rebuild. Grown, it draws more random numbers, and the fixtures of
+            # tasks that begin with something open or switched on (libero_spatial 4) would move from reset to reset.
+            self.domain.object_property_initializers.clear()
+        self.domain.hard_reset = hard
+        with _quiet(), self._own_random_state():
+            self._last = self._env.reset()
+
+    def _reset_to_snapshot(self, seed: int) -> None:
+        """Leave the simulation as a hard reset with this seed does; it is built when there is none to return to."""
+        if self._kept is None or self._kept[0] != seed:
+            self._reset_robosuite(hard=True)
+            self._kept = seed, SimulationSnapshot(self.sim)
+            return
+        self._reset_robosuite(hard=False)  # robot, controller, clocks
+        self._kept[1].restore()
 
     def _set_joint_noise(self, std: float) -> None:
         """Spread (rad) of the arm joints at the next reset; hard resets rebuild the robot from its configuration."""
@@ -302,7 +374,7 @@ class LiberoEnv:
         return np.array(self.sim.data.qpos[self.domain.robots[0]._ref_joint_pos_indexes])
 
     def observe(self) -> Observation:
-        """Images and state.  PUBLISHED returns what robosuite sampled in the last step, LAZY renders now.
+        """Images and state.  PUBLISHED shows what robosuite samples in the last step, LAZY the end of the step.
 
         Raises RuntimeError when the environment was built with render=False or was not reset yet.
         """
@@ -310,11 +382,25 @@ class LiberoEnv:
             raise RuntimeError("observe: this environment was built with render=False")
         if self._last is None:
             raise RuntimeError("observe: call reset first")
-        if self.render_mode is RenderMode.PUBLISHED:
-            return self._published_observation(self._last)
+        if self.render_mode is RenderMode.EVERY_STEP:
+            return self._published_observation(self._last, [self._last[f"{name}_image"] for name in CAMERAS])
+        if self._sampler is not None:
+            return self._published_observation(self._sampler.proprioception, self._sampler.images())
         self._place_bodies()
         images = [self._render_camera(name) for name in CAMERAS]
         return Observation(images[0], images[1], self.state())
+
+    def gl_renderer(self) -> str:
+        """Name of the OpenGL renderer behind the images, e.g. `llvmpipe (LLVM 15.0.6, 256 bits)`; "" before the first
+        image and without a renderer."""
+        context = self._context or getattr(self.sim, "_render_context_offscreen", None)
+        if context is None:
+            return ""
+        from OpenGL.GL import GL_RENDERER, glGetString
+
+        context.gl_ctx.make_current()
+        name = glGetString(GL_RENDERER)
+        return name.decode(errors="replace") if name else ""
 
     def close(self) -> None:
         """Free the renderer and the simulation (most of the memory stays with the process)."""
@@ -322,11 +408,11 @@ class LiberoEnv:
         self._env.close()
 
     @staticmethod
-    def _published_observation(raw: dict[str, np.ndarray]) -> Observation:
+    def _published_observation(raw: dict[str, np.ndarray], views: list[np.ndarray]) -> Observation:
         state = np.concatenate(
             [raw["robot0_eef_pos"], quat_to_axis_angle(raw["robot0_eef_quat"]), raw["robot0_gripper_qpos"]]
         )
-        images = [_rotate180(raw[f"{name}_image"]) for name in CAMERAS]
+        images = [_rotate180(view) for view in views]
         return Observation(images[0], images[1], state)
 
     def _hand_quat(self) -> np.ndarray:
@@ -442,10 +528,13 @@ def _import_libero() -> None:
 
 
 def _choose_gl() -> None:
-    """Set MUJOCO_GL when unset (OSMesa without display and GPU) and check that OSMesa exists when it is chosen."""
-    if "MUJOCO_GL" not in os.environ and not _has_gpu_or_display():
-        os.environ["MUJOCO_GL"] = "osmesa"
-    chosen = os.environ.get("MUJOCO_GL", "").lower()
+    """Set MUJOCO_GL when unset (EGL on a GPU, else OSMesa, else EGL in software) and check that OSMesa exists when it
+    is chosen. A display is not used: rendering to a window system fails on most machines that evaluate."""
+    if "MUJOCO_GL" not in os.environ:
+        has_osmesa = ctypes.util.find_library("OSMesa") is not None
+        has_egl = ctypes.util.find_library("EGL") is not None
+        os.environ["MUJOCO_GL"] = "egl" if has_egl and (_has_gpu() or not has_osmesa) else "osmesa"
+    chosen = os.environ["MUJOCO_GL"].lower()
     if chosen and chosen not in _GL_BACKENDS and chosen not in ("disable", "disabled", "off"):
         raise SimulatorUnavailableError(f"MUJOCO_GL={chosen!r}: expected one of {', '.join(_GL_BACKENDS)}")
     if chosen == "osmesa":
@@ -456,8 +545,8 @@ def _choose_gl() -> None:
             )
 
 
-def _has_gpu_or_display() -> bool:
-    return bool(os.environ.get("DISPLAY")) or os.path.exists("/dev/nvidia0") or os.path.exists("/dev/dri/renderD128")
+def _has_gpu() -> bool:
+    return os.path.exists("/dev/nvidia0") or os.path.exists("/dev/dri/renderD128")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ class SaveVideos(str, Enum):
 
 
 class VideoBudget:
-    """Decides per episode of one task whether to record it and whether to keep the recording.
+    """Decides per episode of one task whether to record it. Several episodes may be under way at the same time.
 
     Args:
         choice: which episodes.
@@ -32,17 +32,23 @@ class VideoBudget:
         self.choice = choice
         self.remaining = 1 if limit is None and choice is SaveVideos.FIRST else limit
 
-    def should_record(self) -> bool:
-        """True when the coming episode's frames may be needed."""
-        return self.choice is not SaveVideos.NONE and self.remaining != 0
-
-    def take(self, success: bool) -> bool:
-        """True when the finished, recorded episode is to be written; counts it."""
-        if not self.should_record() or (self.choice is SaveVideos.FAILURES and success):
+    def reserve(self) -> bool:
+        """True when the coming episode's frames may be needed; takes one of the remaining videos."""
+        if self.choice is SaveVideos.NONE or self.remaining == 0:
             return False
         if self.remaining is not None:
             self.remaining -= 1
         return True
+
+    def give_back(self) -> None:
+        """An episode with a reservation ended without a video."""
+        if self.remaining is not None:
+            self.remaining += 1
+
+
+def keeps_video(choice: SaveVideos, success: bool) -> bool:
+    """Whether a recorded episode with this outcome is written."""
+    return choice is not SaveVideos.NONE and not (choice is SaveVideos.FAILURES and success)
 
 
 def rollout_path(folder: str, date_time: str, episode: int, success: bool, task: str) -> str:
