@@ -25,6 +25,7 @@ TASKS = {
     "pick up the book and place it in the back compartment of the caddy": [1, 0, 1],
     "turn on the stove and put the moka pot on it": [1, 1, 1],
 }
+EPISODES = [outcome for outcomes in TASKS.values() for outcome in outcomes]
 
 
 def plain_messages(tasks=TASKS):
@@ -128,6 +129,39 @@ def test_a_cut_log_is_partial_and_flagged(tmp_path, kept):
     assert (log.total_episodes, log.total_successes, log.overall_success_rate) == (4, 3, 0.75)
     assert [t.success_rate for t in log.tasks] == pytest.approx([2 / 3, None])
     assert extract_success_rate_from_log(tmp_path / "log") is None
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("kept", ["plain", "wrapped"])
+def test_a_log_cut_at_any_line(tmp_path, kept, end):
+    whole = "\n".join(plain_messages()) + "\n" if kept == "plain" else console_capture(plain_messages())
+    lines = whole.splitlines()
+    last = next(i for i, line in enumerate(lines) if "Overall success rate" in line)
+    for cut in range(len(lines)):
+        (tmp_path / "log").write_bytes(end.join(lines[:cut]).encode())
+        log = parse_eval_log(tmp_path / "log")
+        assert log.complete <= (cut > last), (cut, lines[cut - 1])
+        outcomes = [success for task in log.tasks for success in task.outcomes]
+        assert len(outcomes) <= log.total_episodes + 1 and outcomes == EPISODES[: len(outcomes)]
+        if not log.complete:
+            assert extract_success_rate_from_log(tmp_path / "log") is None
+    (tmp_path / "log").write_bytes(end.join(lines).encode())
+    assert_is_the_synthetic_run(parse_eval_log(tmp_path / "log"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GOLDEN_LOGS.exists(), reason="published logs are outside the repository")
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_published_logs_cut_anywhere(tmp_path, end):
+    for file, expected in json.loads((GOLDEN_LOGS / "expected.json").read_text()).items():
+        lines = (GOLDEN_LOGS / file).read_bytes().split(b"\n")
+        for cut in [*range(0, len(lines), len(lines) // 40), len(lines)]:
+            (tmp_path / "log").write_bytes(end.join(lines[:cut]))
+            log = parse_eval_log(tmp_path / "log")
+            outcomes = [int(success) for task in log.tasks for success in task.outcomes]
+            assert outcomes == [int(digit) for digit in expected["success_sequence"][: len(outcomes)]]
+            assert log.complete <= (len(outcomes) == 500), (file, cut)
+        assert log.complete, file
 
 
 def test_an_empty_log_has_no_rate(tmp_path):

@@ -13,7 +13,7 @@ from fake_libero_world import LANGUAGES, FakeBackend, RaiseAt, comparable, lines
 
 from experiments.robot.libero import evaluation, run_libero_eval
 from experiments.robot.libero.controls import Control
-from experiments.robot.libero.eval_config import EvalInputError
+from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 from experiments.robot.libero.evaluation import checkpoint_fingerprint, evaluate
 from experiments.robot.libero.scheduler import WorkerFailedError
 from experiments.robot.libero.simulator import RenderMode
@@ -214,3 +214,10 @@ def test_command_line_exit_codes(cfg, monkeypatch, capsys, backend, extra, code)
     assert ("error: " in captured.err) == (code != 0)
     if code == 0:
         assert "Overall success rate: 1.0000 (100.0%)" in captured.out
+
+
+def test_a_suite_without_statistics_names_the_flag_and_the_keys():
+    checkpoint = str(Path(__file__).parents[2] / "pretrained_models" / "tiny-libero-object")
+    cfg = EvalConfig(pretrained_checkpoint=checkpoint, task_suite_name="libero_goal", device="cpu")
+    with pytest.raises(EvalInputError, match=r"--unnorm_key: .*'libero_goal'.*libero_object_scripted_no_noops"):
+        evaluation.LiberoBackend().load_policy(cfg)

@@ -54,7 +54,10 @@ class LiberoBackend:
 
         device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
         key, images = cfg.statistics_key(), cfg.num_images_in_input
-        return VLAPolicy.from_checkpoint(cfg.pretrained_checkpoint, device, unnorm_key=key, num_images=images)
+        try:
+            return VLAPolicy.from_checkpoint(cfg.pretrained_checkpoint, device, unnorm_key=key, num_images=images)
+        except KeyError as error:
+            raise EvalInputError(f"--unnorm_key: checkpoint {cfg.pretrained_checkpoint}: {error.args[0]}") from error
 
     def open_demonstrations(self, path: str) -> Any:
         """RLDS reader of one data set directory."""
