@@ -13,14 +13,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from prismatic.vla.datasets.index import IndexWriter, open_index
-from prismatic.vla.datasets.source import DataSetError, EpisodeSource, MissingFeatureError, SourceKeys
+from prismatic.vla.datasets.index import IndexedSource, IndexWriter, open_index
+from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
 from prismatic.vla.datasets.source_files import OpenFiles, as_float32, index_label, require_format, turn
 
 SUFFIX = "_demo.hdf5"
@@ -36,7 +36,7 @@ def instruction_of(file_name: str) -> str:
     return " ".join(words[scenes[0] + 1 if scenes else 0 :])
 
 
-class HDF5Source(EpisodeSource):
+class HDF5Source(IndexedSource):
     """Episodes of a folder in the order of file names, then demo numbers.
 
     Keys are paths below `data/demo_<i>`, e.g. action "actions", state ("obs/ee_states", "obs/gripper_states"), cameras
@@ -64,42 +64,16 @@ class HDF5Source(EpisodeSource):
         self._index = open_index(self.directory, index_label(keys, split), files, build)
         self._files = OpenFiles(_OPEN_FILES)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Steps of every episode, (E,) int64."""
-        return self._index.lengths
-
-    @property
-    def instructions(self) -> Sequence[str]:
-        """The instruction of every episode, from its file's name."""
-        return self._index.instructions
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of instructions, numbers and pixels."""
-        return self._index.fingerprint
-
-    def actions(self, episode: int) -> np.ndarray:
-        """Actions as stored, (T, A) float32."""
-        return self._index.rows("actions", episode)
-
-    def state(self, episode: int) -> np.ndarray:
-        """State as stored, (T, S) float32, the keys' values side by side."""
-        return self._index.rows("state", episode)
-
     def frame(self, camera: str, episode: int, step: int) -> np.ndarray:
         """One image, upright, uint8 (H, W, 3) RGB. DataSetError when it cannot be read."""
-        if camera not in self.keys.cameras:
-            raise MissingFeatureError(f"{self.directory}: no camera {camera!r}, opened with {list(self.keys.cameras)}")
-        length = int(self._index.lengths[episode])
-        if not 0 <= step < length:
-            raise IndexError(f"{self.directory}: episode {episode}: step {step}, expected 0 <= step < {length}")
+        self.require_frame(camera, episode, step)
         name, demo = self._index.records[episode]
         path = self.directory / name
         try:
             with _reading(path):
                 file = self._files.get(name, lambda: _open(path))
                 images = _dataset(file[f"data/{demo}"], camera, f"{path}: data/{demo}")
+                length = int(self._index.lengths[episode])
                 if len(images) != length:
                     raise DataSetError(f"{path}: data/{demo}/{camera} has {len(images)} steps, expected {length}")
                 image = images[step]

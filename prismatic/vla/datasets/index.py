@@ -22,7 +22,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from prismatic.vla.datasets.source import DataSetError
+from prismatic.vla.datasets.source import DataSetError, EpisodeSource, MissingFeatureError
 
 FOLDER = ".craft_index"
 VERSION = 2  # 2: checksums
@@ -67,6 +67,46 @@ class EpisodeIndex:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_arrays": {}}  # workers map the files again instead of receiving copies
+
+
+class IndexedSource(EpisodeSource):
+    """A source that knows its episodes from an index, with their numbers in the arrays `actions` and `state`.
+
+    Subclasses set `_index` and read the frames.
+    """
+
+    _index: EpisodeIndex
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Steps of every episode, (E,) int64."""
+        return self._index.lengths
+
+    @property
+    def instructions(self) -> Sequence[str]:
+        """The instruction of every episode."""
+        return self._index.instructions
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of instructions, numbers and images."""
+        return self._index.fingerprint
+
+    def actions(self, episode: int) -> np.ndarray:
+        """Actions as stored, (T, A) float32."""
+        return self._index.rows("actions", episode)
+
+    def state(self, episode: int) -> np.ndarray:
+        """State as stored, (T, S) float32, the keys' values side by side."""
+        return self._index.rows("state", episode)
+
+    def require_frame(self, camera: str, episode: int, step: int) -> None:
+        """MissingFeatureError for a camera that was not opened, IndexError for a step outside the episode."""
+        if camera not in self.keys.cameras:
+            raise MissingFeatureError(f"{self.directory}: no camera {camera!r}, opened with {list(self.keys.cameras)}")
+        length = int(self._index.lengths[episode])
+        if not 0 <= step < length:
+            raise IndexError(f"{self.directory}: episode {episode}: step {step}, expected 0 <= step < {length}")
 
 
 class IndexWriter:

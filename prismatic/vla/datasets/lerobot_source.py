@@ -25,8 +25,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from prismatic.vla.datasets.index import EpisodeIndex, IndexWriter, open_index
-from prismatic.vla.datasets.source import DataSetError, EpisodeSource, MissingFeatureError, SourceKeys
+from prismatic.vla.datasets.index import EpisodeIndex, IndexedSource, IndexWriter, open_index
+from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
 from prismatic.vla.datasets.source_files import (
     OpenFiles,
     as_float32,
@@ -42,7 +42,7 @@ _OPEN_VIDEOS = 8
 _BATCH_ROWS = 32  # rows of a parquet file held at once: bounds memory
 
 
-class LeRobotSource(EpisodeSource):
+class LeRobotSource(IndexedSource):
     """Episodes of one split of a LeRobot data set, in the order of their numbers.
 
     Keys are column names, e.g. action "action", state ("observation.state",), cameras ("observation.images.image",).
@@ -77,36 +77,9 @@ class LeRobotSource(EpisodeSource):
         self._videos = OpenFiles(_OPEN_VIDEOS)
         self._blobs: dict[str, np.memmap] = {}
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Steps of every episode, (E,) int64."""
-        return self._index.lengths
-
-    @property
-    def instructions(self) -> Sequence[str]:
-        """The task of every episode."""
-        return self._index.instructions
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of instructions, numbers and the compressed images or video frames."""
-        return self._index.fingerprint
-
-    def actions(self, episode: int) -> np.ndarray:
-        """Actions as stored, (T, A) float32."""
-        return self._index.rows("actions", episode)
-
-    def state(self, episode: int) -> np.ndarray:
-        """State as stored, (T, S) float32, the keys' values side by side."""
-        return self._index.rows("state", episode)
-
     def frame(self, camera: str, episode: int, step: int) -> bytes | np.ndarray:
         """One image, upright: uint8 (H, W, 3) RGB, or PNG or JPEG bytes. DataSetError when it cannot be read."""
-        if camera not in self.keys.cameras:
-            raise MissingFeatureError(f"{self.directory}: no camera {camera!r}, opened with {list(self.keys.cameras)}")
-        length = int(self._index.lengths[episode])
-        if not 0 <= step < length:
-            raise IndexError(f"{self.directory}: episode {episode}: step {step}, expected 0 <= step < {length}")
+        self.require_frame(camera, episode, step)
         place = self._index.rows(f"place.{camera}", episode)[step]
         if camera not in self._index.info["blobs"]:
             image = self._video_frame(camera, episode, int(place[0]), int(place[1]))

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from prismatic.vla.datasets.index import IndexWriter, open_index
+from prismatic.vla.datasets.index import IndexedSource, IndexWriter, open_index
 from prismatic.vla.datasets.rlds import RLDSReader
 from prismatic.vla.datasets.rlds_features import FeatureSpec
-from prismatic.vla.datasets.source import DataSetError, EpisodeSource, SourceKeys
+from prismatic.vla.datasets.source import DataSetError, SourceKeys
 from prismatic.vla.datasets.source_files import turned_frame
 from prismatic.vla.datasets.tfrecord import HEADER_BYTES
 
 _OBSERVATION = "steps/observation/"
 
 
-class RLDSSource(EpisodeSource):
+class RLDSSource(IndexedSource):
     """One split of a version directory.
 
     The index is built by reading every record once, checksums included. Afterwards a frame is one read of its own
@@ -40,18 +40,6 @@ class RLDSSource(EpisodeSource):
         self._owner = os.getpid()
 
     @property
-    def lengths(self) -> np.ndarray:
-        return self._index.lengths
-
-    @property
-    def instructions(self) -> list[str]:
-        return self._index.instructions
-
-    @property
-    def fingerprint(self) -> str:
-        return self._index.fingerprint
-
-    @property
     def metadata(self) -> dict | None:
         return self._metadata
 
@@ -63,6 +51,7 @@ class RLDSSource(EpisodeSource):
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def frame(self, camera: str, episode: int, step: int) -> bytes | np.ndarray:
+        self.require_frame(camera, episode, step)
         offset, size = self._index.array(_OBSERVATION + camera)[self._index.starts[episode] + step].tolist()
         shard = self._index.records[episode]
         data = os.pread(self._descriptor(shard), size, offset)
