@@ -7,6 +7,7 @@ import pytest
 from format_writers import LOSSLESS, write_hdf5, write_lerobot_v21, write_lerobot_v30
 
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
+from prismatic.vla.datasets.inspect import inspect
 from prismatic.vla.datasets.rlds import RLDSReader, find_version_directory
 from prismatic.vla.images import ImageSpec
 
@@ -60,3 +61,14 @@ def assert_close(first, second):
         for name, values in first[group].items():
             np.testing.assert_allclose(values, second[group][name], rtol=1e-5, atol=1e-7, err_msg=f"{group} {name}")
     assert first["num_transitions"] == second["num_transitions"]
+
+
+@pytest.mark.parametrize("name", ["lerobot_v30_video", "hdf5"])
+def test_inspection_reads_the_other_formats(tmp_path, episodes, name):
+    FORMATS[name](tmp_path / "libero_other", episodes)
+    report, _ = inspect(tmp_path / "libero_other", output=tmp_path / "out")
+    assert report["format"] == name.split("_")[0]
+    assert (report["episodes"], report["frames"]) == (len(episodes), sum(len(episode) for episode in episodes))
+    actions = np.concatenate([episode.actions for episode in episodes])
+    np.testing.assert_allclose(report["action"]["max"], actions.max(axis=0))
+    assert len(list((tmp_path / "out").glob("frames_*.png"))) == 2
