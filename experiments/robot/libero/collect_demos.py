@@ -37,6 +37,7 @@ from experiments.robot.libero.expert import (
     expert_commands,
     is_noop,
 )
+from experiments.robot.libero.init_noise import InitNoiseError, displace_objects
 from experiments.robot.libero.simulator import (
     LiberoEnv,
     LiberoTask,
@@ -76,6 +77,9 @@ class CollectSettings:
     noise_std: float = 0.0
     noise_fraction: float = 0.5
     initial_states: str = "sampled"
+    # Radius of the disc in which every object is displaced from its start, mm. LIBERO's own starts differ by so little
+    # that a policy succeeds by heart; from displaced ones it has to look.
+    init_noise_mm: float = 0.0
     render_mode: RenderMode = RenderMode.LAZY
     # Soft resets are faster but leave fixtures where they were built: a sampled object that belongs on one would fall.
     reset_mode: ResetMode = ResetMode.HARD
@@ -94,6 +98,8 @@ class CollectSettings:
             raise ValueError(f"steps_after_success: expected 0 or more, found {self.steps_after_success}")
         if self.noise_std < 0.0:
             raise ValueError(f"noise_std: expected a non-negative standard deviation, found {self.noise_std}")
+        if not 0.0 <= self.init_noise_mm < float("inf"):
+            raise ValueError(f"init_noise_mm: expected a radius of 0 mm or more, found {self.init_noise_mm}")
         if not re.fullmatch(r"[A-Za-z0-9_]+", self.dataset_name):
             raise ValueError(f"dataset_name: letters, digits and underscores only, found {self.dataset_name!r}")
         standard_states(self.initial_states)
@@ -241,9 +247,14 @@ def settles(env: LiberoEnv) -> bool:
 
 
 def collect_episode(env: LiberoEnv, settings: CollectSettings, start: Start) -> EpisodeRecorder | None:
-    """One attempt: reset, settle, run the expert.  Returns the record of a success, else None."""
+    """One attempt: reset, displace, settle, run the expert.  Returns the record of a success, else None."""
     states = env.task.init_states
     env.reset(None if start.standard_state is None else states[start.standard_state], seed=start.seed)
+    if settings.init_noise_mm > 0:
+        try:
+            displace_objects(env, settings.init_noise_mm, (start.seed, env.task.task_id, start.standard_state or 0))
+        except InitNoiseError:
+            return None
     if not settles(env):
         return None
     noise = NoiseProcess(start.noise_std, np.random.default_rng(start.seed)) if start.noise_std > 0 else None
@@ -496,6 +507,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> CollectSettings:
     add("--noise_std", type=float, default=0.0, help="of the executed arm action; the recorded one stays clean")
     add("--noise_fraction", type=float, default=0.5, help="share of episodes with noise (if noise_std > 0)")
     add("--initial_states", default="sampled", help="'sampled' or 'standard:FIRST-LAST'")
+    add("--init_noise_mm", type=float, default=0.0, help="displace every object by up to so much at the start")
     add("--render_mode", type=RenderMode, choices=list(RenderMode), default=RenderMode.LAZY)
     add("--reset_mode", type=ResetMode, choices=list(ResetMode), default=ResetMode.HARD)
     add("--max_attempts", type=int, default=4)

@@ -1,0 +1,109 @@
+"""Tables 1 to 4 and the retention protocol: `python -m craft_experiments run table1 --preset tiny`.
+
+    run TABLE      run what is missing, then write the tables; --dry-run prints each command instead
+    report TABLE   write tables and figures from the records that are there
+    list TABLE     every job and whether it is done
+    job TABLE JOB  run one job whose predecessors are done (for a workflow engine)
+
+Flags: `craft_experiments/settings.py`. Exit code: 0 when every cell has its result, 1 when one failed, 2 for settings
+that cannot be used.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+import draccus
+
+from craft_experiments import jobs as planning
+from craft_experiments.common_utils.log_parser import FailureCode
+from craft_experiments.records import read_manifest, set_states
+from craft_experiments.result_list import failed_cells, write_result_lists
+from craft_experiments.runner import JobFailed, portable, run_job, run_table, say
+from craft_experiments.settings import FOLDERS, ROOT, RunConfig, Settings, resolve
+from craft_experiments.tables import Table, table
+
+COMMANDS = {"run": 1, "report": 1, "list": 1, "job": 2}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; see the module."""
+    words = [w.replace("--dry-run", "--dry_run=True") for w in (sys.argv[1:] if argv is None else argv)]
+    if not words or words[0] not in COMMANDS or len(words) <= COMMANDS[words[0]]:
+        print(f"{__doc__}\nTABLE: {', '.join(FOLDERS)}", file=sys.stderr)
+        return 2
+    count = 1 + COMMANDS[words[0]]
+    command, name, *rest = words[:count]
+    cfg = draccus.parse(RunConfig, args=words[count:])
+    os.chdir(ROOT)
+    try:
+        settings = resolve(cfg, name)
+        wanted = _table(settings, name)
+        return _COMMANDS[command](settings, wanted, *rest)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _table(s: Settings, name: str) -> Table:
+    found = table(name, s.preset, s.methods)
+    if s.controls:
+        return found
+    requests = tuple(r for r in found.requests if not r.cell.method.control)
+    return Table(found.name, found.title, tuple(m for m in found.methods if not m.control), requests)
+
+
+def _run(s: Settings, wanted: Table) -> int:
+    plan = planning.plan(s, wanted)
+    if s.dry_run:
+        for job in plan.values():
+            for command in planning.commands_of(s, job):
+                print(shlex.join(portable(command)))
+        return 0
+    run_table(s, plan)
+    return _report(s, wanted)
+
+
+def _report(s: Settings, wanted: Table) -> int:
+    for path in write_result_lists(s.records_dir, s.results_dir, wanted):
+        say(f"written: {path}")
+    failed = failed_cells(read_manifest(s.records_dir), wanted)
+    for name, code in failed.items():
+        say(f"{name}: {code}")
+    if failed:
+        say(f"{len(failed)} cells failed; their logs are in {s.logs_dir}. The same command tries them again")
+    return 1 if failed else 0
+
+
+def _list(s: Settings, wanted: Table) -> int:
+    for name, job in planning.plan(s, wanted).items():
+        print(f"{'done' if planning.is_done(s, job) else 'missing':8} {name}")
+    return 0
+
+
+def _job(s: Settings, wanted: Table, name: str) -> int:
+    plan = planning.plan(s, wanted)
+    if name not in plan:
+        raise ValueError(f"job: found {name!r}, expected one of `list {wanted.name}`")
+    job = plan[name]
+    try:
+        run_job(s, job)
+    except JobFailed as error:
+        say(f"{name}: {error.code.value}: {error}")
+        _note(s, job, error.code)
+        return 1
+    return 0
+
+
+def _note(s: Settings, job: planning.Job, code: FailureCode) -> None:
+    if job.cell is not None:
+        set_states(s.records_dir, {job.cell.name: code})
+
+
+_COMMANDS = {"run": _run, "report": _report, "list": _list, "job": _job}
+
+if __name__ == "__main__":
+    sys.exit(main())

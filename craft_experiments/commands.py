@@ -1,0 +1,151 @@
+"""Command lines of the jobs: collect, train, interpolate, evaluate, measure. Nothing is run here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from craft_experiments.settings import Settings
+from craft_experiments.tables import Cell, Evaluation, Kind, Role
+
+_PRO_SUFFIX = {Kind.SWAP: "_swap", Kind.OBJECT: "_object"}
+_START_KINDS = (Kind.START_TASKS, Kind.START_TASKS_START_HEAD)
+
+
+def as_words(flags: Mapping[str, object]) -> list[str]:
+    """{"a": 1} -> ["--a", "1"]."""
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def collect_command(s: Settings, suite: str) -> list[str]:
+    """Scripted demonstrations of a suite."""
+    return _collect(s, suite, s.preset.task_ids[suite], s.preset.dataset(suite), {})
+
+
+def collect_heldout_command(s: Settings) -> list[str]:
+    """Demonstrations of the start's tasks that no training uses: images to measure drift on."""
+    p = s.preset
+    return _collect(s, p.start_suite, p.start_task_ids, p.heldout_dataset, p.heldout_collect or {})
+
+
+def _collect(s: Settings, suite: str, task_ids: str, dataset: str, changes: Mapping[str, object]) -> list[str]:
+    flags = {
+        "task_suite_name": suite,
+        "task_ids": task_ids or "all",
+        "episodes_per_task": s.preset.demos_per_task,
+        "output_dir": s.preset.data_root_dir,
+        "dataset_name": dataset,
+        "num_workers": s.slots,
+    }
+    return [s.python, "-m", "experiments.robot.libero.collect_demos", *as_words(flags | s.preset.collect | changes)]
+
+
+def train_command(s: Settings, cell: Cell) -> list[str]:
+    """One run of `finetune.py`; it continues from its own newest checkpoint.
+
+    A policy of several suites gets as many steps as the policies of the single suites together.
+    """
+    p = s.preset
+    flags = {
+        "config_file_path": p.start,
+        "data_root_dir": p.data_root_dir,
+        "dataset_name": ",".join(p.dataset(suite) for suite in cell.suites),
+        "run_root_dir": s.runs_dir,
+        "run_id_override": cell.name,
+        "use_proprio": True,
+        "num_images_in_input": s.num_images,
+        "batch_size": p.batch_size,
+        "learning_rate": p.learning_rate,
+        "max_steps": p.max_steps * len(cell.suites),
+        "save_freq": p.save_freq * len(cell.suites),
+        "seed": cell.seed,
+        "resume": "auto",
+        "use_craft": False,
+        **p.train,
+    }
+    if cell.shots is not None:
+        flags |= {"n_shot_episodes": cell.shots, "subset_seed": cell.seed}
+    if s.vlm_path:
+        flags["vlm_path"] = s.vlm_path
+    flags |= cell.method.train
+    launcher = [s.python]
+    if p.num_gpus >= 1:
+        launcher = [s.torchrun, "--standalone", "--nnodes", "1", "--nproc-per-node", str(p.num_gpus)]
+    return [*launcher, "vla-scripts/finetune.py", *as_words(flags), *s.extra_train]
+
+
+def interpolate_command(s: Settings, trained: Path, scale: float, parts: str, output: Path) -> list[str]:
+    """Weights between the start model and a trained policy; scale 0 of the head is the start's head."""
+    flags = {
+        "checkpoint": trained,
+        "base": s.preset.start,
+        "adapter_scale": scale,
+        "parts": parts,
+        "output": output,
+    }
+    return [s.python, "vla-scripts/interpolate_weights.py", *as_words(flags)]
+
+
+def evaluation_command(s: Settings, cell: Cell, evaluation: Evaluation, checkpoint: Path | None) -> list[str]:
+    """One evaluation in the simulator, into `evaluation_dir`; it continues what is there."""
+    p, folder = s.preset, evaluation_dir(s, cell, evaluation)
+    at_start = evaluation.kind in _START_KINDS
+    perturbed = dict(p.perturbed) if evaluation.kind in (Kind.PERTURBED, *_START_KINDS) else {}
+    suffix = "" if at_start else perturbed.get("suite_suffix", "") or _PRO_SUFFIX.get(evaluation.kind, "")
+    perturbed.pop("suite_suffix", None)
+    start_units = at_start or cell.method.role is Role.START
+    dataset = p.start_dataset if start_units and p.start_dataset else p.dataset(evaluation.suite)
+    flags = {
+        "task_suite_name": evaluation.suite + suffix,
+        "num_trials_per_task": p.num_trials,
+        "use_l1_regression": True,
+        "use_proprio": True,
+        "num_images_in_input": s.num_images,
+        "unnorm_key": dataset,
+        "local_log_dir": folder,
+        "results_dir": folder,
+        "rollout_dir": folder / "videos",
+        "seed": cell.seed,
+        **p.evaluate,
+        **perturbed,
+        **cell.method.evaluate,
+    }
+    task_ids = p.start_task_ids if at_start else p.task_ids[evaluation.suite]
+    if task_ids:
+        flags["task_ids"] = task_ids
+    if s.center_crop is not None:
+        flags["center_crop"] = s.center_crop
+    if cell.method.role is Role.REPLAY:
+        flags |= {"control": "replay", "replay_dataset": dataset_dir(s, dataset)}
+    else:
+        flags = {"pretrained_checkpoint": checkpoint, **flags}
+    if (folder / "episodes.jsonl").exists():
+        flags["resume"] = True
+    script = "experiments/robot/libero/run_libero_eval.py"
+    return [s.python, script, *as_words(flags), *s.extra_eval]
+
+
+def measure_command(s: Settings, trained: Path, output: Path) -> list[str]:
+    """Drift, similarity, probes and action error on held-out images of the start's tasks."""
+    p = s.preset
+    flags = {
+        "checkpoint": trained,
+        "start": p.start,
+        "data_root_dir": p.data_root_dir,
+        "dataset_name": p.heldout_dataset,
+        "unnorm_key": p.start_dataset,
+        "output": output,
+    }
+    return [s.python, "vla-scripts/measure_retention.py", *as_words(flags)]
+
+
+def evaluation_dir(s: Settings, cell: Cell, evaluation: Evaluation) -> Path:
+    """Where an evaluation writes its log, episodes.jsonl and results.json."""
+    return s.logs_dir / cell.name / evaluation.name
+
+
+def dataset_dir(s: Settings, dataset: str) -> Path:
+    """Version folder of a data set, `.../{name}/1.0.0`; the bare name when there is none yet."""
+    root = Path(s.preset.data_root_dir) / dataset
+    versions = sorted(root.glob("[0-9]*"))
+    return versions[-1] if versions else root / "1.0.0"

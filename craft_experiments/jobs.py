@@ -1,0 +1,193 @@
+"""The jobs behind a table, what each waits for, and which of them are done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from craft_experiments.commands import (
+    collect_command,
+    collect_heldout_command,
+    dataset_dir,
+    evaluation_command,
+    interpolate_command,
+    measure_command,
+    train_command,
+)
+from craft_experiments.common_utils.log_parser import extract_checkpoint_path
+from craft_experiments.records import RETENTION, TRAINING, check_settings, read_record, record_path
+from craft_experiments.settings import Settings
+from craft_experiments.tables import Cell, Evaluation, Kind, Request, Role, Table, methods_of
+
+HELDOUT = "heldout"
+_START_HEAD = "--start_head"
+
+
+class Stage(str, Enum):
+    """Kinds of jobs, in the order a cell goes through them."""
+
+    COLLECT = "collect"
+    TRAIN = "train"
+    INTERPOLATE = "interpolate"
+    EVALUATE = "evaluate"
+    MEASURE = "measure"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job. suite: of COLLECT (a suite, or `heldout`). cell, evaluation: of the others. after: names of jobs."""
+
+    stage: Stage
+    suite: str = ""
+    cell: Cell | None = None
+    evaluation: Evaluation | None = None
+    after: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`evaluate/plain--spatial--seed0/standard@libero_spatial`."""
+        parts = [self.suite, self.cell.name if self.cell else "", self.evaluation.name if self.evaluation else ""]
+        return "/".join([self.stage.value, *filter(None, parts)])
+
+
+def plan(s: Settings, table: Table) -> dict[str, Job]:
+    """All jobs of a table by name, predecessors first, the first seed of everything before the second."""
+    jobs: dict[str, Job] = {}
+    for request in sorted(table.requests, key=lambda r: r.cell.seed):
+        _add_request(s, jobs, request)
+    return jobs
+
+
+def _add_request(s: Settings, jobs: dict[str, Job], request: Request) -> None:
+    cell = request.cell
+    before = _add_policy(s, jobs, cell)
+    for evaluation in request.evaluations:
+        _add(jobs, Job(Stage.EVALUATE, cell=cell, evaluation=evaluation, after=before))
+    if request.measure:
+        heldout = _add_data(s, jobs, HELDOUT)
+        _add(jobs, Job(Stage.MEASURE, cell=cell, after=before + heldout))
+
+
+def _add_policy(s: Settings, jobs: dict[str, Job], cell: Cell) -> tuple[str, ...]:
+    """The job that makes the policy of a cell, with its predecessors; what an evaluation of it has to wait for."""
+    role = cell.method.role
+    if role is Role.START:
+        return ()
+    if role is Role.INTERPOLATED:
+        parent = parent_of(s, cell)
+        return _add(jobs, Job(Stage.INTERPOLATE, cell=cell, after=_add_policy(s, jobs, parent)))
+    data = tuple(name for suite in cell.suites for name in _add_data(s, jobs, suite))
+    return data if role is Role.REPLAY else _add(jobs, Job(Stage.TRAIN, cell=cell, after=data))
+
+
+def parent_of(s: Settings, cell: Cell) -> Cell:
+    """The trained policy an interpolated one lies on the way to."""
+    return Cell(methods_of(s.preset)[cell.method.parent], cell.suites, cell.seed, cell.shots)
+
+
+def _add_data(s: Settings, jobs: dict[str, Job], suite: str) -> tuple[str, ...]:
+    return () if s.preset.collect is None else _add(jobs, Job(Stage.COLLECT, suite=suite))
+
+
+def _add(jobs: dict[str, Job], job: Job) -> tuple[str, ...]:
+    jobs.setdefault(job.name, job)
+    return (job.name,)
+
+
+def checkpoint_of(s: Settings, cell: Cell) -> Path | None:
+    """The policy of a cell; None while there is none (and for a replay)."""
+    match cell.method.role:
+        case Role.START:
+            return Path(s.preset.start)
+        case Role.TRAINED:
+            return extract_checkpoint_path(s.runs_dir, cell.name) if s.runs_dir.is_dir() else None
+        case Role.INTERPOLATED:
+            folder = s.runs_dir / cell.name
+            return folder if folder.is_dir() else None
+    return None
+
+
+def commands_of(s: Settings, job: Job) -> list[list[str]]:
+    """What a job runs, one after the other. For a dry run, files that do not exist yet are named as they will be."""
+    cell = job.cell
+    if job.stage is Stage.COLLECT:
+        return [collect_heldout_command(s) if job.suite == HELDOUT else collect_command(s, job.suite)]
+    if job.stage is Stage.TRAIN:
+        return [train_command(s, cell)]
+    if job.stage is Stage.INTERPOLATE:
+        trained = _expected_checkpoint(s, parent_of(s, cell))
+        return [interpolate_command(s, trained, cell.method.scale, "all", s.runs_dir / cell.name)]
+    policy = _expected_checkpoint(s, cell)
+    if job.stage is Stage.MEASURE:
+        return [measure_command(s, policy, measurement_file(s, cell))]
+    if job.evaluation.kind is not Kind.START_TASKS_START_HEAD:
+        return [evaluation_command(s, cell, job.evaluation, policy)]
+    grafted = s.runs_dir / (cell.name + _START_HEAD)
+    graft = [] if grafted.is_dir() else [interpolate_command(s, policy, 0.0, "head", grafted)]
+    return [*graft, evaluation_command(s, cell, job.evaluation, grafted)]
+
+
+def _expected_checkpoint(s: Settings, cell: Cell) -> Path | None:
+    if cell.method.role is Role.REPLAY:
+        return None
+    found = checkpoint_of(s, cell)
+    if found is not None:
+        return found
+    step = f"--{s.preset.max_steps * len(cell.suites)}_chkpt" if cell.method.role is Role.TRAINED else ""
+    return s.runs_dir / (cell.name + step)
+
+
+def measurement_file(s: Settings, cell: Cell) -> Path:
+    """Where `measure_retention.py` writes."""
+    return s.work_dir / "measurements" / f"{cell.name}.json"
+
+
+def record_of(s: Settings, job: Job) -> Path | None:
+    """The record a job writes; None when what it makes is no measurement."""
+    names = {Stage.TRAIN: TRAINING, Stage.MEASURE: RETENTION}
+    if job.stage is Stage.EVALUATE:
+        return record_path(s.records_dir, job.cell.name, job.evaluation.name)
+    return record_path(s.records_dir, job.cell.name, names[job.stage]) if job.stage in names else None
+
+
+def has_result(s: Settings, job: Job) -> bool:
+    """Whether what the job is run for is there.
+
+    Raises:
+        RecordError: the record was made with other settings.
+    """
+    if job.stage is Stage.COLLECT:
+        name = s.preset.heldout_dataset if job.suite == HELDOUT else s.preset.dataset(job.suite)
+        return (dataset_dir(s, name) / "dataset_info.json").exists()
+    if job.stage is Stage.INTERPOLATE:
+        return checkpoint_of(s, job.cell) is not None
+    path = record_of(s, job)
+    if not path.exists():
+        return False
+    check_settings(path, read_record(path), commands_of(s, job)[-1])
+    return True
+
+
+def is_done(s: Settings, job: Job) -> bool:
+    """As `has_result`; a training also needs its checkpoint, which may have been deleted since."""
+    return has_result(s, job) and (job.stage is not Stage.TRAIN or checkpoint_of(s, job.cell) is not None)
+
+
+def missing(s: Settings, jobs: dict[str, Job]) -> dict[str, Job]:
+    """Jobs to run: those without a result, and of their predecessors those that must be repeated for them.
+
+    Demonstrations and checkpoints are needed only while something that uses them is missing.
+    """
+    measured = (Stage.TRAIN, Stage.EVALUATE, Stage.MEASURE)
+    wanted = {name for name, job in jobs.items() if job.stage in measured and not has_result(s, job)}
+    for name, job in reversed(jobs.items()):
+        if name in wanted:
+            wanted.update(before for before in job.after if not is_done(s, jobs[before]))
+    return {name: job for name, job in jobs.items() if name in wanted}
+
+
+def cells_of(jobs: Iterable[Job]) -> dict[str, Cell]:
+    """Cells that have a job, by name."""
+    return {job.cell.name: job.cell for job in jobs if job.cell is not None}

@@ -1,0 +1,170 @@
+"""What jobs leave behind: one compressed JSON file per training, evaluation and measurement, and the list of states.
+
+    {records_dir}/{cell}/training.json.gz     command, seconds, metrics
+    {records_dir}/{cell}/{kind}@{suite}.json.gz   command, seconds, rate, every episode
+    {records_dir}/{cell}/retention.json.gz    command, seconds, what `measure_retention.py` found
+    {records_dir}/manifest.json               cell -> state, failure code
+
+Tables and figures are made of these files alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from craft_experiments.common_utils.log_parser import FailureCode, write_text_atomic
+
+FORMAT = 1
+TRAINING, RETENTION = "training", "retention"
+METRICS = (
+    "VLA Train/Loss",
+    "VLA Train/Curr Action L1 Loss",
+    "VLA Train/Gradient Norm",
+    "CRaFT/Retention Loss",
+    "CRaFT/Lambda",
+    "CRaFT/Conflict Ratio",
+    "CRaFT/Gate Open",
+)
+# Where files are and how fast they are made changes no result.
+_NO_SETTINGS = {
+    "run_root_dir",
+    "local_log_dir",
+    "results_dir",
+    "rollout_dir",
+    "pretrained_checkpoint",
+    "checkpoint",
+    "base",
+    "output",
+    "data_root_dir",
+    "replay_dataset",
+    "num_workers",
+    "resume",
+    "save_videos",
+}
+
+
+class RecordError(ValueError):
+    """A record that cannot be read, or that other settings made; names the file."""
+
+
+class State(str, Enum):
+    """How far a cell is."""
+
+    PENDING = "pending"
+    TRAINING = "training"
+    TRAINED = "trained"
+    EVALUATED = "evaluated"
+    FAILED = "failed"
+
+
+def record_path(records_dir: Path, cell: str, name: str) -> Path:
+    """File of a record."""
+    return records_dir / cell / f"{name}.json.gz"
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write aside and rename. The same record gives the same bytes: the file holds no time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, **record}, separators=(",", ":"), ensure_ascii=False)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
+    os.replace(temporary, path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read one record.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RecordError: no gzipped JSON object of this format.
+    """
+    try:
+        record = json.loads(gzip.decompress(path.read_bytes()))
+    except (OSError, EOFError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise RecordError(f"{path}: no gzipped JSON: {error}") from None
+    found = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if found != FORMAT:
+        raise RecordError(f"{path}: format: found {found!r}, expected {FORMAT}")
+    return record
+
+
+def settings_of(command: Sequence[str]) -> dict[str, str]:
+    """Flags of a command that decide its result: {"seed": "0", ...}. The program and its launcher are left out."""
+    flags = {}
+    for word, value in zip(command, [*command[1:], ""], strict=True):
+        if word.startswith("--") and word[2:] not in _NO_SETTINGS and not value.startswith("--"):
+            flags[word[2:]] = value
+    for launcher in ("standalone", "nnodes"):
+        flags.pop(launcher, None)
+    return flags
+
+
+def check_settings(path: Path, record: Mapping[str, Any], command: Sequence[str]) -> None:
+    """Raise RecordError when `record` was made with other flags than `command` has; names them."""
+    before, now = settings_of(record["command"]), settings_of(command)
+    different = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if different:
+        pairs = ", ".join(f"--{n} {before.get(n, '(not given)')} (now {now.get(n, 'not given')})" for n in different)
+        raise RecordError(
+            f"{path} was made with other settings: {pairs}. Give --work_dir and --records_dir of their own to other "
+            "settings, or delete the record"
+        )
+
+
+# --- States -------------------------------------------------------------------------------------------------------
+
+
+def manifest_path(records_dir: Path) -> Path:
+    """The list of states."""
+    return records_dir / "manifest.json"
+
+
+def read_manifest(records_dir: Path) -> dict[str, dict[str, str]]:
+    """cell -> {"state": ..., "code": ... if failed}; empty before the first job."""
+    path = manifest_path(records_dir)
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"{path}: no JSON: {error}") from None
+
+
+def set_states(records_dir: Path, changes: Mapping[str, State | FailureCode], only_new: bool = False) -> None:
+    """Change the states of cells; several processes may do so at once. A failure code means FAILED.
+
+    only_new: leave cells alone that have a state.
+    """
+    records_dir.mkdir(parents=True, exist_ok=True)
+    with locked(records_dir / "manifest.lock"):
+        manifest = read_manifest(records_dir)
+        for cell, state in changes.items():
+            if only_new and cell in manifest:
+                continue
+            failed = isinstance(state, FailureCode)
+            manifest[cell] = {"state": State.FAILED.value, "code": state.value} if failed else {"state": state.value}
+        text = json.dumps(dict(sorted(manifest.items())), indent=1) + "\n"
+        write_text_atomic(manifest_path(records_dir), text)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Hold an exclusive lock on a file; yields its descriptor. A child that inherits it holds the lock as well."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)

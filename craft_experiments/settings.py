@@ -1,0 +1,185 @@
+"""Command line of the table drivers: flags that replace a preset's values, and where files go."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from craft_experiments.tables import PRESETS, Preset
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {
+    "table1": "01_main_results",
+    "table2": "02_stability_efficiency",
+    "table3": "02_stability_efficiency",
+    "table4": "03_ablations",
+    "retention": "05_retention",
+}
+
+
+@dataclass
+class RunConfig:
+    """Flags of `python -m craft_experiments`. None or empty: as the preset says. Lists: blanks or commas between."""
+
+    preset: str = "tiny"
+    methods: str = ""  # rows of the table; controls always run
+    controls: bool = True
+    suites: str = ""
+    seeds: str = ""
+    shots: str = ""
+    task_ids: str = ""  # task numbers for every suite
+    num_trials: int | None = None  # per task
+    config_file_path: str = ""
+    vlm_path: str = ""
+    data_root_dir: str = ""
+    dataset_suffix: str | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    max_steps: int | None = None
+    save_freq: int | None = None
+    use_lora: bool | None = None
+    lora_rank: int | None = None
+    retention_weight: float | None = None
+    retention_budget: float | None = None
+    dual_lr: float | None = None
+    enable_projection: bool | None = None
+    num_images: int = 2
+    center_crop: bool | None = None
+    render_mode: str = ""
+    save_videos: str = ""
+    num_workers: int | None = None  # simulator processes of one evaluation
+    num_gpus: int | None = None  # 1 or more: torchrun; 0: plain python
+    num_demos: int | None = None  # per task, when demonstrations are collected
+    collect_demos: bool | None = None
+    extra_train_args: str = ""
+    extra_eval_args: str = ""
+    python: str = ""
+    torchrun: str = "torchrun"
+
+    work_dir: str = "runs/tables"  # checkpoints, logs of training
+    records_dir: str = ""  # what is measured, one file per training or evaluation; empty: {work_dir}/{preset}/records
+    results_dir: str = ""  # tables, figures and eval_logs; empty: the folder of the table
+    slots: int = 1  # jobs at the same time
+    dry_run: bool = False  # print each command and run none
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A preset with the flags applied, and the flags that belong to no preset."""
+
+    preset: Preset
+    methods: tuple[str, ...]
+    controls: bool
+    num_images: int
+    center_crop: bool | None
+    vlm_path: str
+    extra_train: tuple[str, ...]
+    extra_eval: tuple[str, ...]
+    python: str
+    torchrun: str
+    work_dir: Path
+    records_dir: Path
+    results_dir: Path
+    slots: int
+    dry_run: bool
+
+    @property
+    def runs_dir(self) -> Path:
+        """`--run_root_dir` of every training."""
+        return self.work_dir / "runs"
+
+    @property
+    def logs_dir(self) -> Path:
+        """Everything the programs print, and the logs of the evaluations."""
+        return self.results_dir / "eval_logs"
+
+
+def words(text: str) -> tuple[str, ...]:
+    """`"a b,c"` -> ("a", "b", "c")."""
+    return tuple(text.replace(",", " ").split())
+
+
+def integers(name: str, text: str) -> tuple[int, ...]:
+    """Whole numbers >= 0; ValueError names the flag."""
+    found = words(text)
+    if not all(word.isdigit() for word in found):
+        raise ValueError(f"--{name}: expected whole numbers, found {text!r}")
+    return tuple(int(word) for word in found)
+
+
+def resolve(cfg: RunConfig, table: str) -> Settings:
+    """Flags and preset together.
+
+    Raises:
+        ValueError: an unknown preset, suite or table, or a number out of range; names the flag.
+    """
+    if cfg.preset not in PRESETS:
+        raise ValueError(f"--preset: found {cfg.preset!r}, expected one of {', '.join(PRESETS)}")
+    if table not in FOLDERS:
+        raise ValueError(f"table: found {table!r}, expected one of {', '.join(FOLDERS)}")
+    for name in ("num_trials", "batch_size", "max_steps", "save_freq", "num_demos", "slots"):
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: expected at least 1, found {value}")
+    if cfg.num_gpus is not None and cfg.num_gpus < 0:
+        raise ValueError(f"--num_gpus: expected 0 (plain python, no torchrun) or more, found {cfg.num_gpus}")
+    preset = _with_flags(PRESETS[cfg.preset], cfg)
+    work = Path(cfg.work_dir) / preset.name
+    return Settings(
+        preset=preset,
+        methods=words(cfg.methods),
+        controls=cfg.controls,
+        num_images=cfg.num_images,
+        center_crop=cfg.center_crop,
+        vlm_path=cfg.vlm_path,
+        extra_train=tuple(shlex.split(cfg.extra_train_args)),
+        extra_eval=tuple(shlex.split(cfg.extra_eval_args)),
+        python=cfg.python or sys.executable,
+        torchrun=cfg.torchrun,
+        work_dir=work,
+        records_dir=Path(cfg.records_dir) if cfg.records_dir else work / "records",
+        results_dir=Path(cfg.results_dir) if cfg.results_dir else Path("craft_experiments") / FOLDERS[table],
+        slots=cfg.slots,
+        dry_run=cfg.dry_run,
+    )
+
+
+def _with_flags(preset: Preset, cfg: RunConfig) -> Preset:
+    suites = words(cfg.suites) or preset.suites
+    unknown = set(suites) - set(preset.task_ids)
+    if unknown:
+        raise ValueError(f"--suites: found {sorted(unknown)}, expected some of {', '.join(preset.task_ids)}")
+    same_name = {field.name for field in fields(Preset)} & {field.name for field in fields(RunConfig)}
+    same_name -= {"suites", "seeds", "shots", "task_ids"}
+    changes = {name: getattr(cfg, name) for name in same_name if getattr(cfg, name) not in (None, "")}
+    if cfg.config_file_path:
+        changes["start"] = cfg.config_file_path
+    if cfg.task_ids:
+        changes["task_ids"] = dict.fromkeys(preset.task_ids, ",".join(words(cfg.task_ids)))
+    if cfg.num_demos:
+        changes["demos_per_task"] = cfg.num_demos
+    if cfg.collect_demos is False:
+        changes["collect"] = None
+    return replace(
+        preset,
+        suites=suites,
+        seeds=integers("seeds", cfg.seeds) or preset.seeds,
+        shots=integers("shots", cfg.shots) or preset.shots,
+        craft=_craft_flags(preset, cfg),
+        train=_given(preset.train, cfg, {"use_lora": "use_lora", "lora_rank": "lora_rank"}),
+        evaluate=_given(preset.evaluate, cfg, {n: n for n in ("num_workers", "save_videos", "render_mode")}),
+        **changes,
+    )
+
+
+def _craft_flags(preset: Preset, cfg: RunConfig) -> dict:
+    names = ("retention_weight", "retention_budget", "dual_lr", "enable_projection")
+    return _given(preset.craft, cfg, {name: f"craft_{name}" for name in names})
+
+
+def _given(base, cfg: RunConfig, names: dict[str, str]) -> dict:
+    """`base` with the flags of `cfg` that were given."""
+    found = {flag: getattr(cfg, name) for name, flag in names.items()}
+    return dict(base) | {flag: value for flag, value in found.items() if value not in (None, "")}
