@@ -97,7 +97,7 @@ def evaluation_command(s: Settings, cell: Cell, evaluation: Evaluation, checkpoi
     dataset = p.start_dataset if start_units and p.start_dataset else p.dataset(evaluation.suite)
     flags = {
         "task_suite_name": evaluation.suite + suffix,
-        "num_trials_per_task": p.num_trials,
+        "num_trials_per_task": p.pro_trials if evaluation.kind in _PRO_SUFFIX else p.num_trials,
         "use_l1_regression": True,
         "use_proprio": True,
         "num_images_in_input": s.num_images,
