@@ -200,6 +200,10 @@ class Kind(str, Enum):
     START_TASKS_START_HEAD = "start_tasks_start_head"  # the same, read by the action head of the start model
 
 
+PRO_SUFFIX = {Kind.SWAP: "_swap", Kind.OBJECT: "_object"}
+"""What is appended to the name of a suite."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation of a policy."""
@@ -370,7 +374,9 @@ def _requests_2(preset: Preset, method: Method) -> list[Request]:
     """One policy on all suites, and one per suite, with LIBERO-PRO's perturbations of both."""
     suites = _joint_suites(preset)
     chosen = [suites] if method.key.endswith(JOINT) else [(suite,) for suite in suites]
-    kinds = (Kind.STANDARD, Kind.PERTURBED, *(() if method.control else (Kind.SWAP, Kind.OBJECT)))
+    # Where the preset's perturbation is one of LIBERO-PRO's, it is not asked for twice.
+    pro = [kind for kind in PRO_SUFFIX if PRO_SUFFIX[kind] != preset.perturbed.get("suite_suffix")]
+    kinds = (Kind.STANDARD, Kind.PERTURBED, *([] if method.control else pro))
     return [
         Request(Cell(method, group, seed), tuple(Evaluation(kind, suite) for suite in group for kind in kinds))
         for seed in _seeds(preset, method)
