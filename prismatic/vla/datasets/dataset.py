@@ -155,6 +155,21 @@ class VLADataset(Dataset):
         return {part.name: part.source.fingerprint for part in self._parts}
 
     @property
+    def window_counts(self) -> dict[str, list[int]]:
+        """{data set name: samples of each kept episode}; samples are ordered by episode and step."""
+        return {
+            part.name: np.diff(ends, prepend=0).tolist() for part, ends in zip(self._parts, self._windows, strict=True)
+        }
+
+    def raw_proprio(self, data_set: str, episode: int) -> np.ndarray:
+        """Proprioception of a whole episode before normalisation, (T, P) float32 in the units of the data set.
+
+        `episode` is its number in the data set. Raises KeyError for a data set that is not open.
+        """
+        part = {part.name: part for part in self._parts}[data_set]
+        return _numbers(part.source, episode, get_data_set_config(data_set), data_set)[1]
+
+    @property
     def group_sizes(self) -> list[int]:
         """Samples per data set."""
         return [int(ends[-1]) for ends in self._windows]
