@@ -109,6 +109,8 @@ def evaluation_command(s: Settings, cell: Cell, evaluation: Evaluation, checkpoi
         **perturbed,
         **cell.method.evaluate,
     }
+    if at_start:
+        flags["num_trials_per_task"] = p.start_trials
     task_ids = p.start_task_ids if at_start else p.task_ids[evaluation.suite]
     if task_ids:
         flags["task_ids"] = task_ids
