@@ -36,10 +36,10 @@ def write_figures(data: TableData, folder: Path) -> dict[str, tuple[Path, str]]:
             "frontier",
             _frontier_figure,
             "What is kept of the start model against what is learned. Large: means over the seeds, small: single "
-            "seeds. Lines join the settings of one method. Interpolated policies are not trained and have no action loss.",
+            "seeds. Lines join the settings of one method. Interpolated policies are not trained: no action loss.",
         ),
         ("budget", _budget_figure, "Drift at the end of training (mean of the last quarter) against the budget."),
-        ("traces", _traces_figure, "Drift and multiplier during training, first seed. Dashed: the budget."),
+        ("traces", _traces_figure, "Drift and multiplier during each method's first training. Dashed: the budget."),
         (
             "cost",
             _cost_figure,
@@ -91,15 +91,16 @@ def _clean(axis: Any, grid: str = "y") -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _legend_below(figure: Any, axes: Sequence[Any], columns: int) -> None:
-    """One legend for all panels, under them."""
+def _legend_below(figure: Any, axes: Sequence[Any], columns: int, order: Sequence[str] = ()) -> None:
+    """One legend for all panels, under them; labels of `order` first."""
     handles: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    if handles:
+    labels = sorted(handles, key=lambda label: order.index(label) if label in order else len(order))
+    if labels:
         options = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
-        figure.legend(handles.values(), handles.keys(), ncols=min(columns, len(handles)), **options)
+        figure.legend([handles[label] for label in labels], labels, ncols=min(columns, len(labels)), **options)
 
 
 # --- Success ------------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def _shots_figure(data: TableData) -> Any:
         axis.set_title(column_group(Column(kind, "")), fontsize=10)
         _clean(axis)
     axes[0].set_ylabel("success, %")
-    _legend_below(figure, axes, 3)
+    _legend_below(figure, axes, 3, [method.label for method in data.table.methods])
     return figure
 
 
@@ -322,23 +323,25 @@ def _frontier_panel(axis: Any, data: TableData, xs: Values, ys: Values) -> None:
         name, number = _family(method)
         families.setdefault(name, []).append((number, method))
     for index, (name, members) in enumerate(families.items()):
-        members += _end_of_interpolation(data, name)
         style = {"color": _PALETTE[index % len(_PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
         means = []
         for number, method in sorted(members, key=lambda member: member[0] or 0.0):
-            seeds = sorted(xs.get(method.key, {}).keys() & ys.get(method.key, {}).keys())
-            if not seeds:
-                continue
-            points = [(xs[method.key][seed], ys[method.key][seed]) for seed in seeds]
-            axis.plot(*zip(*points, strict=True), linestyle="none", markersize=2.5, alpha=0.5, **style)
-            means.append((number, *(fmean(values) for values in zip(*points, strict=True))))
+            points = _points(method, xs, ys)
+            if points:
+                axis.plot(*zip(*points, strict=True), linestyle="none", markersize=2.5, alpha=0.5, **style)
+                means.append((number, *_centre(points)))
         _draw_family(axis, name, means, style)
+        _draw_way_to_parent(axis, data, members, (xs, ys), means[-1:], style)
 
 
-def _end_of_interpolation(data: TableData, family: str) -> list[tuple[float, Method]]:
-    """The line of interpolated policies ends at the trained one, which is its α = 1."""
-    parents = {m.parent for m in data.competitors if m.role is Role.INTERPOLATED and _family(m)[0] == family}
-    return [(1.0, method) for method in data.competitors if method.key in parents]
+def _points(method: Method, xs: Values, ys: Values) -> list[tuple[float, float]]:
+    """One point per seed that has both values."""
+    seeds = sorted(xs.get(method.key, {}).keys() & ys.get(method.key, {}).keys())
+    return [(xs[method.key][seed], ys[method.key][seed]) for seed in seeds]
+
+
+def _centre(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return fmean(x for x, _ in points), fmean(y for _, y in points)
 
 
 def _draw_family(axis: Any, name: str, means: Sequence[tuple], style: Mapping[str, str]) -> None:
@@ -352,6 +355,22 @@ def _draw_family(axis: Any, name: str, means: Sequence[tuple], style: Mapping[st
         if number is not None:
             note = {"textcoords": "offset points", "fontsize": 6.5, "color": style["color"]}
             axis.annotate(f"{number:g}", (x, y), xytext=(4, 4), **note)
+
+
+def _draw_way_to_parent(
+    axis: Any,
+    data: TableData,
+    members: Sequence[tuple],
+    values: tuple[Values, Values],
+    last: Sequence[tuple],
+    style: dict,
+) -> None:
+    """The line of interpolated policies ends at the trained one, which has a mark of its own."""
+    parents = [m for m in data.competitors if m.key in {method.parent for _, method in members}]
+    points = [point for method in parents for point in _points(method, *values)]
+    if points and last:
+        (_, x, y), (end_x, end_y) = last[0], _centre(points)
+        axis.plot([x, end_x], [y, end_y], color=style["color"], linewidth=1, zorder=1)
 
 
 # --- Budget and traces --------------------------------------------------------------------------------------------

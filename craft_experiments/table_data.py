@@ -200,11 +200,18 @@ RETENTION_MEASURES = (
     Measure("probe_r2_stale", "probe R², start's probe", "position"),
     Measure("probe_accuracy", "probe accuracy", "instruction, refitted"),
     Measure("probe_accuracy_stale", "probe accuracy, start's probe", "instruction"),
-    Measure("l1_start", "L1 before", "normalised actions, held-out"),
     Measure("l1_own_head", "L1, own head", "normalised actions, held-out"),
     Measure("l1_start_head", "L1, start's head", "normalised actions, held-out"),
 )
+START_MEASURES = (
+    Measure("probe_r2_start", "probe R²", "start checkpoint"),
+    Measure("probe_accuracy_start", "probe accuracy", "start checkpoint"),
+    Measure("l1_start", "L1", "start checkpoint"),
+)
+"""Of the start checkpoint itself, as every measurement states them again."""
 _WHERE = {
+    "probe_r2_start": ("probe", "start", "position_r2", "mean"),
+    "probe_accuracy_start": ("probe", "start", "instruction_accuracy"),
     "drift": ("drift", "original", "rel_mse", "total"),
     "cka_raw": ("cka", "raw"),
     "cka_aq": ("cka", "aq"),

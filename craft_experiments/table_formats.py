@@ -14,6 +14,7 @@ from craft_experiments.common_utils.statistics import mean_and_half_width
 from craft_experiments.table_data import (
     RETENTION_MEASURES,
     START_KINDS,
+    START_MEASURES,
     TRAINING_MEASURES,
     Column,
     Comparison,
@@ -361,7 +362,7 @@ def measures_csv(data: TableData) -> str:
     rows = []
     for method in data.competitors:
         for training in trainings(data):
-            for measure in (*TRAINING_MEASURES, *RETENTION_MEASURES):
+            for measure in (*TRAINING_MEASURES, *RETENTION_MEASURES, *START_MEASURES):
                 values = data.value(method.key, training, measure.key)
                 if values:
                     rows.append(_measure_fields(method, training, measure, values))

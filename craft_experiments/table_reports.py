@@ -4,7 +4,7 @@
     {table}.csv             success rates: seeds, episodes, intervals
     {table}_pairs.csv       paired comparisons with plain fine-tuning and with the start checkpoint
     {table}_measures.csv    drift, multiplier, loss, time, and what retention was measured
-    {table}.tex             the success rates
+    {table}.tex             success rates and measures
     figures/{table}_*.png   and the same as .pdf
 
 The same records give the same bytes.
@@ -16,6 +16,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
 
 from craft_experiments.commands import as_words
 from craft_experiments.common_utils.log_parser import write_text_atomic
@@ -23,6 +24,7 @@ from craft_experiments.figures import write_figures
 from craft_experiments.settings import RunConfig, Settings
 from craft_experiments.table_data import (
     RETENTION_MEASURES,
+    START_MEASURES,
     TRAINING_MEASURES,
     TableData,
     load,
@@ -43,6 +45,16 @@ from craft_experiments.table_formats import (
 from craft_experiments.tables import PRESETS, Method, Preset, Role, Table
 
 FIGURES = "figures"
+_MEASURED = (
+    "Drift, CKA, probes and L1: on held-out demonstrations of the start's tasks. Mean ± half width of the 95 % "
+    "interval over the seeds (Student t); (1): one seed."
+)
+_TRAINED = (
+    "Drift and losses: means over the last quarter of the logged steps. Drift is in the unit of the method's own "
+    "metric and features; rows with other metrics or features cannot be compared by it. Seconds are those of the "
+    "program's last start when it was interrupted. Mean ± half width of the 95 % interval over the seeds (Student t); "
+    "(1): one seed."
+)
 # Where things are, and how they are launched, changes no number.
 _NO_SETTINGS = {"data_root_dir", "num_gpus", "save_videos", "num_workers"}
 
@@ -59,7 +71,7 @@ def write_table_reports(s: Settings, table: Table) -> list[Path]:
         f"{table.name}.csv": success_csv(data),
         f"{table.name}_pairs.csv": pairs_csv(data),
         f"{table.name}_measures.csv": measures_csv(data),
-        f"{table.name}.tex": latex(success_grid(data), table.title, table.name, NOTES),
+        f"{table.name}.tex": _latex(data),
         f"{table.name}.md": page(s, data, {path.name: caption for path, caption in figures.values()}),
     }
     written = [path for png, _ in figures.values() for path in (png, png.with_suffix(".pdf"))]
@@ -70,6 +82,17 @@ def write_table_reports(s: Settings, table: Table) -> list[Path]:
         else:
             (s.results_dir / name).unlink(missing_ok=True)
     return written
+
+
+def _latex(data: TableData) -> str:
+    """One float for the success rates, one for each kind of measures."""
+    name, title = data.table.name, data.table.title
+    parts = [latex(success_grid(data), title, name, NOTES)]
+    for measures, key, note in ((RETENTION_MEASURES, "kept", _MEASURED), (TRAINING_MEASURES, "training", _TRAINED)):
+        grid = measure_grid(data, measures)
+        if grid is not None:
+            parts.append(latex(grid, f"{title} ({key})", f"{name}-{key}", [note]))
+    return "\n".join(parts)
 
 
 def page(s: Settings, data: TableData, figures: Mapping[str, str]) -> str:
@@ -125,8 +148,7 @@ def _measures(data: TableData) -> list[str]:
         if has_start_kinds(data):
             lines += [_forgetting_note(data), ""]
         lines += [
-            "Drift, CKA, probes and L1: on held-out demonstrations of the start's tasks. Stated as mean ± half width "
-            "of the 95 % interval over the seeds; (1): one seed.",
+            _MEASURED + " " + _before(data),
             "",
             *markdown(grid),
             "",
@@ -135,14 +157,22 @@ def _measures(data: TableData) -> list[str]:
     if grid is not None:
         lines += ["## Training", ""]
         lines += [
-            "Drift and losses: means over the last quarter of the logged steps. Drift is in the unit of the method's "
-            "own metric and features; rows with other metrics or features cannot be compared by it. Seconds are those "
-            "of the program's last start when it was interrupted.",
+            _TRAINED,
             "",
             *markdown(grid),
             "",
         ]
     return lines
+
+
+def _before(data: TableData) -> str:
+    """The start checkpoint's own numbers, which are the same in all measurements."""
+    parts = []
+    for measure in START_MEASURES:
+        found = [v for values in data.values.values() for v in values.get(measure.key, {}).values()]
+        if found:
+            parts.append(f"{measure.label} {fmean(found):.3g}")
+    return f"The start checkpoint itself: {', '.join(parts)}." if parts else ""
 
 
 def _forgetting_note(data: TableData) -> str:
