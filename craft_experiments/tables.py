@@ -53,7 +53,8 @@ class Preset:
         start: checkpoint folder or model geometry (`--config_file_path`).
         dataset_suffix: the demonstrations of a suite are called suite + dataset_suffix.
         max_steps, save_freq: optimizer steps; a policy of several suites takes a multiple of them.
-        num_trials, pro_trials: episodes per task, on the suite and on LIBERO-PRO's variants of it.
+        num_trials, pro_trials, start_trials: episodes per task: on the suite, on LIBERO-PRO's variants of it, on the
+            tasks of the start model.
         craft: flags of the method called CRaFT.
         perturbed: evaluation flags that make the perturbed column of the standard one; `suite_suffix` is no flag but is
             appended to the name of the suite.
@@ -83,6 +84,7 @@ class Preset:
     learning_rate: float
     num_trials: int
     pro_trials: int
+    start_trials: int
     craft: Mapping[str, object]
     perturbed: Mapping[str, object]
     budgets: tuple[float, ...]
@@ -121,6 +123,7 @@ QWEN = Preset(
     learning_rate=5e-4,
     num_trials=50,
     pro_trials=50,
+    start_trials=50,
     craft={
         "craft_retention_weight": 1.0,
         "craft_retention_budget": 0.1,
@@ -152,10 +155,11 @@ TINY = Preset(
     dataset_suffix="_displaced_no_noops",
     max_steps=1_000,
     save_freq=250,
-    batch_size=16,
-    learning_rate=7e-4,
-    num_trials=10,
-    pro_trials=5,
+    batch_size=8,
+    learning_rate=5e-4,
+    num_trials=6,
+    pro_trials=3,
+    start_trials=4,
     # The original rates and budget are inert at this scale (results/budget); drift is therefore stated relatively.
     craft={"craft_preset": "budget", "craft_retention_budget": 0.01},
     perturbed={"init_noise_mm": _DISPLACED_MM},
@@ -198,6 +202,10 @@ class Kind(str, Enum):
     OBJECT = "object"  # LIBERO-PRO: the object looks different
     START_TASKS = "start_tasks"  # the tasks the start model was trained on, as it was trained on them
     START_TASKS_START_HEAD = "start_tasks_start_head"  # the same, read by the action head of the start model
+
+
+PRO_SUFFIX = {Kind.SWAP: "_swap", Kind.OBJECT: "_object"}
+"""What is appended to the name of a suite."""
 
 
 @dataclass(frozen=True)
@@ -340,8 +348,8 @@ def _control_rows(known: Mapping[str, Method]) -> list[str]:
 
 
 def _seeds(preset: Preset, method: Method) -> tuple[int, ...]:
-    """Start checkpoint and replay have no training seed."""
-    return preset.seeds if method.role in (Role.TRAINED, Role.INTERPOLATED) else preset.seeds[:1]
+    """Controls take the first seed: start checkpoint and replay have none, and a blind policy is no competitor."""
+    return preset.seeds[:1] if method.control else preset.seeds
 
 
 def _both(suite: str) -> tuple[Evaluation, ...]:
@@ -370,7 +378,9 @@ def _requests_2(preset: Preset, method: Method) -> list[Request]:
     """One policy on all suites, and one per suite, with LIBERO-PRO's perturbations of both."""
     suites = _joint_suites(preset)
     chosen = [suites] if method.key.endswith(JOINT) else [(suite,) for suite in suites]
-    kinds = (Kind.STANDARD, Kind.PERTURBED, *(() if method.control else (Kind.SWAP, Kind.OBJECT)))
+    # Where the preset's perturbation is one of LIBERO-PRO's, it is not asked for twice.
+    pro = [kind for kind in PRO_SUFFIX if PRO_SUFFIX[kind] != preset.perturbed.get("suite_suffix")]
+    kinds = (Kind.STANDARD, Kind.PERTURBED, *([] if method.control else pro))
     return [
         Request(Cell(method, group, seed), tuple(Evaluation(kind, suite) for suite in group for kind in kinds))
         for seed in _seeds(preset, method)
