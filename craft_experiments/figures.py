@@ -287,7 +287,7 @@ def _frontier_figure(data: TableData) -> Any:
     loss = ("action loss in training (L1)", _measure_values(data, "action_loss"))
     target = ("success on the target, %", _success_values(data, Kind.STANDARD))
     kept = ("start tasks, start's head, %", _success_values(data, Kind.START_TASKS_START_HEAD))
-    forgetting = ("forgetting, own head, points", _measure_values(data, "forgetting"))
+    forgetting = ("forgetting (L1, start's head)", _measure_values(data, "forgetting"))
     drift = ("drift on held-out images", _measure_values(data, "drift"))
     panels = [(loss, kept), (loss, forgetting), (loss, drift), (target, kept)]
     panels = [(x, y) for x, y in panels if x[1].keys() & y[1].keys()]

@@ -191,8 +191,9 @@ TRAINING_MEASURES = (
     Measure("seconds", "training", "s"),
 )
 RETENTION_MEASURES = (
-    Measure("forgetting", "forgetting", "percentage points"),
-    Measure("forgetting_start_head", "forgetting, start's head", "percentage points"),
+    Measure("lost", "success lost, own head", "percentage points"),
+    Measure("lost_start_head", "success lost, start's head", "percentage points"),
+    Measure("forgetting", "forgetting", "L1, start's head, after minus before"),
     Measure("drift", "held-out drift", "relative squared"),
     Measure("cka_raw", "CKA, patches", "0 to 1"),
     Measure("cka_aq", "CKA, action queries", "0 to 1"),
@@ -247,6 +248,8 @@ def retention_values(measured: Mapping[str, Any], where: str) -> dict[str, float
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise RecordError(f"{where}: {RETENTION}.{'.'.join(path)}: found {value!r}, expected a number")
         found[key] = float(value)
+    if found.keys() >= {"l1_start_head", "l1_start"}:
+        found["forgetting"] = found["l1_start_head"] - found["l1_start"]
     return found
 
 
@@ -390,7 +393,7 @@ def load(s: Settings, table: Table) -> TableData:
         wanted=len(needed),
         seconds={name: float(record["seconds"]) for name, record in records.items()},
     )
-    return replace(data, values=_with_forgetting(data))
+    return replace(data, values=_with_lost_success(data))
 
 
 def _is_recorded(job: Job) -> bool:
@@ -478,13 +481,13 @@ def _metrics(
     return {jobs[n].cell.name: training_metrics(r, str(record_of(s, jobs[n]))) for n, r in trained.items()}
 
 
-def _with_forgetting(data: TableData) -> dict[tuple[str, Training], dict[str, dict[int, float]]]:
+def _with_lost_success(data: TableData) -> dict[tuple[str, Training], dict[str, dict[int, float]]]:
     """`data.values` with the start checkpoint's rate on its tasks minus the rate after training, per seed, in points.
 
     A seed the start checkpoint was not evaluated with takes the mean of the seeds it was evaluated with.
     """
     values = {place: dict(found) for place, found in data.values.items()}
-    names = {Kind.START_TASKS: "forgetting", Kind.START_TASKS_START_HEAD: "forgetting_start_head"}
+    names = {Kind.START_TASKS: "lost", Kind.START_TASKS_START_HEAD: "lost_start_head"}
     trainings = {r.cell.method.key: training_of(r.cell) for r in data.table.requests if not r.cell.method.control}
     for (key, column), entry in data.entries.items():
         before = data.entries.get(("start", replace(column, kind=Kind.START_TASKS)))

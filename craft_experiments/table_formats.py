@@ -100,7 +100,7 @@ def number_text(values: Mapping[int, float], key: str) -> str:
     if not values:
         return MISSING
     mean, half = mean_and_half_width(list(values.values()))
-    digits = ".1f" if key.startswith("forgetting") else ".0f" if key == "seconds" else ".3g"
+    digits = ".1f" if key.startswith("lost") else ".0f" if key == "seconds" else ".3g"
     return (
         f"{mean:{digits}} (1)" if half is None else f"{mean:{digits}} ± {half:{'.2g' if digits == '.3g' else digits}}"
     )

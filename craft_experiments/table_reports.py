@@ -176,7 +176,10 @@ def _before(data: TableData) -> str:
 
 
 def _forgetting_note(data: TableData) -> str:
-    text = "Forgetting: the start checkpoint's success on its tasks minus the success after training."
+    text = (
+        "Success lost: the start checkpoint's success on its tasks minus the success after training. Forgetting: L1 of "
+        "the start's head on the trained features minus its L1 on its own, on held-out demonstrations."
+    )
     entries = [e for (key, _), e in data.entries.items() if key == "start"]
     seeds = sorted({seed for entry in entries for seed in entry.rates})
     asked = {seed for (key, _), entry in data.entries.items() if key == "plain" for seed in entry.wanted}
