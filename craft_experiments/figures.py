@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from craft_experiments.common_utils.plots import COLOURS, new_figure, save_figure
-from craft_experiments.table_data import Column, Entry, TableData, Training, training_of
+from craft_experiments.table_data import Column, Entry, TableData, Training, budgeted, training_of
 from craft_experiments.table_formats import column_group, column_name, has_start_kinds, ordered, training_label
 from craft_experiments.tables import Kind, Method, Role
 
@@ -299,6 +299,7 @@ def _frontier_figure(data: TableData) -> Any:
     for axis, (x, y) in zip(axes, panels, strict=False):
         _frontier_panel(axis, data, x[1], y[1])
         axis.set(xlabel=x[0], ylabel=y[0])
+        axis.locator_params(axis="x", nbins=5)
         if y is drift:
             axis.set_yscale("log")
         if y is kept and "start" in _start_rates(data):
@@ -376,17 +377,10 @@ def _draw_way_to_parent(
 # --- Budget and traces --------------------------------------------------------------------------------------------
 
 
-def _budget_methods(data: TableData) -> list[tuple[Method, float]]:
-    """Methods whose multiplier follows a budget, with the budget."""
-    flags = {m.key: m.train for m in data.competitors if m.train.get("use_craft")}
-    found = [m for m in data.competitors if m.key in flags and flags[m.key].get("craft_enable_dual", True)]
-    return [(m, float(m.train["craft_retention_budget"])) for m in found if "craft_retention_budget" in m.train]
-
-
 def _budget_figure(data: TableData) -> Any:
     """One point per run, with the line on which they should lie."""
     series: dict[str, list[tuple[float, float]]] = {}
-    for method, budget in _budget_methods(data):
+    for method, budget in budgeted(data):
         drifts = [d for (key, _), v in data.values.items() if key == method.key for d in _positive(v)]
         if drifts:
             name = "CRaFT" if _family(method)[1] is not None else method.label
@@ -424,7 +418,7 @@ def _traces_figure(data: TableData) -> Any:
     for request in data.table.requests:
         if request.cell.name in data.metrics:
             cells.setdefault(request.cell.method.key, request.cell)
-    shown = [(m, b, cells[m.key]) for m, b in _budget_methods(data) if m.key in cells]
+    shown = [(m, b, cells[m.key]) for m, b in budgeted(data) if m.key in cells]
     shown = [found for found in shown if data.metrics[found[2].name].series("CRaFT/Retention Loss")[0]]
     if not shown:
         return None

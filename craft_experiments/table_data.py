@@ -362,6 +362,18 @@ def training_of(cell: Cell) -> Training:
     return Training("+".join(suite.removeprefix("libero_") for suite in cell.suites), cell.shots)
 
 
+def budgeted(data: TableData) -> list[tuple[Method, float]]:
+    """Methods whose multiplier follows a budget, with the budget."""
+    found = [m for m in data.competitors if m.train.get("use_craft") and m.train.get("craft_enable_dual", True)]
+    return [(m, float(m.train["craft_retention_budget"])) for m in found if "craft_retention_budget" in m.train]
+
+
+def achieved(data: TableData, key: str) -> list[float]:
+    """Drift at the end of every training of a method, in the unit of its budget."""
+    found = [values.get("achieved_drift", {}) for (method, _), values in data.values.items() if method == key]
+    return [drift for values in found for drift in values.values()]
+
+
 def load(s: Settings, table: Table) -> TableData:
     """Read the records of a table; missing ones leave gaps.
 

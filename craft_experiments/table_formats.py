@@ -9,6 +9,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from craft_experiments.common_utils.statistics import mean_and_half_width
 from craft_experiments.table_data import (
@@ -22,6 +23,8 @@ from craft_experiments.table_data import (
     Measure,
     TableData,
     Training,
+    achieved,
+    budgeted,
 )
 from craft_experiments.tables import Kind, Method
 
@@ -175,6 +178,20 @@ def measure_grid(data: TableData, measures: Sequence[Measure]) -> Grid | None:
             rows.append(GridRow(label, cells))
     units = tuple(f"({measure.unit})" if measure.unit else "" for measure in shown)
     return Grid("method", tuple(measure.label for measure in shown), units, tuple(rows)) if rows else None
+
+
+def budget_grid(data: TableData) -> Grid | None:
+    """How well each budget is met, over all trainings of a method; None when nothing with a budget was trained."""
+    rows = []
+    for method, budget in budgeted(data):
+        drifts = achieved(data, method.key)
+        if drifts:
+            spread = f"{median(drifts):.3g} ({min(drifts):.3g} to {max(drifts):.3g})"
+            off = f"{100 * median(abs(drift - budget) / budget for drift in drifts):.1f} %"
+            above = f"{sum(drift > budget for drift in drifts)} of {len(drifts)}"
+            rows.append(GridRow(method.label, (f"{budget:g}", spread, off, above)))
+    header = ("budget", "drift, median (range)", "deviation, median", "above budget")
+    return Grid("method", ("",) * len(header), header, tuple(rows)) if rows else None
 
 
 # --- Markdown -----------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from craft_experiments.table_data import (
 )
 from craft_experiments.table_formats import (
     NOTES,
+    budget_grid,
     comparison_grid,
     has_start_kinds,
     latex,
@@ -162,6 +163,10 @@ def _measures(data: TableData) -> list[str]:
             *markdown(grid),
             "",
         ]
+    grid = budget_grid(data)
+    if grid is not None:
+        lines += ["Drift against its budget, over all trainings; deviation: |drift - budget| / budget.", ""]
+        lines += [*markdown(grid), ""]
     return lines
 
 

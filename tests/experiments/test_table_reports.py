@@ -23,7 +23,7 @@ from craft_experiments.jobs import Stage, plan, record_of
 from craft_experiments.records import RecordError, read_record, set_states, write_record
 from craft_experiments.settings import RunConfig, resolve
 from craft_experiments.table_data import Column, load, retention_values
-from craft_experiments.table_formats import latex, latex_text, markdown, success_csv, success_grid
+from craft_experiments.table_formats import budget_grid, latex, latex_text, markdown, success_csv, success_grid
 from craft_experiments.table_reports import run_command, write_table_reports
 from craft_experiments.tables import TABLES, Kind, table
 
@@ -252,6 +252,7 @@ def test_measures_of_training_and_retention(tmp_path):
     assert data.value("craft", training, "forgetting")[1] == pytest.approx(errors["start_head"] - errors["start"])
     assert data.value("craft", training, "drift")[0] == report["drift"]["original"]["rel_mse"]["total"]
     assert data.value("craft", training, "cka_aq") == {}  # null: not defined
+    assert budget_grid(data).rows[0].cells == ("0.01", "0.02 (0.02 to 0.02)", "100.0 %", "2 of 2")
     assert cost_ratios(data) == {"craft": [1.5, 1.6]}
     # The start checkpoint has one seed: 20 pairs, three of them lost.
     found = data.against_start["craft", Column(Kind.START_TASKS, "libero_object")]
