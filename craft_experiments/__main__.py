@@ -19,10 +19,10 @@ from collections.abc import Sequence
 import draccus
 
 from craft_experiments import jobs as planning
-from craft_experiments.common_utils.log_parser import FailureCode
-from craft_experiments.records import read_manifest, set_states
+from craft_experiments.commands import portable
+from craft_experiments.records import State, read_manifest, set_states
 from craft_experiments.result_list import failed_cells, write_result_lists
-from craft_experiments.runner import JobFailed, portable, run_job, run_table, say
+from craft_experiments.runner import JobFailed, run_job, run_table, say
 from craft_experiments.settings import FOLDERS, ROOT, RunConfig, Settings, resolve
 from craft_experiments.tables import Table, table
 
@@ -37,15 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     count = 1 + COMMANDS[words[0]]
     command, name, *rest = words[:count]
-    cfg = draccus.parse(RunConfig, args=words[count:])
-    os.chdir(ROOT)
     try:
+        cfg = draccus.parse(RunConfig, args=words[count:])
+        os.chdir(ROOT)
         settings = resolve(cfg, name)
         wanted = _table(settings, name)
         return _COMMANDS[command](settings, wanted, *rest)
-    except ValueError as error:
+    except (ValueError, draccus.ParsingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        say("interrupted; the same command continues")
+        return 130
 
 
 def _table(s: Settings, name: str) -> Table:
@@ -89,18 +92,18 @@ def _job(s: Settings, wanted: Table, name: str) -> int:
     if name not in plan:
         raise ValueError(f"job: found {name!r}, expected one of `list {wanted.name}`")
     job = plan[name]
+    set_states(s.records_dir, dict.fromkeys(planning.cells_of(plan.values()), State.PENDING), only_new=True)
     try:
         run_job(s, job)
     except JobFailed as error:
         say(f"{name}: {error.code.value}: {error}")
-        _note(s, job, error.code)
+        failed = planning.cells_of(planning.with_followers(plan, name))
+        set_states(s.records_dir, dict.fromkeys(failed, error.code))
         return 1
+    of_cell = [other for other in plan.values() if job.cell is not None and other.cell == job.cell]
+    if of_cell and all(planning.has_result(s, other) for other in of_cell):
+        set_states(s.records_dir, {job.cell.name: State.EVALUATED})
     return 0
-
-
-def _note(s: Settings, job: planning.Job, code: FailureCode) -> None:
-    if job.cell is not None:
-        set_states(s.records_dir, {job.cell.name: code})
 
 
 _COMMANDS = {"run": _run, "report": _report, "list": _list, "job": _job}
