@@ -8,6 +8,7 @@ that runs twice at the same time fails and says so in STUB_VIOLATIONS.
     STUB_SLEEP        seconds of each training step and episode
     STUB_<FAILURE>    suites for which COLLECT_FAILS, TRAIN_FAILS, NO_CHECKPOINT, STOPS_EARLY, EVAL_FAILS, CONSOLE_ONLY,
                       NO_FINAL_LINE or OTHER_EPISODES happens
+    STUB_QUIET        no line per step or episode: the program outlives a driver that is killed
     STUB_HASHED       outcomes depend on cell and seed; otherwise every fourth trial fails
 """
 
@@ -40,6 +41,11 @@ def chance(*facts: object) -> float:
 
 def pause() -> None:
     time.sleep(float(os.environ.get("STUB_SLEEP", "0")))
+
+
+def progress(line: str) -> None:
+    if not os.environ.get("STUB_QUIET"):
+        print(line, flush=True)
 
 
 def alone(lock: Path) -> object:
@@ -92,7 +98,7 @@ def train() -> None:
         pause()
         with metrics.open("a") as stream:
             stream.write(json.dumps({"step": step, "VLA Train/Loss": chance(name, step)}) + "\n")
-        print(f"step {step}", flush=True)
+        progress(f"step {step}")
         if not happens("NO_CHECKPOINT", suite):
             folder_at_once(root / f"{name}--{step}_chkpt", "weights", f"{name} {step}\n")
         if happens("STOPS_EARLY", suite):
@@ -124,7 +130,7 @@ def evaluate() -> None:
             done[key] = episode(*key)
             with store.open("a") as stream:
                 stream.write(json.dumps(done[key]) + "\n")
-            print(f"episode {key}", flush=True)
+            progress(f"episode {key}")
     won = sum(row["status"] == "success" for row in done.values())
     lines = [f"Task suite: {suite}", *(f"Success: {row['status'] == 'success'}" for row in done.values())]
     if not happens("NO_FINAL_LINE", suite):
