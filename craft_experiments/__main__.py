@@ -4,6 +4,7 @@
     report TABLE   write tables and figures from the records that are there
     list TABLE     every job and whether it is done
     job TABLE JOB  run one job whose predecessors are done (for a workflow engine)
+    graph TABLE FILE.png   draw the jobs and what waits for what
 
 Flags: `craft_experiments/settings.py`. Exit code: 0 when every cell has its result, 1 when one failed, 2 for settings
 that cannot be used.
@@ -15,6 +16,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import draccus
 
@@ -24,9 +26,9 @@ from craft_experiments.records import State, read_manifest, set_states
 from craft_experiments.result_list import failed_cells, write_result_lists
 from craft_experiments.runner import JobFailed, run_job, run_table, say
 from craft_experiments.settings import FOLDERS, ROOT, RunConfig, Settings, resolve
-from craft_experiments.tables import Table, table
+from craft_experiments.tables import Table
 
-COMMANDS = {"run": 1, "report": 1, "list": 1, "job": 2}
+COMMANDS = {"run": 1, "report": 1, "list": 1, "job": 2, "graph": 2}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cfg = draccus.parse(RunConfig, args=words[count:])
         os.chdir(ROOT)
         settings = resolve(cfg, name)
-        wanted = _table(settings, name)
+        wanted = planning.wanted_table(settings, name)
         return _COMMANDS[command](settings, wanted, *rest)
     except (ValueError, draccus.ParsingError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,14 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted; the same command continues")
         return 130
-
-
-def _table(s: Settings, name: str) -> Table:
-    found = table(name, s.preset, s.methods)
-    if s.controls:
-        return found
-    requests = tuple(r for r in found.requests if not r.cell.method.control)
-    return Table(found.name, found.title, tuple(m for m in found.methods if not m.control), requests)
 
 
 def _run(s: Settings, wanted: Table) -> int:
@@ -106,7 +100,18 @@ def _job(s: Settings, wanted: Table, name: str) -> int:
     return 0
 
 
-_COMMANDS = {"run": _run, "report": _report, "list": _list, "job": _job}
+def _graph(s: Settings, wanted: Table, file: str) -> int:
+    from craft_experiments.graph import draw_jobs
+
+    plan = planning.plan(s, wanted)
+    title = (
+        f"{wanted.title}: {len(plan)} jobs ({', '.join(s.preset.suites)}; seeds {', '.join(map(str, s.preset.seeds))})"
+    )
+    say(f"written: {draw_jobs(plan, title, Path(file))}")
+    return 0
+
+
+_COMMANDS = {"run": _run, "report": _report, "list": _list, "job": _job, "graph": _graph}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,7 @@ from craft_experiments.commands import (
 from craft_experiments.common_utils.log_parser import extract_checkpoint_path
 from craft_experiments.records import RETENTION, TRAINING, check_settings, read_record, record_path
 from craft_experiments.settings import Settings
-from craft_experiments.tables import Cell, Evaluation, Kind, Request, Role, Table, methods_of
+from craft_experiments.tables import Cell, Evaluation, Kind, Request, Role, Table, methods_of, table
 
 HELDOUT = "heldout"
 _START_HEAD = "--start_head"
@@ -54,10 +54,23 @@ class Job:
         return "/".join([self.stage.value, *filter(None, parts)])
 
 
-def plan(s: Settings, table: Table) -> dict[str, Job]:
+def wanted_table(s: Settings, name: str) -> Table:
+    """A table with the chosen methods, with the controls or without.
+
+    Raises:
+        ValueError: see `tables.table`.
+    """
+    found = table(name, s.preset, s.methods)
+    if s.controls:
+        return found
+    requests = tuple(r for r in found.requests if not r.cell.method.control)
+    return Table(found.name, found.title, tuple(m for m in found.methods if not m.control), requests)
+
+
+def plan(s: Settings, wanted: Table) -> dict[str, Job]:
     """All jobs of a table by name, predecessors first, the first seed of everything before the second."""
     jobs: dict[str, Job] = {}
-    for request in sorted(table.requests, key=lambda r: r.cell.seed):
+    for request in sorted(wanted.requests, key=lambda r: r.cell.seed):
         _add_request(s, jobs, request)
     return jobs
 
