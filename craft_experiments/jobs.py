@@ -61,6 +61,8 @@ def wanted_table(s: Settings, name: str) -> Table:
         ValueError: see `tables.table`.
     """
     found = table(name, s.preset, s.methods)
+    if not all(request.cell.suites for request in found.requests):
+        raise ValueError(f"--suites: found {' '.join(s.preset.suites)}, {name} has no policy of these alone")
     if s.controls:
         return found
     requests = tuple(r for r in found.requests if not r.cell.method.control)

@@ -163,6 +163,8 @@ def _with_flags(preset: Preset, cfg: RunConfig) -> Preset:
         changes["dataset_suffix"] = cfg.dataset_suffix  # may be empty
     if cfg.collect_demos is not None:
         changes["collect"] = (preset.collect or {}) if cfg.collect_demos else None
+    if preset.ablation_suite not in suites:
+        changes["ablation_suite"] = suites[0]
     return replace(
         preset,
         suites=suites,

@@ -124,7 +124,7 @@ def test_ten_kills_of_real_programs(tmp_path):
         "PRESET": "tiny", "METHODS": "plain craft", "CONTROLS": "False", "SUITES": "libero_spatial", "TASK_IDS": "9",
         "SEEDS": "0", "CONFIG_FILE_PATH": "pretrained_models/tiny-libero-object", "DATA_ROOT_DIR": "datasets/rlds",
         "DATASET_SUFFIX": "_scripted_no_noops", "COLLECT_DEMOS": "False", "MAX_STEPS": "6", "SAVE_FREQ": "2",
-        "BATCH_SIZE": "2", "NUM_TRIALS": "1",
+        "BATCH_SIZE": "2", "NUM_TRIALS": "1", "NUM_WORKERS": "0",
     }  # fmt: skip
     whole, killed = Run(tmp_path / "whole", variables), Run(tmp_path / "killed", variables)
     seconds = whole.finish()

@@ -179,6 +179,17 @@ def test_flags_that_were_without_effect():
     assert resolve(RunConfig(collect_demos=False), "table1").preset.collect is None
 
 
+def test_the_suite_of_tables_3_and_4_is_one_of_the_chosen():
+    assert resolve(RunConfig(), "table4").preset.ablation_suite == "libero_spatial"
+    assert resolve(RunConfig(suites="libero_goal libero_spatial"), "table4").preset.ablation_suite == "libero_spatial"
+    assert resolve(RunConfig(suites="libero_goal libero_10"), "table4").preset.ablation_suite == "libero_goal"
+
+
+def test_a_table_without_any_policy_is_an_error():
+    with pytest.raises(ValueError, match="--suites: found libero_10, table2"):
+        wanted_table(resolve(RunConfig(suites="libero_10"), "table2"), "table2")
+
+
 def test_locks_without_fcntl(tmp_path, monkeypatch):
     """Windows: msvcrt gives up after ten seconds, the driver does not."""
     tries = []
