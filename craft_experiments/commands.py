@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from craft_experiments.settings import ROOT, Settings
-from craft_experiments.tables import Cell, Evaluation, Kind, Role
+from craft_experiments.tables import PRO_SUFFIX, Cell, Evaluation, Kind, Role
 
-_PRO_SUFFIX = {Kind.SWAP: "_swap", Kind.OBJECT: "_object"}
 _START_KINDS = (Kind.START_TASKS, Kind.START_TASKS_START_HEAD)
 
 
@@ -98,13 +97,13 @@ def evaluation_command(s: Settings, cell: Cell, evaluation: Evaluation, checkpoi
     p, folder = s.preset, evaluation_dir(s, cell, evaluation)
     at_start = evaluation.kind in _START_KINDS
     perturbed = dict(p.perturbed) if evaluation.kind in (Kind.PERTURBED, *_START_KINDS) else {}
-    suffix = "" if at_start else perturbed.get("suite_suffix", "") or _PRO_SUFFIX.get(evaluation.kind, "")
+    suffix = "" if at_start else perturbed.get("suite_suffix", "") or PRO_SUFFIX.get(evaluation.kind, "")
     perturbed.pop("suite_suffix", None)
     start_units = at_start or cell.method.role is Role.START
     dataset = p.start_dataset if start_units and p.start_dataset else p.dataset(evaluation.suite)
     flags = {
         "task_suite_name": evaluation.suite + suffix,
-        "num_trials_per_task": p.num_trials,
+        "num_trials_per_task": p.pro_trials if evaluation.kind in PRO_SUFFIX else p.num_trials,
         "use_l1_regression": True,
         "use_proprio": True,
         "num_images_in_input": s.num_images,
@@ -118,6 +117,8 @@ def evaluation_command(s: Settings, cell: Cell, evaluation: Evaluation, checkpoi
         **perturbed,
         **cell.method.evaluate,
     }
+    if at_start:
+        flags["num_trials_per_task"] = p.start_trials
     task_ids = p.start_task_ids if at_start else p.task_ids[evaluation.suite]
     if task_ids:
         flags["task_ids"] = task_ids

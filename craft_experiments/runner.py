@@ -130,6 +130,8 @@ def run_job(s: Settings, job: Job) -> None:
             return
         if job.stage is Stage.TRAIN:
             set_states(s.records_dir, {job.cell.name: State.TRAINING})
+        if job.stage is Stage.MEASURE:
+            measurement_file(s, job.cell).unlink(missing_ok=True)  # of a run killed before its record was written
         begun = time.time()
         for command in commands_of(s, job):
             _run(s, job, command, descriptor)

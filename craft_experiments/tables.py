@@ -8,9 +8,10 @@ of Table 3, and is trained once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
+JOINT = "_joint"
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
 
@@ -46,14 +47,29 @@ class Method:
 class Preset:
     """One scale of the experiments.
 
-    suites: suites that are fine-tuned and evaluated, with their task numbers ("": all) in `task_ids`. data set of a
-    suite: suite + `dataset_suffix`. start: checkpoint folder or preset name (`--config_file_path`); start_suite,
-    start_task_ids, start_dataset: what the start model is competent at (None: it is no policy, and no control row nor
-    retention column uses it). perturbed: flags that make the perturbed column out of the standard one; `suite_suffix`
-    in it is appended to the suite name. craft: flags of the method called CRaFT. budgets, penalties, l2sp: values of
-    the retention protocol. demos_per_task: how many demonstrations a task has; collect: flags of `collect_demos`, None
-    when the data are downloaded. heldout: flags of its held-out demonstrations of the start's tasks. train, evaluate:
-    further flags. seeds of every table.
+    Attributes:
+        suites: suites that are fine-tuned on and evaluated.
+        task_ids: suite -> task numbers; "" is all.
+        start: checkpoint folder or model geometry (`--config_file_path`).
+        dataset_suffix: the demonstrations of a suite are called suite + dataset_suffix.
+        max_steps, save_freq: optimizer steps; a policy of several suites takes a multiple of them.
+        num_trials, pro_trials, start_trials: episodes per task: on the suite, on LIBERO-PRO's variants of it, on the
+            tasks of the start model.
+        craft: flags of the method called CRaFT.
+        perturbed: evaluation flags that make the perturbed column of the standard one; `suite_suffix` is no flag but is
+            appended to the name of the suite.
+        budgets, penalties, l2sp_weights: the values tried in the retention protocol.
+        shots: demonstrations per task in Table 3; `demos_per_task` of them are all.
+        seeds: of every table; also choose the demonstrations of Table 3.
+        ablation_suite: the suite of Table 3, Table 4 and the retention protocol.
+        start_suite, start_task_ids, start_dataset: what the start model is competent at, and the name of its
+            normalisation. Empty: it is no policy, and nothing is asked about it.
+        heldout_dataset: demonstrations of the start's tasks that no training uses.
+        metric_flags: flags that give every constraint of the retention protocol the same unit.
+        train, evaluate: further flags of every training and evaluation.
+        collect, heldout_collect: flags of `collect_demos`, and how they change for the held-out demonstrations; None:
+            the demonstrations are downloaded.
+        num_gpus: 1 or more: torchrun; 0: plain python.
     """
 
     name: str
@@ -67,6 +83,8 @@ class Preset:
     batch_size: int
     learning_rate: float
     num_trials: int
+    pro_trials: int
+    start_trials: int
     craft: Mapping[str, object]
     perturbed: Mapping[str, object]
     budgets: tuple[float, ...]
@@ -104,6 +122,8 @@ QWEN = Preset(
     batch_size=8,
     learning_rate=5e-4,
     num_trials=50,
+    pro_trials=50,
+    start_trials=50,
     craft={
         "craft_retention_weight": 1.0,
         "craft_retention_budget": 0.1,
@@ -135,9 +155,11 @@ TINY = Preset(
     dataset_suffix="_displaced_no_noops",
     max_steps=1_000,
     save_freq=250,
-    batch_size=16,
-    learning_rate=7e-4,
-    num_trials=10,
+    batch_size=8,
+    learning_rate=5e-4,
+    num_trials=6,
+    pro_trials=3,
+    start_trials=4,
     # The original rates and budget are inert at this scale (results/budget); drift is therefore stated relatively.
     craft={"craft_preset": "budget", "craft_retention_budget": 0.01},
     perturbed={"init_noise_mm": _DISPLACED_MM},
@@ -180,6 +202,10 @@ class Kind(str, Enum):
     OBJECT = "object"  # LIBERO-PRO: the object looks different
     START_TASKS = "start_tasks"  # the tasks the start model was trained on, as it was trained on them
     START_TASKS_START_HEAD = "start_tasks_start_head"  # the same, read by the action head of the start model
+
+
+PRO_SUFFIX = {Kind.SWAP: "_swap", Kind.OBJECT: "_object"}
+"""What is appended to the name of a suite."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +260,11 @@ class Table:
 def methods_of(preset: Preset) -> dict[str, Method]:
     """Every method by key, with the preset's values filled in."""
     found = [Method("plain", "plain fine-tuning"), *_constrained(preset), *_other_methods(preset), *_controls(preset)]
-    return {method.key: method for method in found}
+    known = {method.key: method for method in found}
+    for key in ("plain", "craft"):
+        method = known[key]
+        known[key + JOINT] = replace(method, key=key + JOINT, label=method.label + ", one policy for all suites")
+    return known
 
 
 def _constrained(preset: Preset) -> list[Method]:
@@ -318,8 +348,8 @@ def _control_rows(known: Mapping[str, Method]) -> list[str]:
 
 
 def _seeds(preset: Preset, method: Method) -> tuple[int, ...]:
-    """Start checkpoint and replay have no training seed."""
-    return preset.seeds if method.role in (Role.TRAINED, Role.INTERPOLATED) else preset.seeds[:1]
+    """Controls take the first seed: start checkpoint and replay have none, and a blind policy is no competitor."""
+    return preset.seeds[:1] if method.control else preset.seeds
 
 
 def _both(suite: str) -> tuple[Evaluation, ...]:
@@ -340,15 +370,22 @@ def _joint_suites(preset: Preset) -> tuple[str, ...]:
     return tuple(suite for suite in preset.suites if suite != "libero_10")
 
 
+def _rows_2(preset: Preset, known: Mapping[str, Method]) -> list[str]:
+    return ["plain", "plain" + JOINT, "craft", "craft" + JOINT, *_control_rows(known)]
+
+
 def _requests_2(preset: Preset, method: Method) -> list[Request]:
-    """One policy on all suites, and one per suite; LIBERO-PRO's perturbations of both."""
-    suites, requests = _joint_suites(preset), []
-    kinds = (Kind.STANDARD, Kind.PERTURBED, Kind.SWAP, Kind.OBJECT)
-    for seed in _seeds(preset, method):
-        for chosen in ([suites] if method.role is Role.TRAINED else []) + [(suite,) for suite in suites]:
-            evaluations = tuple(Evaluation(kind, suite) for suite in chosen for kind in kinds)
-            requests.append(Request(Cell(method, tuple(chosen), seed), evaluations))
-    return requests
+    """One policy on all suites, and one per suite, with LIBERO-PRO's perturbations of both."""
+    suites = _joint_suites(preset)
+    chosen = [suites] if method.key.endswith(JOINT) else [(suite,) for suite in suites]
+    # Where the preset's perturbation is one of LIBERO-PRO's, it is not asked for twice.
+    pro = [kind for kind in PRO_SUFFIX if PRO_SUFFIX[kind] != preset.perturbed.get("suite_suffix")]
+    kinds = (Kind.STANDARD, Kind.PERTURBED, *([] if method.control else pro))
+    return [
+        Request(Cell(method, group, seed), tuple(Evaluation(kind, suite) for suite in group for kind in kinds))
+        for seed in _seeds(preset, method)
+        for group in chosen
+    ]
 
 
 def _requests_3(preset: Preset, method: Method) -> list[Request]:
@@ -366,6 +403,19 @@ def _rows_4(preset: Preset, known: Mapping[str, Method]) -> list[str]:
     return ["craft", *ablations, "craft_original", "plain", *_control_rows(known)]
 
 
+def _requests_4(preset: Preset, method: Method) -> list[Request]:
+    suite = preset.ablation_suite
+    return [
+        Request(Cell(method, (suite,), seed), _both(suite), _is_measured(preset, method))
+        for seed in _seeds(preset, method)
+    ]
+
+
+def _is_measured(preset: Preset, method: Method) -> bool:
+    """Features are compared with those of the start model, where there is one, for every policy that looks."""
+    return bool(preset.start_suite) and not method.control
+
+
 def _rows_retention(preset: Preset, known: Mapping[str, Method]) -> list[str]:
     several = [k for k in known if k.startswith(("craft_budget_", "penalty_", "l2sp_", "interpolate_"))]
     fixed = ["plain", "frozen", "projection_only", "craft_no_projection", "craft_original", "craft"]
@@ -377,16 +427,16 @@ def _requests_retention(preset: Preset, method: Method) -> list[Request]:
     suite, before = preset.ablation_suite, ()
     if preset.start_suite:
         before = (Evaluation(Kind.START_TASKS, preset.start_suite),)
-        if method.role in (Role.TRAINED, Role.INTERPOLATED) and not method.control:
+        if not method.control:
             before += (Evaluation(Kind.START_TASKS_START_HEAD, preset.start_suite),)
-    measure = bool(preset.start_suite) and method.role in (Role.TRAINED, Role.INTERPOLATED) and not method.control
+    measure = _is_measured(preset, method)
     return [Request(Cell(method, (suite,), seed), _both(suite) + before, measure) for seed in _seeds(preset, method)]
 
 
 TABLES = {
     "table1": ("Table 1: Main results on LIBERO", _rows_1, _requests_1),
-    "table2": ("Table 2: One policy on several suites", _rows_1, _requests_2),
+    "table2": ("Table 2: One policy on several suites", _rows_2, _requests_2),
     "table3": ("Table 3: Few demonstrations", _rows_1, _requests_3),
-    "table4": ("Table 4: Ablations", _rows_4, _requests_retention),
+    "table4": ("Table 4: Ablations", _rows_4, _requests_4),
     "retention": ("Retention: what fine-tuning keeps of the start model", _rows_retention, _requests_retention),
 }

@@ -3,8 +3,9 @@
 python vla-scripts/interpolate_weights.py --checkpoint runs/...--20000_chkpt --adapter_scale 0.5 --output runs/half
 
 After training and for free: a smaller scale keeps more of what the start model knew (WiSE-FT, arXiv 2109.01903; RETAIN,
-arXiv 2512.08333). The output is an ordinary checkpoint folder with merged weights, to evaluate or to start from. Runs
-on the CPU with the two models in memory.
+arXiv 2512.08333). `--parts head --adapter_scale 0` is the trained VLM read by the start model's head: is what that
+head relied on still there? The output is an ordinary checkpoint folder with merged weights, to evaluate or to start
+from. Runs on the CPU with the two models in memory.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class InterpolateConfig:
     checkpoint: str = ""
     base: str = ""
     adapter_scale: float = 0.5  # 0: start model, 1: trained model, above 1: beyond it
-    parts: str = "all"  # or vlm: head and proprio projector as trained
+    parts: str = "all"  # or vlm: head and proprio projector as trained; head: the VLM as trained
     output: str = ""
 
 

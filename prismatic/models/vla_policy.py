@@ -130,13 +130,21 @@ class VLAPolicyModel(nn.Module):
         """
         output = self._run_vla(batch, craft, output_hidden_states=True)
         states = self.vla.bridge_states(output.hidden_states, batch["action_mask"], self.legacy_slices)
-        features = None
-        if self.proprio_projector is not None:
-            features = self.proprio_projector(batch["proprio"])
-        actions = self.action_head(states, features)
+        actions = self.actions_of(states, batch)
         if craft is not None and craft.bridge:
             return PolicyOutput(actions, *states)
         return PolicyOutput(actions, output.raw_latent_features, output.action_query_features, output.raw_latent_mask)
+
+    def actions_of(self, states: tuple[torch.Tensor, torch.Tensor], batch: dict) -> torch.Tensor:
+        """Normalised actions (B, K, A) that the head makes of bridge states, of this VLM or of another one.
+
+        states: (B, layers + 1, N, D) and (B, layers + 1, Q, D), as with `CraftRequest(bridge=True)`; of the batch only
+        `proprio` is read, and only with a proprio projector.
+        """
+        features = None
+        if self.proprio_projector is not None:
+            features = self.proprio_projector(batch["proprio"])
+        return self.action_head(states, features)
 
     def anchor_features(
         self, batch: dict, craft: CraftRequest | None = None

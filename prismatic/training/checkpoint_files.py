@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from prismatic.vla.prompts import PROMPT_KIND
 
 FORMAT_VERSION = 1
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
 _MANIFEST_FIELDS = {
     "action_head",
     "action_spec",
@@ -59,6 +61,11 @@ def read_manifest(path: Path) -> dict:
     if missing:
         raise CheckpointError(f"{file}: {', '.join(missing)} missing")
     return manifest
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def load_vla(path: Path, num_images: int | None = None) -> OpenVLAForActionPrediction:

@@ -18,7 +18,6 @@ layout (`published.py`) are read as well.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -44,6 +43,7 @@ from prismatic.training.checkpoint_files import (
     load_strictly,
     load_tensors,
     load_vla,
+    package_versions,
     read_manifest,
     tensors_hash,
     weights_hash,
@@ -69,8 +69,6 @@ from prismatic.training.lora import merged_state_dict, verify_merge, with_unused
 from prismatic.training.published import export_published, is_published, load_published
 from prismatic.training.training_state import TrainingState, training_state_files
 from prismatic.vla.prompts import PROMPT_KIND
-
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
 
 
 def checkpoint_path(cfg: FinetuneConfig, step: int | None = None) -> Path:
@@ -244,7 +242,7 @@ def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> 
         "datasets": setup.dataset_metadata,
         "craft": None if state.craft is None else _craft_record(state.craft, base),
         "training": cfg.to_dict(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": package_versions(),
     }
 
 

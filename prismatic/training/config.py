@@ -95,6 +95,7 @@ class FinetuneConfig:
     val_freq: int = 1000  # optimizer steps between two measurements
     val_batches: int = 16  # batches per measurement over all processes, always the same; 0: all samples
     image_aug: bool = True
+    blind_images: bool = False  # constant grey in place of every image: a control that learns from state and text alone
     num_data_workers: int = 0
     device: str = "auto"  # auto: cuda when there is one
     mixed_precision: str = "auto"  # no, bf16, fp16; auto: bf16 on cuda, no on the CPU
@@ -279,6 +280,7 @@ class FinetuneConfig:
         if self.use_lora:
             run_id += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout}"
         run_id += "+frozen" * (self.tuning_mode is TuningMode.FROZEN) + "--image_aug" * self.image_aug
+        run_id += "--blind_images" * self.blind_images
         if self.retention is not RetentionMethod.NONE:
             run_id += f"--{self.retention_method}"
         if self.n_shot_episodes is not None:

@@ -32,10 +32,21 @@ _LATEST = "latest_checkpoint"
 
 
 class Parts(str, Enum):
-    """What is interpolated: the VLM with its action queries, or the head and the proprio projector as well."""
+    """What is interpolated: the VLM with its action queries, the head with the proprio projector, or both."""
 
     VLM = "vlm"
+    HEAD = "head"
     ALL = "all"
+
+    @property
+    def has_vlm(self) -> bool:
+        """Whether the VLM is interpolated; otherwise it stays as trained."""
+        return self is not Parts.HEAD
+
+    @property
+    def has_head(self) -> bool:
+        """Whether head and proprio projector are interpolated; otherwise they stay as trained."""
+        return self is not Parts.VLM
 
 
 @dataclass(frozen=True)
@@ -78,8 +89,9 @@ def interpolate_checkpoint(
         scale: of the difference, finite and >= 0.
         base: folder of the start model. None takes, for LoRA, the base recorded in the checkpoint, whose hash is
             checked either way; otherwise the recorded `--config_file_path`, which must still be a folder.
-        parts: `all`, or `vlm` to keep head and proprio projector as trained. Adapters on a native VLM allow `vlm` only
-            and keep the action queries too: nothing of that existed before the training.
+        parts: `all`; `vlm` keeps head and proprio projector as trained; `head` keeps the VLM, so that at scale 0 the
+            start model's head reads the trained features. Adapters on a native VLM allow `vlm` only and keep the action
+            queries too: nothing of that existed before the training.
 
     The manifest is that of a full-tuning checkpoint and describes the interpolation. Raises ValueError for a bad scale,
     another hash, or a start model of another shape, naming file, key and shapes; FileNotFoundError for missing files.
@@ -90,7 +102,7 @@ def interpolate_checkpoint(
     if is_lora(checkpoint):
         start = _start_of_adapters(checkpoint, base, parts)
         loaded = load_unmerged(checkpoint, base)
-        scale_adapters(loaded.model.vla, scale)
+        scale_adapters(loaded.model.vla, scale if parts.has_vlm else 1.0)
         loaded.model.vla = loaded.model.vla.merge_and_unload()
     else:
         loaded = load_checkpoint(checkpoint)
@@ -139,7 +151,7 @@ def _start_of_adapters(checkpoint: Path, base: str | Path | None, parts: Parts) 
     record = BaseModel.from_dict(manifest["base"], file)
     path = Path(base or record.path)
     if record.kind == "native":
-        if parts is Parts.ALL:
+        if parts.has_head:
             raise ValueError(
                 f"{file}: base is the native VLM {path}, which has no action head to interpolate with; use --parts vlm"
             )
@@ -169,7 +181,7 @@ def _load_start(path: Path, num_images: int) -> LoadedCheckpoint:
 
 
 def _describe(start: LoadedCheckpoint, sha256: str, vlm: str, parts: Parts) -> _Start:
-    components = [vlm] if parts is Parts.VLM else [vlm, _HEAD, _PROPRIO]
+    components = [vlm] * parts.has_vlm + [_HEAD, _PROPRIO] * parts.has_head
     modules = {name: _component(start, name) for name in components}
     tensors = {name: _parameters(module) for name, module in modules.items() if module is not None}
     return _Start(start.path, sha256, tensors, _conventions(start))
@@ -204,7 +216,7 @@ def _interpolate_(module: nn.Module, start: dict[str, Tensor], scale: float) -> 
 def _check_fits(loaded: LoadedCheckpoint, start: _Start, parts: Parts) -> None:
     """ValueError unless both have the same tensors in the parts and, with the head, the same conventions."""
     expected, found = loaded.model.proprio_projector is not None, _PROPRIO in start.tensors
-    if parts is Parts.ALL and expected != found:
+    if parts.has_head and expected != found:
         raise ValueError(
             f"{start.path}: proprio projector is {'present' if found else 'missing'}, expected "
             f"{'one' if expected else 'none'} as in {loaded.path}; --parts vlm interpolates the VLM alone"
@@ -212,7 +224,7 @@ def _check_fits(loaded: LoadedCheckpoint, start: _Start, parts: Parts) -> None:
     for component, tensors in start.tensors.items():
         where = f"{_file_of(start.path, component)}, start model of {loaded.path}"
         _check_same_shapes(_parameters(_component(loaded, component)), tensors, component, where)
-    if parts is Parts.VLM:
+    if not parts.has_head:
         return
     for name, value in _conventions(loaded).items():
         if start.conventions[name] != value:

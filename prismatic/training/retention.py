@@ -115,7 +115,13 @@ class ProbeData:
         path = Path(folder)
         if not path.is_dir():
             raise FileNotFoundError(f"--craft_probe_data {folder}: not a data-set folder")
-        settings = DatasetSettings(setup.action_spec, setup.image_spec, setup.num_images, image_aug=False)
+        settings = DatasetSettings(
+            setup.action_spec,
+            setup.image_spec,
+            setup.num_images,
+            image_aug=False,
+            blind_images=setup.dataset.settings.blind_images,  # a blind run sees no image, here neither
+        )
         self.dataset = VLADataset(path.parent, path.name, settings)
         self._collate = VLACollator(
             setup.processor.tokenizer, setup.processor.image_processor, setup.num_action_queries

@@ -91,6 +91,7 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
         image_spec=start.image_spec,
         num_images=start.model.num_images,
         image_aug=cfg.image_aug,
+        blind_images=cfg.blind_images,
         seed=cfg.seed,
         subset_seed=cfg.subset_seed,
         n_shot_episodes=cfg.n_shot_episodes,

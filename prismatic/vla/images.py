@@ -14,6 +14,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
+# Every pixel of an image that shows nothing (`blind_images`). JPEG, resize and crop leave this level as it is.
+GREY_LEVEL = 128
+
 
 @dataclass(frozen=True)
 class ImageSpec:
@@ -346,6 +349,11 @@ def prepare_train_images(
         else:
             _augment(planes, draw, augment, out)
     return images
+
+
+def grey_images(count: int, spec: ImageSpec) -> np.ndarray:
+    """uint8 (count, size, size, 3) of GREY_LEVEL: what any frame of this level becomes, in training and evaluation."""
+    return np.full((count, spec.size, spec.size, 3), GREY_LEVEL, np.uint8)
 
 
 def prepare_eval_image(rgb: np.ndarray, spec: ImageSpec) -> np.ndarray:

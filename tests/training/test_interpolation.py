@@ -131,6 +131,22 @@ def test_parts_vlm_keeps_head_and_proprio_projector_as_trained(start, train, kin
     assert not torch.equal(policy["vla.action_queries.weight"], last["vla.action_queries.weight"])
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_parts_head_at_scale_zero_is_the_start_head_on_the_trained_vlm(start, train, kind):
+    folder = train(start, kind)
+    policy = interpolate_checkpoint(folder, 0.0, parts=Parts.HEAD)
+    found, last, first = tensors(policy), tensors(load_checkpoint(folder)), tensors(load_checkpoint(start))
+    for name, value in found.items():
+        expected = first if name.startswith(("action_head.", "proprio_projector.")) else last
+        assert torch.equal(value, expected[name]), name
+    assert any(not torch.equal(last[name], value) for name, value in first.items() if name.startswith("vla."))
+    assert not torch.equal(found["action_head.model.fc1.weight"], last["action_head.model.fc1.weight"])
+    assert policy.manifest["interpolation"]["parts"] == "head"
+    whole = interpolate_checkpoint(folder, 1.0, parts=Parts.HEAD)
+    assert [name for name, value in tensors(whole).items() if not torch.equal(value, last[name])] == []
+    assert torch.equal(act(whole), act(load_checkpoint(folder)))
+
+
 def test_published_folders_can_be_both_ends(make_trainer, tmp_path, train):
     begin = make_published_folder(tmp_path / "published")
     folder = train(begin, "full")
@@ -156,8 +172,9 @@ def test_adapters_on_a_native_model_move_alone(start, train, monkeypatch):
         return SimpleNamespace(sha256="of the native file")
 
     monkeypatch.setattr(checkpoints, "load_native_weights", load_native)
-    with pytest.raises(ValueError, match="native VLM.*--parts vlm"):
-        interpolate_checkpoint(folder, 0.5)
+    for parts in (Parts.ALL, Parts.HEAD):
+        with pytest.raises(ValueError, match="native VLM.*--parts vlm"):
+            interpolate_checkpoint(folder, 0.5, parts=parts)
     policy = tensors(interpolate_checkpoint(folder, 0.0, parts="vlm"))
     first, last = tensors(load_checkpoint(start)), tensors(load_checkpoint(folder))
     for name, value in policy.items():
@@ -251,8 +268,8 @@ def test_flags_that_are_missing_or_unknown_are_named(start, tmp_path, monkeypatc
         interpolate(monkeypatch, f"--output {out}")
     with pytest.raises(ValueError, match="--output is missing"):
         interpolate(monkeypatch, f"--checkpoint {start}")
-    with pytest.raises(ValueError, match="--parts is 'head', expected one of vlm, all"):
-        interpolate(monkeypatch, f"--checkpoint {start} --output {out} --parts head")
+    with pytest.raises(ValueError, match="--parts is 'queries', expected one of vlm, head, all"):
+        interpolate(monkeypatch, f"--checkpoint {start} --output {out} --parts queries")
     with pytest.raises(ValueError, match="--base is missing.*config_file_path is 'tiny'"):
         interpolate(monkeypatch, f"--checkpoint {start} --output {out}")
     with pytest.raises(FileNotFoundError, match="nowhere.*--base"):
@@ -322,6 +339,7 @@ def test_another_shape_is_named_with_file_key_and_shapes(start):
 )
 def test_a_head_with_other_conventions_is_refused_with_parts_all(start, entry, value, message):
     other = copy_with(start, **{entry: value})
-    with pytest.raises(ValueError, match=message):
-        interpolate_checkpoint(start, 0.5, base=other)
+    for parts in ("all", "head"):
+        with pytest.raises(ValueError, match=message):
+            interpolate_checkpoint(start, 0.5, base=other, parts=parts)
     interpolate_checkpoint(start, 0.5, base=other, parts="vlm")

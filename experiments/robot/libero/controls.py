@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from prismatic.vla.images import GREY_LEVEL
+
 WAIT_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
-GREY_LEVEL = 128
 
 
 class Control(str, Enum):

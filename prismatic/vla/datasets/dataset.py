@@ -20,7 +20,7 @@ from prismatic.vla.datasets.registry import (
     get_data_set_config,
 )
 from prismatic.vla.datasets.source import DataSetError, EpisodeSource
-from prismatic.vla.images import AugmentSettings, ImageSpec, frame_pixels, prepare_train_images
+from prismatic.vla.images import AugmentSettings, ImageSpec, frame_pixels, grey_images, prepare_train_images
 from prismatic.vla.normalization import Normalizer, compute_statistics
 
 PARTS = ("train", "val")
@@ -31,6 +31,7 @@ class DatasetSettings:
     """How episodes become samples.
 
     num_images: cameras per sample, primary first. image_aug: random augmentation, seeded by `seed`.
+    blind_images: constant grey in place of every image, which is then not read, nor augmented.
     n_shot_episodes: demonstrations kept per distinct instruction, None = all; the subset depends on `subset_seed` (None
     = `seed`) and the instruction only, and a smaller subset is part of a larger one. val_fraction: share of the
     episodes of each instruction that are held out; `part` says which of the two parts (`train` or `val`) this data set
@@ -42,6 +43,7 @@ class DatasetSettings:
     image_spec: ImageSpec = field(default_factory=ImageSpec)
     num_images: int = 2
     image_aug: bool = True
+    blind_images: bool = False
     seed: int = 7
     subset_seed: int | None = None
     n_shot_episodes: int | None = None
@@ -153,6 +155,21 @@ class VLADataset(Dataset):
         return {part.name: part.source.fingerprint for part in self._parts}
 
     @property
+    def window_counts(self) -> dict[str, list[int]]:
+        """{data set name: samples of each kept episode}; samples are ordered by episode and step."""
+        return {
+            part.name: np.diff(ends, prepend=0).tolist() for part, ends in zip(self._parts, self._windows, strict=True)
+        }
+
+    def raw_proprio(self, data_set: str, episode: int) -> np.ndarray:
+        """Proprioception of a whole episode before normalisation, (T, P) float32 in the units of the data set.
+
+        `episode` is its number in the data set. Raises KeyError for a data set that is not open.
+        """
+        part = {part.name: part for part in self._parts}[data_set]
+        return _numbers(part.source, episode, get_data_set_config(data_set), data_set)[1]
+
+    @property
     def group_sizes(self) -> list[int]:
         """Samples per data set."""
         return [int(ends[-1]) for ends in self._windows]
@@ -177,20 +194,25 @@ class VLADataset(Dataset):
         Returns images (n, S, S, 3) uint8, proprio (P,) and actions (K, A) float32 normalised, instruction,
         dataset_name and sample_id = (episode number in the data set, t).
         """
-        epoch, index = key
-        part, position, step = self._locate(index)
-        frames = [part.frame(position, camera, step) for camera in range(self.settings.num_images)]
-        rng = np.random.default_rng((self.settings.seed, epoch, index)) if self._augment else None
+        part, position, step = self._locate(key[1])
         row = part.starts[position] + step
         episode = part.kept[position]
         return {
-            "images": prepare_train_images(frames, self.settings.image_spec, self._augment, rng),
+            "images": self._images(part, position, step, key),
             "proprio": part.proprio[row],
             "actions": part.actions[row : row + self.settings.action_spec.chunk_len],
             "instruction": part.source.instructions[episode],
             "dataset_name": part.name,
             "sample_id": (int(episode), step),
         }
+
+    def _images(self, part: _Part, position: int, step: int, key: tuple[int, int]) -> np.ndarray:
+        settings = self.settings
+        if settings.blind_images:
+            return grey_images(settings.num_images, settings.image_spec)
+        frames = [part.frame(position, camera, step) for camera in range(settings.num_images)]
+        rng = np.random.default_rng((settings.seed, *key)) if self._augment else None
+        return prepare_train_images(frames, settings.image_spec, self._augment, rng)
 
     def _locate(self, index: int) -> tuple[_Part, int, int]:
         """Data set, position among its kept episodes and first step of a window."""

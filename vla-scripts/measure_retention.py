@@ -1,0 +1,58 @@
+"""Measure what training did to the representation: drift, CKA, linear probes and action errors, as one JSON file.
+
+python vla-scripts/measure_retention.py --checkpoint runs/x--500_chkpt --start pretrained_models/tiny-libero-object \
+    --data_root_dir datasets/rlds --dataset_name libero_object_scripted_no_noops --output out.json
+
+The data set is usually one the start model was trained on, whose statistics it has. What the numbers mean is in
+`prismatic/training/representation.py`. Both policies are in memory.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import draccus
+import torch
+
+from prismatic.training.checkpoints import load_checkpoint
+from prismatic.training.representation import MeasureSettings, measure_retention, write_report
+from prismatic.vla.datasets.registry import load_data_set_file
+
+
+@dataclass
+class MeasureConfig:
+    """Flags. `unnorm_key`: entry of the start model's statistics, when it has none of the data set's name."""
+
+    checkpoint: str = ""
+    start: str = ""
+    data_root_dir: str = "datasets/rlds"
+    dataset_name: str = ""
+    data_set_file: str | None = None  # Python file that registers data sets of your own (docs/datasets.md)
+    output: str = ""
+    max_samples: int = 512  # evenly spread over the episodes; 0: all
+    batch_size: int = 16
+    seed: int = 7  # which episodes the probes are tested on
+    unnorm_key: str | None = None
+    device: str = "auto"  # auto: cuda when there is one
+
+
+@draccus.wrap()
+def measure(cfg: MeasureConfig) -> None:
+    """Check, measure, write; errors name the flag or the file that does not fit."""
+    for name in ("checkpoint", "start", "dataset_name", "output"):
+        if not getattr(cfg, name):
+            raise ValueError(f"--{name} is missing")
+    if Path(cfg.output).exists():
+        raise FileExistsError(f"--output {cfg.output} exists already")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    settings = MeasureSettings(cfg.max_samples, cfg.batch_size, cfg.seed, device, cfg.unnorm_key)
+    if cfg.data_set_file is not None:
+        load_data_set_file(cfg.data_set_file)
+    start, trained = load_checkpoint(cfg.start), load_checkpoint(cfg.checkpoint)
+    report = measure_retention(start, trained, cfg.data_root_dir, cfg.dataset_name, settings)
+    write_report({"flags": asdict(cfg)} | report, cfg.output)
+    drift, errors = report["drift"]["original"]["rel_mse"]["total"], report["action_l1"]
+    print(f"{cfg.output}: relative drift {drift:.4g}, " + ", ".join(f"L1 {k} {v:.4g}" for k, v in errors.items()))
+
+
+if __name__ == "__main__":
+    measure()
