@@ -153,6 +153,8 @@ def _with_flags(preset: Preset, cfg: RunConfig) -> Preset:
     same_name = {field.name for field in fields(Preset)} & {field.name for field in fields(RunConfig)}
     same_name -= {"suites", "seeds", "shots", "task_ids"}
     changes = {name: getattr(cfg, name) for name in same_name if getattr(cfg, name) not in (None, "")}
+    if cfg.num_trials:
+        changes |= {"pro_trials": cfg.num_trials, "start_trials": cfg.num_trials}
     if cfg.config_file_path:
         changes["start"] = cfg.config_file_path
     if cfg.task_ids:

@@ -177,6 +177,8 @@ def test_flags_that_were_without_effect():
     assert resolve(RunConfig(dataset_suffix=""), "table1").preset.dataset("libero_goal") == "libero_goal"
     assert resolve(RunConfig(preset="qwen25-0_5b", collect_demos=True), "table1").preset.collect == {}
     assert resolve(RunConfig(collect_demos=False), "table1").preset.collect is None
+    few = resolve(RunConfig(num_trials=1), "table2").preset
+    assert (few.num_trials, few.pro_trials, few.start_trials) == (1, 1, 1)
 
 
 def test_the_suite_of_tables_3_and_4_is_one_of_the_chosen():
