@@ -115,8 +115,8 @@ def check_settings(path: Path, record: Mapping[str, Any], command: Sequence[str]
     if different:
         pairs = ", ".join(f"--{n} {before.get(n, '(not given)')} (now {now.get(n, 'not given')})" for n in different)
         raise RecordError(
-            f"{path} was made with other settings: {pairs}. Give --work_dir and --records_dir of their own to other "
-            "settings, or delete the record"
+            f"{path} was made with other settings: {pairs}. Give other settings a --work_dir and a --results_dir (and "
+            "--records_dir, if it is given) of their own"
         )
 
 

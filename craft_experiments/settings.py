@@ -92,8 +92,8 @@ class Settings:
 
     @property
     def logs_dir(self) -> Path:
-        """Everything the programs print, and the logs of the evaluations."""
-        return self.results_dir / "eval_logs"
+        """Everything the programs print, and the logs of the evaluations. Cells of two presets have the same names."""
+        return self.results_dir / "eval_logs" / self.preset.name
 
 
 def words(text: str) -> tuple[str, ...]:

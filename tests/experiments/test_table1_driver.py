@@ -177,10 +177,10 @@ def test_a_missing_program_is_a_failed_training(drive):
 
 def test_output_goes_to_terminal_and_file(drive):
     done, _ = drive(SUITES="libero_goal")
-    log = (drive.out / "eval_logs" / "train--craft--goal--seed0.log").read_text()
+    log = (drive.out / "eval_logs/qwen25-0_5b" / "train--craft--goal--seed0.log").read_text()
     for text in ("training libero_goal True", "a warning on standard error", "--dataset_name libero_goal_no_noops"):
         assert text in log and text in done.stdout
-    console = (drive.out / "eval_logs/craft--goal--seed0/standard@libero_goal/console.log").read_text()
+    console = (drive.out / "eval_logs/qwen25-0_5b/craft--goal--seed0/standard@libero_goal/console.log").read_text()
     assert "Overall success rate: 0.7500 (75.0%)" in console and "Overall success rate: 0.7500" in done.stdout
 
 
@@ -265,7 +265,7 @@ def test_control_rows_run_beside_the_methods(drive, tmp_path):
 def test_seeds_are_averaged_in_the_list(drive, tmp_path):
     done, _ = drive(SUITES="libero_goal", SEEDS="0 1 2", STUB_HASHED="1", NUM_TRIALS="10")
     assert done.returncode == 0
-    folders = (drive.out / "eval_logs").glob("craft--goal--seed*/standard@libero_goal/episodes.jsonl")
+    folders = (drive.out / "eval_logs" / "qwen25-0_5b").glob("craft--goal--seed*/standard@libero_goal/episodes.jsonl")
     rows = [json.loads(line) for path in folders for line in path.read_text().splitlines()]
     rate = sum(row["status"] == "success" for row in rows) / len(rows)
     assert len(rows) == 60 and (drive.out / "table1_results.log").read_text() == f"libero_goal: {rate:.4f}\n"
@@ -286,6 +286,14 @@ def test_other_settings_against_old_records_are_an_error(drive):
     assert done.returncode == 0 and not calls  # no setting that changes a result
     done, calls = drive(SUITES="libero_goal", CONFIG_FILE_PATH=str(REPO / "pretrained_models" / "configs"))
     assert done.returncode == 0 and not calls  # the same folder, spelled otherwise
+
+
+def test_two_presets_share_a_results_folder(drive, tmp_path):
+    """Cells have the same names under both; an evaluation must not continue that of the other."""
+    for preset in ("tiny", "qwen25-0_5b", "tiny"):
+        done, calls = drive(PRESET=preset, SUITES="libero_10", SEEDS="0", DATA_ROOT_DIR=str(tmp_path / "data"))
+        assert done.returncode == 0
+    assert calls == [] and len(list(drive.out.rglob("episodes.jsonl"))) == 4
 
 
 def test_dry_run_prints_and_writes_nothing(drive, tmp_path):
