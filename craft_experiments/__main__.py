@@ -26,6 +26,7 @@ from craft_experiments.records import State, read_manifest, set_states
 from craft_experiments.result_list import failed_cells, write_result_lists
 from craft_experiments.runner import JobFailed, run_job, run_table, say
 from craft_experiments.settings import FOLDERS, ROOT, RunConfig, Settings, resolve
+from craft_experiments.table_reports import write_table_reports
 from craft_experiments.tables import Table
 
 COMMANDS = {"run": 1, "report": 1, "list": 1, "job": 2, "graph": 2}
@@ -65,7 +66,7 @@ def _run(s: Settings, wanted: Table) -> int:
 
 
 def _report(s: Settings, wanted: Table) -> int:
-    for path in write_result_lists(s.records_dir, s.results_dir, wanted):
+    for path in [*write_result_lists(s.records_dir, s.results_dir, wanted), *write_table_reports(s, wanted)]:
         say(f"written: {path}")
     failed = failed_cells(read_manifest(s.records_dir), wanted)
     for name, code in failed.items():

@@ -96,6 +96,9 @@ class FinetuneConfig:
     val_batches: int = 16  # batches per measurement over all processes, always the same; 0: all samples
     image_aug: bool = True
     blind_images: bool = False  # constant grey in place of every image: a control that learns from state and text alone
+    # Share of the samples without robot state. A policy that always knows where its arm is learns the motions by heart
+    # and never looks; without it, it has to.
+    proprio_dropout: float = 0.0
     num_data_workers: int = 0
     device: str = "auto"  # auto: cuda when there is one
     mixed_precision: str = "auto"  # no, bf16, fp16; auto: bf16 on cuda, no on the CPU
@@ -205,7 +208,7 @@ class FinetuneConfig:
         _check_choice("mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
         if self.ema_decay is not None:
             check_decay(self.ema_decay)
-        self._check_validation()
+        self._check_data_flags()
         self._resolve_craft_flags()
         self._check_saving_flags()
 
@@ -229,7 +232,9 @@ class FinetuneConfig:
         if not self.ddp_timeout > 0:
             raise ValueError(f"--ddp_timeout is {self.ddp_timeout}, expected more than 0")
 
-    def _check_validation(self) -> None:
+    def _check_data_flags(self) -> None:
+        if not 0 <= self.proprio_dropout <= 1:
+            raise ValueError(f"--proprio_dropout is {self.proprio_dropout}, expected a share from 0 to 1")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val_fraction is {self.val_fraction}, expected more than 0 and less than 1")
         if self.val_batches < 0:
@@ -281,6 +286,8 @@ class FinetuneConfig:
             run_id += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout}"
         run_id += "+frozen" * (self.tuning_mode is TuningMode.FROZEN) + "--image_aug" * self.image_aug
         run_id += "--blind_images" * self.blind_images
+        if self.proprio_dropout:
+            run_id += f"--proprio_dropout-{self.proprio_dropout:g}"
         if self.retention is not RetentionMethod.NONE:
             run_id += f"--{self.retention_method}"
         if self.n_shot_episodes is not None:

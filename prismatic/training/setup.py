@@ -92,6 +92,7 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
         num_images=start.model.num_images,
         image_aug=cfg.image_aug,
         blind_images=cfg.blind_images,
+        proprio_dropout=cfg.proprio_dropout,
         seed=cfg.seed,
         subset_seed=cfg.subset_seed,
         n_shot_episodes=cfg.n_shot_episodes,
@@ -119,7 +120,9 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
 
 def _held_out(cfg: FinetuneConfig, training: VLADataset) -> VLADataset:
     """The episodes that `training` leaves out, without augmentation, normalised as it is."""
-    settings = replace(training.settings, part="val", image_aug=False, normalizer=training.normalizers)
+    settings = replace(
+        training.settings, part="val", image_aug=False, proprio_dropout=0.0, normalizer=training.normalizers
+    )
     return VLADataset(cfg.data_root_dir, cfg.dataset_name, settings)
 
 

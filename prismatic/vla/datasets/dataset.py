@@ -32,6 +32,8 @@ class DatasetSettings:
 
     num_images: cameras per sample, primary first. image_aug: random augmentation, seeded by `seed`.
     blind_images: constant grey in place of every image, which is then not read, nor augmented.
+    proprio_dropout: share of the samples whose robot state is zeros (the middle of its normalised range), seeded by
+    `seed`.
     n_shot_episodes: demonstrations kept per distinct instruction, None = all; the subset depends on `subset_seed` (None
     = `seed`) and the instruction only, and a smaller subset is part of a larger one. val_fraction: share of the
     episodes of each instruction that are held out; `part` says which of the two parts (`train` or `val`) this data set
@@ -44,6 +46,7 @@ class DatasetSettings:
     num_images: int = 2
     image_aug: bool = True
     blind_images: bool = False
+    proprio_dropout: float = 0.0
     seed: int = 7
     subset_seed: int | None = None
     n_shot_episodes: int | None = None
@@ -58,6 +61,8 @@ class DatasetSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"DatasetSettings.{name} is {value}, expected a positive integer")
+        if not 0 <= self.proprio_dropout <= 1:
+            raise ValueError(f"DatasetSettings.proprio_dropout is {self.proprio_dropout}, expected 0 to 1")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"DatasetSettings.val_fraction is {self.val_fraction}, expected 0 <= fraction < 1")
         if self.part not in PARTS or (self.part == "val" and self.val_fraction == 0):
@@ -199,12 +204,17 @@ class VLADataset(Dataset):
         episode = part.kept[position]
         return {
             "images": self._images(part, position, step, key),
-            "proprio": part.proprio[row],
+            "proprio": np.zeros_like(part.proprio[row]) if self._drops_proprio(key) else part.proprio[row],
             "actions": part.actions[row : row + self.settings.action_spec.chunk_len],
             "instruction": part.source.instructions[episode],
             "dataset_name": part.name,
             "sample_id": (int(episode), step),
         }
+
+    def _drops_proprio(self, key: tuple[int, int]) -> bool:
+        share = self.settings.proprio_dropout
+        # A stream of its own: images are augmented as without dropout.
+        return share > 0 and np.random.default_rng((self.settings.seed, *key, 1)).random() < share
 
     def _images(self, part: _Part, position: int, step: int, key: tuple[int, int]) -> np.ndarray:
         settings = self.settings

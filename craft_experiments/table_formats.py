@@ -1,0 +1,429 @@
+"""Markdown, LaTeX and CSV of the numbers of a table.
+
+A `Grid` is a table of texts; Markdown and LaTeX are two ways to write it. The CSV files hold the numbers themselves.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from craft_experiments.common_utils.statistics import mean_and_half_width
+from craft_experiments.table_data import (
+    RETENTION_MEASURES,
+    START_KINDS,
+    START_MEASURES,
+    TRAINING_MEASURES,
+    Column,
+    Comparison,
+    Entry,
+    Measure,
+    TableData,
+    Training,
+    achieved,
+    budgeted,
+)
+from craft_experiments.tables import Kind, Method
+
+KIND_LABELS = {
+    Kind.STANDARD: "standard",
+    Kind.PERTURBED: "perturbed",
+    Kind.SWAP: "LIBERO-PRO, positions exchanged",
+    Kind.OBJECT: "LIBERO-PRO, objects look different",
+    Kind.START_TASKS: "start tasks, own head",
+    Kind.START_TASKS_START_HEAD: "start tasks, start's head",
+}
+MISSING, DAGGER = "-", "†"
+NOTES = (
+    "Success in percent: mean over the seeds ± half width of its 95 % interval (Student t over the seeds' rates). "
+    "± 0 means that all seeds gave the same rate, not that the rate is certain.",
+    "Brackets: one seed only, 95 % Wilson interval of its episodes.",
+    f"{DAGGER}: so many of the seeds are there. {MISSING}: not run. A code in capitals: the cell failed.",
+    "Bold: the row has the highest mean of the column and a test says it is the best: against every other row that is "
+    "no control, on the same (seed, task, initial state), the exact McNemar test of all pairs has p < 0.05 after "
+    "Holm's correction, and the difference is positive in every seed. Nothing is bold while a row is incomplete.",
+    "Rows in italics are controls: they show what a rate is worth and do not compete.",
+)
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """A row; `bold` holds the positions of bold cells."""
+
+    label: str
+    cells: tuple[str, ...]
+    bold: frozenset[int] = frozenset()
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts. groups: a heading above each column, "" for none; equal neighbours are joined in LaTeX."""
+
+    corner: str
+    groups: tuple[str, ...]
+    header: tuple[str, ...]
+    rows: tuple[GridRow, ...]
+
+
+# --- Texts of cells -----------------------------------------------------------------------------------------------
+
+
+def column_group(column: Column) -> str:
+    """What an evaluation asks, in words."""
+    return KIND_LABELS[column.kind]
+
+
+def column_name(column: Column) -> str:
+    """Suite or number of demonstrations."""
+    if column.shots is not None:
+        return f"{column.shots} demo{'' if column.shots == 1 else 's'}"
+    return column.suite.removeprefix("libero_")
+
+
+def rate_text(entry: Entry | None) -> str:
+    """`85.0 ± 3.2`, `85.0 [70.1, 93.2]`, with `† 2 of 3` for missing seeds; a failure code; `-`."""
+    if entry is None or (entry.mean is None and not entry.codes):
+        return MISSING
+    if entry.mean is None:
+        return next(iter(entry.codes.values()))
+    text = f"{100 * entry.mean:.1f}"
+    if entry.half_width is not None:
+        text += f" ± {100 * entry.half_width:.1f}"
+    elif entry.interval is not None:
+        text += f" [{100 * entry.interval[0]:.1f}, {100 * entry.interval[1]:.1f}]"
+    return text if entry.complete else f"{text} {DAGGER} {len(entry.rates)} of {len(entry.wanted)}"
+
+
+def number_text(values: Mapping[int, float], key: str) -> str:
+    """Mean ± half width of the 95 % t interval over the seeds; the number of seeds in brackets when it is one."""
+    if not values:
+        return MISSING
+    mean, half = mean_and_half_width(list(values.values()))
+    digits = ".1f" if key.startswith("lost") else ".0f" if key == "seconds" else ".3g"
+    return (
+        f"{mean:{digits}} (1)" if half is None else f"{mean:{digits}} ± {half:{'.2g' if digits == '.3g' else digits}}"
+    )
+
+
+def comparison_text(found: Comparison | None) -> str:
+    """`+3.3 [-1.0, +7.5], p 0.041`: points, bootstrap interval, Holm's p."""
+    if found is None:
+        return MISSING
+    low, high = (_signed(100 * bound) for bound in found.interval)
+    return f"{_signed(100 * found.difference)} [{low}, {high}], p {found.p_holm:.2g}"
+
+
+def _signed(points: float) -> str:
+    rounded = round(points, 1)
+    return f"{rounded:+.1f}" if rounded else "0.0"
+
+
+# --- Grids --------------------------------------------------------------------------------------------------------
+
+
+def ordered(methods: Iterable[Method]) -> list[Method]:
+    """Controls last."""
+    return sorted(methods, key=lambda method: method.control)
+
+
+def success_grid(data: TableData) -> Grid:
+    """Success rates: a row per method, a column per evaluation."""
+    rows = []
+    for method in ordered(data.table.methods):
+        cells = tuple(rate_text(data.entries.get((method.key, column))) for column in data.columns)
+        bold = frozenset(i for i, c in enumerate(data.columns) if data.best.get(c) == method.key)
+        rows.append(GridRow(method.label, cells, bold, method.control))
+    groups = tuple(column_group(column) for column in data.columns)
+    return Grid("method", groups, tuple(column_name(column) for column in data.columns), tuple(rows))
+
+
+def comparison_grid(data: TableData, found: Mapping[tuple[str, Column], Comparison]) -> Grid | None:
+    """Paired differences; None when nothing can be compared yet."""
+    columns = [column for column in data.columns if any(place[1] == column for place in found)]
+    rows = [
+        GridRow(method.label, tuple(comparison_text(found.get((method.key, column))) for column in columns))
+        for method in data.competitors
+        if any(place[0] == method.key for place in found)
+    ]
+    groups = tuple(column_group(column) for column in columns)
+    return Grid("method", groups, tuple(map(column_name, columns)), tuple(rows)) if rows else None
+
+
+def training_label(training: Training) -> str:
+    """`spatial`, `spatial, 5 demos`."""
+    if training.shots is None:
+        return training.suites
+    return f"{training.suites}, {training.shots} demo{'' if training.shots == 1 else 's'}"
+
+
+def trainings(data: TableData) -> list[Training]:
+    """Everything policies of the table were trained on, in its order."""
+    return list(dict.fromkeys(training for _, training in data.values))
+
+
+def measure_grid(data: TableData, measures: Sequence[Measure]) -> Grid | None:
+    """A row per method and training, a column per measure that has a value; None when none has."""
+    places = [(m, t) for m in data.competitors for t in trainings(data) if (m.key, t) in data.values]
+    shown = [q for q in measures if any(data.value(m.key, t, q.key) for m, t in places)]
+    several = len({training for _, training in places}) > 1
+    rows = []
+    for method, training in places:
+        cells = tuple(number_text(data.value(method.key, training, q.key), q.key) for q in shown)
+        if any(cell != MISSING for cell in cells):
+            label = f"{method.label}: {training_label(training)}" if several else method.label
+            rows.append(GridRow(label, cells))
+    units = tuple(f"({measure.unit})" if measure.unit else "" for measure in shown)
+    return Grid("method", tuple(measure.label for measure in shown), units, tuple(rows)) if rows else None
+
+
+def budget_grid(data: TableData) -> Grid | None:
+    """How well each budget is met, over all trainings of a method; None when nothing with a budget was trained."""
+    rows = []
+    for method, budget in budgeted(data):
+        drifts = achieved(data, method.key)
+        if drifts:
+            spread = f"{median(drifts):.3g} ({min(drifts):.3g} to {max(drifts):.3g})"
+            off = f"{100 * median(abs(drift - budget) / budget for drift in drifts):.1f} %"
+            above = f"{sum(drift > budget for drift in drifts)} of {len(drifts)}"
+            rows.append(GridRow(method.label, (f"{budget:g}", spread, off, above)))
+    header = ("budget", "drift, median (range)", "deviation, median", "above budget")
+    return Grid("method", ("",) * len(header), header, tuple(rows)) if rows else None
+
+
+# --- Markdown -----------------------------------------------------------------------------------------------------
+
+
+def markdown(grid: Grid) -> list[str]:
+    """Lines of a Markdown table."""
+    names = [_heading(group, name) for group, name in zip(grid.groups, grid.header, strict=True)]
+    lines = [f"| {' | '.join([grid.corner, *map(_bar, names)])} |", "|---" * (len(names) + 1) + "|"]
+    for row in grid.rows:
+        label = f"*{_bar(row.label)}*" if row.control else _bar(row.label)
+        cells = [f"**{_bar(c)}**" if i in row.bold else _bar(c) for i, c in enumerate(row.cells)]
+        lines.append(f"| {' | '.join([label, *cells])} |")
+    return lines
+
+
+def _heading(group: str, name: str) -> str:
+    """`standard: spatial`, `training (s)`."""
+    if not (group and name):
+        return group or name
+    return f"{group} {name}" if name.startswith("(") else f"{group}: {name}"
+
+
+def _bar(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+# --- LaTeX --------------------------------------------------------------------------------------------------------
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "_": r"\_",
+    "%": r"\%",
+    "&": r"\&",
+    "#": r"\#",
+    "$": r"\$",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "±": r"$\pm$",
+    "†": r"$^{\dagger}$",
+    "²": r"$^{2}$",
+    "α": r"$\alpha$",
+    "λ": r"$\lambda$",
+    "ε": r"$\varepsilon$",
+}
+_WIDE = 6  # columns that fit a page without scaling
+
+
+def latex_text(text: str) -> str:
+    """Escaped for LaTeX; letters outside ASCII that have no entry stay as they are (UTF-8 input)."""
+    return "".join(_LATEX.get(letter, letter) for letter in text)
+
+
+def latex(grid: Grid, caption: str, label: str, notes: Sequence[str]) -> str:
+    """A `table` float; needs the packages booktabs and, for more than six columns, graphicx."""
+    wide = len(grid.header) > _WIDE
+    begin, end = (r"\resizebox{\textwidth}{!}{%", "}") if wide else ("", "")
+    lines = [
+        f"% \\usepackage{{booktabs{',graphicx' if wide else ''}}}",
+        r"\begin{table}[tb]",
+        r"\centering\small",
+        f"\\caption{{{latex_text(caption)}}}",
+        f"\\label{{tab:{label}}}",
+        begin,
+        f"\\begin{{tabular}}{{l{'r' * len(grid.header)}}}",
+        r"\toprule",
+        *_latex_header(grid),
+        r"\midrule",
+        *_latex_rows(grid),
+        r"\bottomrule",
+        r"\end{tabular}" + end,
+        *(f"\\par\\footnotesize {latex_text(note)}" for note in notes),
+        r"\end{table}",
+    ]
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def _latex_header(grid: Grid) -> list[str]:
+    spans: list[tuple[str, int, int]] = []  # heading, first and last column, counted from 2 behind the labels
+    for position, group in enumerate(grid.groups, start=2):
+        if spans and spans[-1][0] == group:
+            spans[-1] = (group, spans[-1][1], position)
+        else:
+            spans.append((group, position, position))
+    titles = [f"\\multicolumn{{{last - first + 1}}}{{c}}{{{latex_text(g)}}}" for g, first, last in spans]
+    rules = "".join(f"\\cmidrule(lr){{{first}-{last}}}" for _, first, last in spans)
+    names = [latex_text(name) for name in (grid.corner, *grid.header)]
+    return [f" & {' & '.join(titles)} \\\\", rules, f"{' & '.join(names)} \\\\"]
+
+
+def _latex_rows(grid: Grid) -> list[str]:
+    lines, ruled = [], False
+    for row in grid.rows:
+        if row.control and not ruled and lines:
+            lines.append(r"\midrule")
+        ruled = ruled or row.control
+        label = f"\\textit{{{latex_text(row.label)}}}" if row.control else latex_text(row.label)
+        cells = [f"\\textbf{{{latex_text(c)}}}" if i in row.bold else latex_text(c) for i, c in enumerate(row.cells)]
+        lines.append(f"{' & '.join([label, *cells])} \\\\")
+    return lines
+
+
+# --- CSV ----------------------------------------------------------------------------------------------------------
+
+
+def success_csv(data: TableData) -> str:
+    """A row per method and column. Rates and intervals in [0, 1]; lists as `seed:value` separated by blanks."""
+    rows = []
+    for method in ordered(data.table.methods):
+        for column in data.columns:
+            entry = data.entries.get((method.key, column))
+            if entry is not None:
+                rows.append(_column_fields(method, column) | _entry_fields(data, method, column, entry))
+    return _csv(rows)
+
+
+def _column_fields(method: Method, column: Column) -> dict[str, object]:
+    return {
+        "method": method.key,
+        "label": method.label,
+        "control": int(method.control),
+        "kind": column.kind.value,
+        "suite": column.suite,
+        "demonstrations": column.shots,
+    }
+
+
+def _entry_fields(data: TableData, method: Method, column: Column, entry: Entry) -> dict[str, object]:
+    half = entry.half_width
+    low, high = entry.wilson or (None, None)
+    ends = entry.interval or (None, None)
+    return {
+        "state": "complete" if entry.complete else "partial" if entry.rates else "failed" if entry.codes else "missing",
+        "codes": _pairs_text(entry.codes),
+        "seeds_wanted": len(entry.wanted),
+        "seeds": len(entry.rates),
+        "mean": entry.mean,
+        "half_width": half,
+        "low": ends[0],
+        "high": ends[1],
+        "interval": "" if entry.interval is None else "wilson" if half is None else "t",
+        "rates": _pairs_text(entry.rates),
+        "episodes": entry.trials,
+        "successes": entry.successes,
+        "wilson_low": low,
+        "wilson_high": high,
+        "bold": int(data.best.get(column) == method.key),
+    }
+
+
+def pairs_csv(data: TableData) -> str:
+    """A row per comparison on the same episodes: method minus reference, in [-1, 1]."""
+    rows = []
+    for reference, found in (("plain", data.against_plain), ("start", data.against_start)):
+        for method in data.competitors:
+            for column in data.columns:
+                comparison = found.get((method.key, column))
+                if comparison is not None:
+                    head = _column_fields(method, column) | {"reference": reference}
+                    rows.append(head | _comparison_fields(comparison))
+    return _csv(rows)
+
+
+def _comparison_fields(found: Comparison) -> dict[str, object]:
+    return {
+        "pairs": found.pairs,
+        "same_pairs": int(found.same_pairs),
+        "difference": found.difference,
+        "bootstrap_low": found.interval[0],
+        "bootstrap_high": found.interval[1],
+        "only_method": found.only_first,
+        "only_reference": found.only_second,
+        "p": found.p,
+        "p_holm": found.p_holm,
+        "by_seed": _pairs_text(found.by_seed),
+    }
+
+
+def measures_csv(data: TableData) -> str:
+    """A row per method, training and measure."""
+    rows = []
+    for method in data.competitors:
+        for training in trainings(data):
+            for measure in (*TRAINING_MEASURES, *RETENTION_MEASURES, *START_MEASURES):
+                values = data.value(method.key, training, measure.key)
+                if values:
+                    rows.append(_measure_fields(method, training, measure, values))
+    return _csv(rows)
+
+
+def _measure_fields(
+    method: Method, training: Training, measure: Measure, values: Mapping[int, float]
+) -> dict[str, object]:
+    mean, half = mean_and_half_width(list(values.values()))
+    return {
+        "method": method.key,
+        "label": method.label,
+        "trained_on": training.suites,
+        "demonstrations": training.shots,
+        "measure": measure.key,
+        "unit": measure.unit,
+        "seeds": len(values),
+        "mean": mean,
+        "half_width": half,
+        "values": _pairs_text(values),
+    }
+
+
+def _pairs_text(values: Mapping[int, float | str]) -> str:
+    return " ".join(f"{key}:{_plain(value)}" for key, value in sorted(values.items()))
+
+
+def _plain(value: object) -> str:
+    """Numbers with six digits: further ones are noise, and may differ between machines."""
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _csv(rows: Sequence[Mapping[str, object]]) -> str:
+    """Comma-separated with a header; empty text when there is no row."""
+    if not rows:
+        return ""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _plain(value) for name, value in row.items()} for row in rows)
+    return stream.getvalue()
+
+
+def has_start_kinds(data: TableData) -> bool:
+    """Whether the table asks about the start's own tasks."""
+    return any(column.kind in START_KINDS for column in data.columns)
