@@ -4,6 +4,7 @@
     report TABLE   write tables and figures from the records that are there
     list TABLE     every job and whether it is done
     job TABLE JOB  run one job whose predecessors are done (for a workflow engine)
+    graph TABLE FILE.png   draw the jobs and what waits for what
 
 Flags: `craft_experiments/settings.py`. Exit code: 0 when every cell has its result, 1 when one failed, 2 for settings
 that cannot be used.
@@ -15,19 +16,20 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import draccus
 
 from craft_experiments import jobs as planning
-from craft_experiments.common_utils.log_parser import FailureCode
-from craft_experiments.records import read_manifest, set_states
+from craft_experiments.commands import portable
+from craft_experiments.records import State, read_manifest, set_states
 from craft_experiments.result_list import failed_cells, write_result_lists
-from craft_experiments.runner import JobFailed, portable, run_job, run_table, say
+from craft_experiments.runner import JobFailed, run_job, run_table, say
 from craft_experiments.settings import FOLDERS, ROOT, RunConfig, Settings, resolve
 from craft_experiments.table_reports import write_table_reports
-from craft_experiments.tables import Table, table
+from craft_experiments.tables import Table
 
-COMMANDS = {"run": 1, "report": 1, "list": 1, "job": 2}
+COMMANDS = {"run": 1, "report": 1, "list": 1, "job": 2, "graph": 2}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,23 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     count = 1 + COMMANDS[words[0]]
     command, name, *rest = words[:count]
-    cfg = draccus.parse(RunConfig, args=words[count:])
-    os.chdir(ROOT)
     try:
+        cfg = draccus.parse(RunConfig, args=words[count:])
+        os.chdir(ROOT)
         settings = resolve(cfg, name)
-        wanted = _table(settings, name)
+        wanted = planning.wanted_table(settings, name)
         return _COMMANDS[command](settings, wanted, *rest)
-    except ValueError as error:
+    except (ValueError, draccus.ParsingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def _table(s: Settings, name: str) -> Table:
-    found = table(name, s.preset, s.methods)
-    if s.controls:
-        return found
-    requests = tuple(r for r in found.requests if not r.cell.method.control)
-    return Table(found.name, found.title, tuple(m for m in found.methods if not m.control), requests)
+    except KeyboardInterrupt:
+        say("interrupted; the same command continues")
+        return 130
 
 
 def _run(s: Settings, wanted: Table) -> int:
@@ -90,21 +87,32 @@ def _job(s: Settings, wanted: Table, name: str) -> int:
     if name not in plan:
         raise ValueError(f"job: found {name!r}, expected one of `list {wanted.name}`")
     job = plan[name]
+    set_states(s.records_dir, dict.fromkeys(planning.cells_of(plan.values()), State.PENDING), only_new=True)
     try:
         run_job(s, job)
     except JobFailed as error:
         say(f"{name}: {error.code.value}: {error}")
-        _note(s, job, error.code)
+        failed = planning.cells_of(planning.with_followers(plan, name))
+        set_states(s.records_dir, dict.fromkeys(failed, error.code))
         return 1
+    of_cell = [other for other in plan.values() if job.cell is not None and other.cell == job.cell]
+    if of_cell and all(planning.has_result(s, other) for other in of_cell):
+        set_states(s.records_dir, {job.cell.name: State.EVALUATED})
     return 0
 
 
-def _note(s: Settings, job: planning.Job, code: FailureCode) -> None:
-    if job.cell is not None:
-        set_states(s.records_dir, {job.cell.name: code})
+def _graph(s: Settings, wanted: Table, file: str) -> int:
+    from craft_experiments.graph import draw_jobs
+
+    plan = planning.plan(s, wanted)
+    title = (
+        f"{wanted.title}: {len(plan)} jobs ({', '.join(s.preset.suites)}; seeds {', '.join(map(str, s.preset.seeds))})"
+    )
+    say(f"written: {draw_jobs(plan, title, Path(file))}")
+    return 0
 
 
-_COMMANDS = {"run": _run, "report": _report, "list": _list, "job": _job}
+_COMMANDS = {"run": _run, "report": _report, "list": _list, "job": _job, "graph": _graph}
 
 if __name__ == "__main__":
     sys.exit(main())

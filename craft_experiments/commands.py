@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from craft_experiments.settings import Settings
+from craft_experiments.settings import ROOT, Settings
 from craft_experiments.tables import PRO_SUFFIX, Cell, Evaluation, Kind, Role
 
 _START_KINDS = (Kind.START_TASKS, Kind.START_TASKS_START_HEAD)
@@ -14,6 +15,12 @@ _START_KINDS = (Kind.START_TASKS, Kind.START_TASKS_START_HEAD)
 def as_words(flags: Mapping[str, object]) -> list[str]:
     """{"a": 1} -> ["--a", "1"]."""
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def portable(command: Sequence[str]) -> list[str]:
+    """The command as anyone would type it in the repository: no interpreter path, no absolute folder inside it."""
+    program = "python" if Path(command[0]).name.startswith("python") else Path(command[0]).name
+    return [program, *(word.removeprefix(f"{ROOT}{os.sep}") for word in command[1:])]
 
 
 def collect_command(s: Settings, suite: str) -> list[str]:
@@ -104,6 +111,7 @@ def evaluation_command(s: Settings, cell: Cell, evaluation: Evaluation, checkpoi
         "local_log_dir": folder,
         "results_dir": folder,
         "rollout_dir": folder / "videos",
+        "resume": True,
         "seed": cell.seed,
         **p.evaluate,
         **perturbed,
@@ -114,14 +122,10 @@ def evaluation_command(s: Settings, cell: Cell, evaluation: Evaluation, checkpoi
     task_ids = p.start_task_ids if at_start else p.task_ids[evaluation.suite]
     if task_ids:
         flags["task_ids"] = task_ids
-    if s.center_crop is not None:
-        flags["center_crop"] = s.center_crop
     if cell.method.role is Role.REPLAY:
         flags |= {"control": "replay", "replay_dataset": dataset_dir(s, dataset)}
     else:
         flags = {"pretrained_checkpoint": checkpoint, **flags}
-    if (folder / "episodes.jsonl").exists():
-        flags["resume"] = True
     script = "experiments/robot/libero/run_libero_eval.py"
     return [s.python, script, *as_words(flags), *s.extra_eval]
 

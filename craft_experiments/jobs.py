@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -14,12 +15,13 @@ from craft_experiments.commands import (
     evaluation_command,
     interpolate_command,
     measure_command,
+    portable,
     train_command,
 )
 from craft_experiments.common_utils.log_parser import extract_checkpoint_path
 from craft_experiments.records import RETENTION, TRAINING, check_settings, read_record, record_path
 from craft_experiments.settings import Settings
-from craft_experiments.tables import Cell, Evaluation, Kind, Request, Role, Table, methods_of
+from craft_experiments.tables import Cell, Evaluation, Kind, Request, Role, Table, methods_of, table
 
 HELDOUT = "heldout"
 _START_HEAD = "--start_head"
@@ -52,10 +54,25 @@ class Job:
         return "/".join([self.stage.value, *filter(None, parts)])
 
 
-def plan(s: Settings, table: Table) -> dict[str, Job]:
+def wanted_table(s: Settings, name: str) -> Table:
+    """A table with the chosen methods, with the controls or without.
+
+    Raises:
+        ValueError: see `tables.table`.
+    """
+    found = table(name, s.preset, s.methods)
+    if not all(request.cell.suites for request in found.requests):
+        raise ValueError(f"--suites: found {' '.join(s.preset.suites)}, {name} has no policy of these alone")
+    if s.controls:
+        return found
+    requests = tuple(r for r in found.requests if not r.cell.method.control)
+    return Table(found.name, found.title, tuple(m for m in found.methods if not m.control), requests)
+
+
+def plan(s: Settings, wanted: Table) -> dict[str, Job]:
     """All jobs of a table by name, predecessors first, the first seed of everything before the second."""
     jobs: dict[str, Job] = {}
-    for request in sorted(table.requests, key=lambda r: r.cell.seed):
+    for request in sorted(wanted.requests, key=lambda r: r.cell.seed):
         _add_request(s, jobs, request)
     return jobs
 
@@ -152,6 +169,18 @@ def record_of(s: Settings, job: Job) -> Path | None:
     return record_path(s.records_dir, job.cell.name, names[job.stage]) if job.stage in names else None
 
 
+def is_trained(s: Settings, cell: Cell) -> bool:
+    """Whether the newest checkpoint is that of the last step. A training that is asked to stop saves and ends well."""
+    found = checkpoint_of(s, cell)
+    step = re.search(r"--(\d+)_chkpt$", found.name) if found is not None else None
+    return found is not None and (step is None or int(step[1]) >= planned_steps(train_command(s, cell)))
+
+
+def planned_steps(command: list[str]) -> int:
+    """The last `--max_steps` of a training: `--extra_train_args` may repeat it."""
+    return int([value for flag, value in zip(command, command[1:], strict=False) if flag == "--max_steps"][-1])
+
+
 def has_result(s: Settings, job: Job) -> bool:
     """Whether what the job is run for is there.
 
@@ -166,13 +195,13 @@ def has_result(s: Settings, job: Job) -> bool:
     path = record_of(s, job)
     if not path.exists():
         return False
-    check_settings(path, read_record(path), commands_of(s, job)[-1])
+    check_settings(path, read_record(path), portable(commands_of(s, job)[-1]))
     return True
 
 
 def is_done(s: Settings, job: Job) -> bool:
-    """As `has_result`; a training also needs its checkpoint, which may have been deleted since."""
-    return has_result(s, job) and (job.stage is not Stage.TRAIN or checkpoint_of(s, job.cell) is not None)
+    """As `has_result`; a training also needs its last checkpoint, which may have been deleted since."""
+    return has_result(s, job) and (job.stage is not Stage.TRAIN or is_trained(s, job.cell))
 
 
 def missing(s: Settings, jobs: dict[str, Job]) -> dict[str, Job]:
@@ -186,6 +215,15 @@ def missing(s: Settings, jobs: dict[str, Job]) -> dict[str, Job]:
         if name in wanted:
             wanted.update(before for before in job.after if not is_done(s, jobs[before]))
     return {name: job for name, job in jobs.items() if name in wanted}
+
+
+def with_followers(jobs: dict[str, Job], name: str) -> list[Job]:
+    """A job and all that wait for it, directly or not."""
+    found = {name}
+    for other, job in jobs.items():  # predecessors come first
+        if found & set(job.after):
+            found.add(other)
+    return [job for other, job in jobs.items() if other in found]
 
 
 def cells_of(jobs: Iterable[Job]) -> dict[str, Cell]:

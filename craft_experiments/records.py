@@ -115,8 +115,8 @@ def check_settings(path: Path, record: Mapping[str, Any], command: Sequence[str]
     if different:
         pairs = ", ".join(f"--{n} {before.get(n, '(not given)')} (now {now.get(n, 'not given')})" for n in different)
         raise RecordError(
-            f"{path} was made with other settings: {pairs}. Give --work_dir and --records_dir of their own to other "
-            "settings, or delete the record"
+            f"{path} was made with other settings: {pairs}. Give other settings a --work_dir and a --results_dir (and "
+            "--records_dir, if it is given) of their own"
         )
 
 
@@ -159,12 +159,28 @@ def set_states(records_dir: Path, changes: Mapping[str, State | FailureCode], on
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[int]:
     """Hold an exclusive lock on a file; yields its descriptor. A child that inherits it holds the lock as well."""
-    import fcntl
-
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Wait until this process alone holds the open file."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return _lock_on_windows(descriptor)
+    return fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _lock_on_windows(descriptor: int) -> None:
+    import msvcrt
+
+    while True:
+        with contextlib.suppress(OSError):  # raised after ten seconds of waiting
+            msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
+            return

@@ -17,9 +17,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from craft_experiments.commands import evaluation_dir
+from craft_experiments.commands import evaluation_dir, portable
 from craft_experiments.common_utils.log_parser import FailureCode, LogFormatError, extract_success_rate_from_log
 from craft_experiments.common_utils.results import ResultFormatError, read_jsonl
 from craft_experiments.jobs import (
@@ -29,6 +29,7 @@ from craft_experiments.jobs import (
     checkpoint_of,
     commands_of,
     is_done,
+    is_trained,
     measurement_file,
     missing,
     record_of,
@@ -134,7 +135,11 @@ def run_job(s: Settings, job: Job) -> None:
         begun = time.time()
         for command in commands_of(s, job):
             _run(s, job, command, descriptor)
-        _finish(s, job, command, round(time.time() - begun, 1))
+        try:
+            _finish(s, job, command, round(time.time() - begun, 1))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"what {job.name} left cannot be read: {type(error).__name__}: {error}"
+            raise JobFailed(FailureCode.PARSE_FAILED, reason) from error
     say(f"{job.name}: done in {time.time() - begun:.0f} s")
 
 
@@ -144,6 +149,9 @@ def _finish(s: Settings, job: Job, command: Sequence[str], seconds: float) -> No
     if job.stage is Stage.TRAIN:
         if checkpoint_of(s, job.cell) is None:
             raise JobFailed(FailureCode.NO_CHECKPOINT, f"no {job.cell.name}--<step>_chkpt in {s.runs_dir}")
+        if not is_trained(s, job.cell):
+            reason = f"stopped before its last step, at {checkpoint_of(s, job.cell)}; the same command continues it"
+            raise JobFailed(FailureCode.TRAINING_FAILED, reason)
         write_record(record_of(s, job), facts | {"metrics": _metrics(s.runs_dir / job.cell.name / "metrics.jsonl")})
         set_states(s.records_dir, {job.cell.name: State.TRAINED})
     elif job.stage is Stage.EVALUATE:
@@ -184,12 +192,6 @@ def _outcome(folder: Path) -> dict[str, Any]:
     return {"rate": rate, "episodes": episodes}
 
 
-def portable(command: Sequence[str]) -> list[str]:
-    """The command as anyone would type it in the repository: no interpreter path, no absolute folder inside it."""
-    program = "python" if Path(command[0]).name.startswith("python") else Path(command[0]).name
-    return [program, *(word.removeprefix(f"{ROOT}{os.sep}") for word in command[1:])]
-
-
 # --- Programs -----------------------------------------------------------------------------------------------------
 
 
@@ -209,18 +211,30 @@ def _run(s: Settings, job: Job, command: list[str], lock: int) -> None:
     if s.slots > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // s.slots)))
     # The program inherits the lock of its job: if this one is killed, the next driver waits until the program is over.
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, pass_fds=(lock,), cwd=ROOT
-    )
+    inherited = {"pass_fds": (lock,)} if os.name == "posix" else {}  # Windows knows no such thing
     prefix = f"{job.name}: ".encode() if s.slots > 1 else b""
-    with log.open("ab") as stream, process:
+    with log.open("ab") as stream:
         stream.write(f"+ {shlex.join(command)}\n".encode())
+        stream.flush()
+        try:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, **inherited
+            )
+        except OSError as error:  # no such program
+            stream.write(f"{error}\n".encode())
+            raise JobFailed(_CODES[job.stage], f"{command[0]}: {error.strerror}") from error
+        _copy(process, stream, prefix)
+    if process.returncode != 0:
+        raise JobFailed(_CODES[job.stage], f"exit code {process.returncode}, see {log}")
+
+
+def _copy(process: subprocess.Popen, stream: BinaryIO, prefix: bytes) -> None:
+    """Everything a program prints, to the log and to the terminal, until it ends."""
+    with process:
         for line in process.stdout:
             stream.write(line)
             stream.flush()
             _echo(prefix + line)
-    if process.returncode != 0:
-        raise JobFailed(_CODES[job.stage], f"exit code {process.returncode}, see {log}")
 
 
 def _python_path() -> str:

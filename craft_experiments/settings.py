@@ -17,6 +17,7 @@ FOLDERS = {
     "table4": "03_ablations",
     "retention": "05_retention",
 }
+_EVALUATE_FLAGS = ("center_crop", "num_workers", "save_videos", "render_mode")
 
 
 @dataclass
@@ -73,7 +74,6 @@ class Settings:
     methods: tuple[str, ...]
     controls: bool
     num_images: int
-    center_crop: bool | None
     vlm_path: str
     extra_train: tuple[str, ...]
     extra_eval: tuple[str, ...]
@@ -92,8 +92,8 @@ class Settings:
 
     @property
     def logs_dir(self) -> Path:
-        """Everything the programs print, and the logs of the evaluations."""
-        return self.results_dir / "eval_logs"
+        """Everything the programs print, and the logs of the evaluations. Cells of two presets have the same names."""
+        return self.results_dir / "eval_logs" / self.preset.name
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -119,7 +119,7 @@ def resolve(cfg: RunConfig, table: str) -> Settings:
         raise ValueError(f"--preset: found {cfg.preset!r}, expected one of {', '.join(PRESETS)}")
     if table not in FOLDERS:
         raise ValueError(f"table: found {table!r}, expected one of {', '.join(FOLDERS)}")
-    for name in ("num_trials", "batch_size", "max_steps", "save_freq", "num_demos", "slots"):
+    for name in ("num_trials", "batch_size", "max_steps", "save_freq", "num_demos", "num_images", "slots"):
         value = getattr(cfg, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: expected at least 1, found {value}")
@@ -132,7 +132,6 @@ def resolve(cfg: RunConfig, table: str) -> Settings:
         methods=words(cfg.methods),
         controls=cfg.controls,
         num_images=cfg.num_images,
-        center_crop=cfg.center_crop,
         vlm_path=cfg.vlm_path,
         extra_train=tuple(shlex.split(cfg.extra_train_args)),
         extra_eval=tuple(shlex.split(cfg.extra_eval_args)),
@@ -154,14 +153,20 @@ def _with_flags(preset: Preset, cfg: RunConfig) -> Preset:
     same_name = {field.name for field in fields(Preset)} & {field.name for field in fields(RunConfig)}
     same_name -= {"suites", "seeds", "shots", "task_ids"}
     changes = {name: getattr(cfg, name) for name in same_name if getattr(cfg, name) not in (None, "")}
+    if cfg.num_trials:
+        changes |= {"pro_trials": cfg.num_trials, "start_trials": cfg.num_trials}
     if cfg.config_file_path:
         changes["start"] = cfg.config_file_path
     if cfg.task_ids:
         changes["task_ids"] = dict.fromkeys(preset.task_ids, ",".join(words(cfg.task_ids)))
     if cfg.num_demos:
         changes["demos_per_task"] = cfg.num_demos
-    if cfg.collect_demos is False:
-        changes["collect"] = None
+    if cfg.dataset_suffix is not None:
+        changes["dataset_suffix"] = cfg.dataset_suffix  # may be empty
+    if cfg.collect_demos is not None:
+        changes["collect"] = (preset.collect or {}) if cfg.collect_demos else None
+    if preset.ablation_suite not in suites:
+        changes["ablation_suite"] = suites[0]
     return replace(
         preset,
         suites=suites,
@@ -169,7 +174,7 @@ def _with_flags(preset: Preset, cfg: RunConfig) -> Preset:
         shots=integers("shots", cfg.shots) or preset.shots,
         craft=_craft_flags(preset, cfg),
         train=_given(preset.train, cfg, {"use_lora": "use_lora", "lora_rank": "lora_rank"}),
-        evaluate=_given(preset.evaluate, cfg, {n: n for n in ("num_workers", "save_videos", "render_mode")}),
+        evaluate=_given(preset.evaluate, cfg, {name: name for name in _EVALUATE_FLAGS}),
         **changes,
     )
 

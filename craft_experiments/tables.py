@@ -1,4 +1,4 @@
-"""What is run: scales (presets), methods and tables, as data. No command is written here; `cells.py` makes them.
+"""What is run: scales (presets), methods and tables, as data. No command is written here; `commands.py` makes them.
 
 A table asks for *cells*. A cell is one policy (one training run, or a control that needs none) and the evaluations of
 it. Tables share cells: the plain run on libero_spatial of Table 1 is also the baseline of Table 4 and the 20-shot point
@@ -137,7 +137,7 @@ QWEN = Preset(
     demos_per_task=50,
     seeds=(0,),
     train={"use_lora": True, "lora_rank": 32},
-    evaluate={"num_workers": 1, "save_videos": "failures"},
+    evaluate={"center_crop": True, "num_workers": 1, "save_videos": "failures"},
     num_gpus=1,
 )
 

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Table 2: one policy trained on several suites beside one per suite, also on perturbed scenes.
+# Settings: environment variables, see ../01_main_results/README.md. Arguments are passed on.
+#
+#   bash run_table2_experiments.sh                 paper scale, one GPU; run it again to continue
+#   PRESET=tiny bash run_table2_experiments.sh     the small model on a CPU
+#   bash run_table2_experiments.sh --dry-run       print each command and run none
+set -euo pipefail
+
+# shellcheck source-path=SCRIPTDIR source=../common_utils/run_table.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common_utils/run_table.sh"
+run_table table2 "$@"

@@ -1,0 +1,147 @@
+"""A table whose driver is killed again and again ends as the undisturbed one, and no job runs twice at a time."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import stub_programs
+
+REPO = Path(__file__).parents[2]
+DRIVER = REPO / "craft_experiments" / "01_main_results" / "run_table1_experiments.sh"
+KILLS = 10
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+class Run:
+    """One table in a folder of its own."""
+
+    def __init__(self, folder: Path, variables: dict[str, str]) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.environment = stub_programs.clean_environment() | {
+            "RUN_ROOT_DIR": str(folder / "work"),
+            "RESULTS_DIR": str(folder / "out"),
+        }
+        self.environment |= variables
+
+    def start(self, **variables: str) -> subprocess.Popen:
+        with (self.folder / "console").open("ab") as console:
+            return subprocess.Popen(
+                ["bash", str(DRIVER)], env=self.environment | variables, cwd=self.folder,
+                stdout=console, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def finish(self) -> float:
+        """Run to the end; returns the seconds."""
+        begun = time.monotonic()
+        code = self.start().wait()
+        assert code == 0, (self.folder / "console").read_text()[-3000:]
+        return time.monotonic() - begun
+
+    def outcome(self) -> dict[str, object]:
+        """Tables, states and records, without seconds and without the names of the folders."""
+        found = {path.name: path.read_text() for path in (self.folder / "out").glob("table1_*")}
+        records = self.folder / "work" / "tiny" / "records"
+        found["manifest"] = json.loads((records / "manifest.json").read_text())
+        for path in records.glob("*/*.json.gz"):
+            text = gzip.decompress(path.read_bytes()).decode().replace(str(self.folder), "FOLDER")
+            record = json.loads(text)
+            assert record.pop("seconds") >= 0
+            found[str(path.relative_to(records))] = record
+        return found
+
+    def leftovers(self) -> list[Path]:
+        """Files that only exist while a record or a table is written."""
+        return [path for path in self.folder.rglob("*.tmp") if "records" in path.parts or "out" in path.parts]
+
+
+def kill(process: subprocess.Popen, whole_group: bool) -> None:
+    assert process.poll() is None, "the run ended by itself before it was killed"
+    if whole_group:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", ["1", "2"])
+def test_ten_kills_leave_no_trace(tmp_path, slots):
+    rng = random.Random(int(slots))
+    variables = stub_programs.install(tmp_path) | {
+        "PRESET": "tiny", "SUITES": "libero_goal libero_object", "SEEDS": "0", "MAX_STEPS": "8", "SAVE_FREQ": "2",
+        "NUM_TRIALS": "3", "SLOTS": slots, "STUB_HASHED": "1", "STUB_SLEEP": "0.01",
+    }  # fmt: skip
+    runs = {}
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        own = {"RUN_ROOT_DIR": "work", "RESULTS_DIR": "out", "DATA_ROOT_DIR": "data", "STUB_CALLS": "calls"}
+        runs[name] = Run(folder, variables | {key: str(folder / value) for key, value in own.items()})
+    runs["whole"].finish()
+    killed, calls = runs["killed"], tmp_path / "killed" / "calls"
+    started = lambda: calls.read_text().count("\n") if calls.exists() else 0  # noqa: E731
+    groups = [True, False] * (KILLS // 2)
+    rng.shuffle(groups)
+    for whole_group in groups:
+        # Left alone, a program that prints dies of its broken pipe; a quiet one goes on and outlives the next start.
+        quiet = {} if whole_group else {"STUB_QUIET": "1", "STUB_SLEEP": "0.6"}
+        target = started() + rng.randint(0 if whole_group else 1, 2)
+        process = killed.start(**quiet)
+        wait_for(lambda wanted=target: started() >= wanted, process)
+        time.sleep(rng.uniform(0, 0.15))
+        kill(process, whole_group)
+    killed.finish()
+    assert not (tmp_path / "violations").exists(), (tmp_path / "violations").read_text()
+    assert killed.outcome() == runs["whole"].outcome()
+    assert len(killed.outcome()) == 2 * 2 + 1 + 1 + 6 + 20  # tables, comparison, manifest, trainings, evaluations
+    assert killed.leftovers() == []
+    whole_calls = (tmp_path / "whole" / "calls").read_text().splitlines()
+    assert 2 + 6 + 20 == len(whole_calls) < started()
+
+
+@pytest.mark.slow
+@pytest.mark.simulator
+def test_ten_kills_of_real_programs(tmp_path):
+    """Training and simulator as they are, at the smallest scale there is."""
+    rng = random.Random(3)
+    variables = {
+        "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MUJOCO_GL": "osmesa",
+        "PRESET": "tiny", "METHODS": "plain craft", "CONTROLS": "False", "SUITES": "libero_spatial", "TASK_IDS": "9",
+        "SEEDS": "0", "CONFIG_FILE_PATH": "pretrained_models/tiny-libero-object", "DATA_ROOT_DIR": "datasets/rlds",
+        "DATASET_SUFFIX": "_scripted_no_noops", "COLLECT_DEMOS": "False", "MAX_STEPS": "6", "SAVE_FREQ": "2",
+        "BATCH_SIZE": "2", "NUM_TRIALS": "1", "NUM_WORKERS": "0",
+    }  # fmt: skip
+    whole, killed = Run(tmp_path / "whole", variables), Run(tmp_path / "killed", variables)
+    seconds = whole.finish()
+    per_job = seconds / 6
+    groups = [True, False] * (KILLS // 2)
+    rng.shuffle(groups)
+    done = []
+    for whole_group in groups:
+        process = killed.start()
+        time.sleep(rng.uniform(0.1, 1.2) * per_job)
+        if process.poll() is not None:
+            break
+        kill(process, whole_group)
+        done.append(len(list((tmp_path / "killed" / "work").rglob("*.json.gz"))))
+    rest = killed.finish()
+    print(f"undisturbed {seconds:.0f} s, records at each kill {done}, the last run {rest:.0f} s")
+    assert len(done) == KILLS
+    assert killed.outcome() == whole.outcome()
+    assert len(killed.outcome()) == 2 * 2 + 1 + 1 + 2 + 4
+    assert killed.leftovers() == []
