@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from craft_experiments.settings import ROOT, Settings
-from craft_experiments.tables import PRO_SUFFIX, Cell, Evaluation, Kind, Role
+from craft_experiments.tables import PRO_SUFFIX, Cell, Demonstrations, Evaluation, Kind, Role
 
 _START_KINDS = (Kind.START_TASKS, Kind.START_TASKS_START_HEAD)
 
@@ -23,27 +23,27 @@ def portable(command: Sequence[str]) -> list[str]:
     return [program, *(word.removeprefix(f"{ROOT}{os.sep}") for word in command[1:])]
 
 
-def collect_command(s: Settings, suite: str) -> list[str]:
-    """Scripted demonstrations of a suite."""
-    return _collect(s, suite, s.preset.task_ids[suite], s.preset.dataset(suite), {})
-
-
-def collect_heldout_command(s: Settings) -> list[str]:
-    """Demonstrations of the start's tasks that no training uses: images to measure drift on."""
+def collect_command(s: Settings, data: Demonstrations) -> list[str]:
+    """Scripted demonstrations."""
     p = s.preset
-    return _collect(s, p.start_suite, p.start_task_ids, p.heldout_dataset, p.heldout_collect or {})
-
-
-def _collect(s: Settings, suite: str, task_ids: str, dataset: str, changes: Mapping[str, object]) -> list[str]:
     flags = {
-        "task_suite_name": suite,
-        "task_ids": task_ids or "all",
-        "episodes_per_task": s.preset.demos_per_task,
-        "output_dir": s.preset.data_root_dir,
-        "dataset_name": dataset,
-        "num_workers": s.slots,
+        "task_suite_name": data.suite,
+        "task_ids": data.task_ids or "all",
+        "episodes_per_task": p.demos_per_task,
+        "output_dir": data_root(s, data),
+        "dataset_name": data.dataset,
+        "num_workers": max(1, (os.cpu_count() or 1) // s.slots),
+        **p.collect,
+        **(p.start_collect if data.dataset == p.start_dataset else {}),
+        **(p.heldout_collect if data.held_out else {}),
     }
-    return [s.python, "-m", "experiments.robot.libero.collect_demos", *as_words(flags | s.preset.collect | changes)]
+    return [s.python, "-m", "experiments.robot.libero.collect_demos", *as_words(flags)]
+
+
+def data_root(s: Settings, data: Demonstrations) -> str:
+    """Folder that holds the data set. Held-out ones keep the name, by which their normalisation is found."""
+    root = s.preset.data_root_dir
+    return str(Path(root) / "held_out") if data.held_out else root
 
 
 def train_command(s: Settings, cell: Cell) -> list[str]:
@@ -96,7 +96,7 @@ def evaluation_command(s: Settings, cell: Cell, evaluation: Evaluation, checkpoi
     """One evaluation in the simulator, into `evaluation_dir`; it continues what is there."""
     p, folder = s.preset, evaluation_dir(s, cell, evaluation)
     at_start = evaluation.kind in _START_KINDS
-    perturbed = dict(p.perturbed) if evaluation.kind in (Kind.PERTURBED, *_START_KINDS) else {}
+    perturbed = dict(p.perturbed if evaluation.kind is Kind.PERTURBED else p.start_perturbed if at_start else {})
     suffix = "" if at_start else perturbed.get("suite_suffix", "") or PRO_SUFFIX.get(evaluation.kind, "")
     perturbed.pop("suite_suffix", None)
     start_units = at_start or cell.method.role is Role.START
@@ -130,15 +130,14 @@ def evaluation_command(s: Settings, cell: Cell, evaluation: Evaluation, checkpoi
     return [s.python, script, *as_words(flags), *s.extra_eval]
 
 
-def measure_command(s: Settings, trained: Path, output: Path) -> list[str]:
-    """Drift, similarity, probes and action error on held-out images of the start's tasks."""
-    p = s.preset
+def measure_command(s: Settings, trained: Path, data: Demonstrations, output: Path) -> list[str]:
+    """Drift, similarity, probes and action error of a trained policy on held-out demonstrations."""
     flags = {
         "checkpoint": trained,
-        "start": p.start,
-        "data_root_dir": p.data_root_dir,
-        "dataset_name": p.heldout_dataset,
-        "unnorm_key": p.start_dataset,
+        "start": s.preset.start,
+        "data_root_dir": data_root(s, data),
+        "dataset_name": data.dataset,
+        "unnorm_key": s.preset.start_dataset,
         "output": output,
     }
     return [s.python, "vla-scripts/measure_retention.py", *as_words(flags)]

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from craft_experiments.commands import (
     collect_command,
-    collect_heldout_command,
-    dataset_dir,
+    data_root,
     evaluation_command,
     interpolate_command,
     measure_command,
@@ -21,9 +20,8 @@ from craft_experiments.commands import (
 from craft_experiments.common_utils.log_parser import extract_checkpoint_path
 from craft_experiments.records import RETENTION, TRAINING, check_settings, read_record, record_path
 from craft_experiments.settings import Settings
-from craft_experiments.tables import Cell, Evaluation, Kind, Request, Role, Table, methods_of, table
+from craft_experiments.tables import Cell, Demonstrations, Evaluation, Kind, Request, Role, Table, methods_of, table
 
-HELDOUT = "heldout"
 _START_HEAD = "--start_head"
 
 
@@ -39,19 +37,19 @@ class Stage(str, Enum):
 
 @dataclass(frozen=True)
 class Job:
-    """One job. suite: of COLLECT (a suite, or `heldout`). cell, evaluation: of the others. after: names of jobs."""
+    """One job. cell: of all but COLLECT. evaluation: of EVALUATE. data: of COLLECT and MEASURE. after: job names."""
 
     stage: Stage
-    suite: str = ""
     cell: Cell | None = None
     evaluation: Evaluation | None = None
+    data: Demonstrations | None = None
     after: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """`evaluate/plain--spatial--seed0/standard@libero_spatial`."""
-        parts = [self.suite, self.cell.name if self.cell else "", self.evaluation.name if self.evaluation else ""]
-        return "/".join([self.stage.value, *filter(None, parts)])
+        parts = [part.name for part in (self.cell, self.evaluation, self.data) if part is not None]
+        return "/".join([self.stage.value, *parts])
 
 
 def wanted_table(s: Settings, name: str) -> Table:
@@ -82,9 +80,8 @@ def _add_request(s: Settings, jobs: dict[str, Job], request: Request) -> None:
     before = _add_policy(s, jobs, cell)
     for evaluation in request.evaluations:
         _add(jobs, Job(Stage.EVALUATE, cell=cell, evaluation=evaluation, after=before))
-    if request.measure:
-        heldout = _add_data(s, jobs, HELDOUT)
-        _add(jobs, Job(Stage.MEASURE, cell=cell, after=before + heldout))
+    for data in request.measured:
+        _add(jobs, Job(Stage.MEASURE, cell=cell, data=data, after=before + _add_data(s, jobs, data)))
 
 
 def _add_policy(s: Settings, jobs: dict[str, Job], cell: Cell) -> tuple[str, ...]:
@@ -95,7 +92,7 @@ def _add_policy(s: Settings, jobs: dict[str, Job], cell: Cell) -> tuple[str, ...
     if role is Role.INTERPOLATED:
         parent = parent_of(s, cell)
         return _add(jobs, Job(Stage.INTERPOLATE, cell=cell, after=_add_policy(s, jobs, parent)))
-    data = tuple(name for suite in cell.suites for name in _add_data(s, jobs, suite))
+    data = tuple(name for suite in cell.suites for name in _add_data(s, jobs, s.preset.demonstrations(suite)))
     return data if role is Role.REPLAY else _add(jobs, Job(Stage.TRAIN, cell=cell, after=data))
 
 
@@ -104,8 +101,8 @@ def parent_of(s: Settings, cell: Cell) -> Cell:
     return Cell(methods_of(s.preset)[cell.method.parent], cell.suites, cell.seed, cell.shots)
 
 
-def _add_data(s: Settings, jobs: dict[str, Job], suite: str) -> tuple[str, ...]:
-    return () if s.preset.collect is None else _add(jobs, Job(Stage.COLLECT, suite=suite))
+def _add_data(s: Settings, jobs: dict[str, Job], data: Demonstrations) -> tuple[str, ...]:
+    return () if s.preset.collect is None else _add(jobs, Job(Stage.COLLECT, data=data))
 
 
 def _add(jobs: dict[str, Job], job: Job) -> tuple[str, ...]:
@@ -130,7 +127,7 @@ def commands_of(s: Settings, job: Job) -> list[list[str]]:
     """What a job runs, one after the other. For a dry run, files that do not exist yet are named as they will be."""
     cell = job.cell
     if job.stage is Stage.COLLECT:
-        return [collect_heldout_command(s) if job.suite == HELDOUT else collect_command(s, job.suite)]
+        return [collect_command(s, job.data)]
     if job.stage is Stage.TRAIN:
         return [train_command(s, cell)]
     if job.stage is Stage.INTERPOLATE:
@@ -138,7 +135,7 @@ def commands_of(s: Settings, job: Job) -> list[list[str]]:
         return [interpolate_command(s, trained, cell.method.scale, "all", s.runs_dir / cell.name)]
     policy = _expected_checkpoint(s, cell)
     if job.stage is Stage.MEASURE:
-        return [measure_command(s, policy, measurement_file(s, cell))]
+        return [measure_command(s, policy, job.data, measurement_file(s, job))]
     if job.evaluation.kind is not Kind.START_TASKS_START_HEAD:
         return [evaluation_command(s, cell, job.evaluation, policy)]
     grafted = s.runs_dir / (cell.name + _START_HEAD)
@@ -156,17 +153,20 @@ def _expected_checkpoint(s: Settings, cell: Cell) -> Path | None:
     return s.runs_dir / (cell.name + step)
 
 
-def measurement_file(s: Settings, cell: Cell) -> Path:
+def measurement_file(s: Settings, job: Job) -> Path:
     """Where `measure_retention.py` writes."""
-    return s.work_dir / "measurements" / f"{cell.name}.json"
+    return s.work_dir / "measurements" / f"{job.cell.name}--{job.data.dataset}.json"
 
 
 def record_of(s: Settings, job: Job) -> Path | None:
     """The record a job writes; None when what it makes is no measurement."""
-    names = {Stage.TRAIN: TRAINING, Stage.MEASURE: RETENTION}
+    if job.stage is Stage.TRAIN:
+        return record_path(s.records_dir, job.cell.name, TRAINING)
     if job.stage is Stage.EVALUATE:
         return record_path(s.records_dir, job.cell.name, job.evaluation.name)
-    return record_path(s.records_dir, job.cell.name, names[job.stage]) if job.stage in names else None
+    if job.stage is Stage.MEASURE:
+        return record_path(s.records_dir, job.cell.name, f"{RETENTION}@{job.data.dataset}")
+    return None
 
 
 def is_trained(s: Settings, cell: Cell) -> bool:
@@ -188,8 +188,7 @@ def has_result(s: Settings, job: Job) -> bool:
         RecordError: the record was made with other settings.
     """
     if job.stage is Stage.COLLECT:
-        name = s.preset.heldout_dataset if job.suite == HELDOUT else s.preset.dataset(job.suite)
-        return (dataset_dir(s, name) / "dataset_info.json").exists()
+        return any(Path(data_root(s, job.data), job.data.dataset).glob("[0-9]*/dataset_info.json"))
     if job.stage is Stage.INTERPOLATE:
         return checkpoint_of(s, job.cell) is not None
     path = record_of(s, job)

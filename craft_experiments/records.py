@@ -2,7 +2,7 @@
 
     {records_dir}/{cell}/training.json.gz     command, seconds, metrics
     {records_dir}/{cell}/{kind}@{suite}.json.gz   command, seconds, rate, every episode
-    {records_dir}/{cell}/retention.json.gz    command, seconds, what `measure_retention.py` found
+    {records_dir}/{cell}/retention@{data}.json.gz   command, seconds, what `measure_retention.py` found
     {records_dir}/manifest.json               cell -> state, failure code
 
 Tables and figures are made of these files alone.

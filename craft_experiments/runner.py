@@ -131,7 +131,7 @@ def run_job(s: Settings, job: Job) -> None:
         if job.stage is Stage.TRAIN:
             set_states(s.records_dir, {job.cell.name: State.TRAINING})
         if job.stage is Stage.MEASURE:
-            measurement_file(s, job.cell).unlink(missing_ok=True)  # of a run killed before its record was written
+            measurement_file(s, job).unlink(missing_ok=True)  # of a run killed before its record was written
         begun = time.time()
         for command in commands_of(s, job):
             _run(s, job, command, descriptor)
@@ -145,7 +145,7 @@ def run_job(s: Settings, job: Job) -> None:
 
 def _finish(s: Settings, job: Job, command: Sequence[str], seconds: float) -> None:
     """Check what a job left and write its record."""
-    facts = {"cell": job.cell.name if job.cell else job.suite, "command": portable(command), "seconds": seconds}
+    facts = {"cell": job.cell.name if job.cell else job.data.name, "command": portable(command), "seconds": seconds}
     if job.stage is Stage.TRAIN:
         if checkpoint_of(s, job.cell) is None:
             raise JobFailed(FailureCode.NO_CHECKPOINT, f"no {job.cell.name}--<step>_chkpt in {s.runs_dir}")
@@ -157,7 +157,7 @@ def _finish(s: Settings, job: Job, command: Sequence[str], seconds: float) -> No
     elif job.stage is Stage.EVALUATE:
         write_record(record_of(s, job), facts | _outcome(evaluation_dir(s, job.cell, job.evaluation)))
     elif job.stage is Stage.MEASURE:
-        measured = json.loads(measurement_file(s, job.cell).read_text(encoding="utf-8"))
+        measured = json.loads(measurement_file(s, job).read_text(encoding="utf-8"))
         write_record(record_of(s, job), facts | {RETENTION: measured})
 
 

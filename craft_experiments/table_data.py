@@ -201,6 +201,8 @@ RETENTION_MEASURES = (
     Measure("probe_r2_stale", "probe R², start's probe", "position"),
     Measure("probe_accuracy", "probe accuracy", "instruction, refitted"),
     Measure("probe_accuracy_stale", "probe accuracy, start's probe", "instruction"),
+    Measure("l1_target", "L1 on the target", "normalised actions, held-out"),
+    Measure("drift_target", "drift on the target", "relative squared, held-out"),
     Measure("l1_own_head", "L1, own head", "normalised actions, held-out"),
     Measure("l1_start_head", "L1, start's head", "normalised actions, held-out"),
 )
@@ -251,6 +253,12 @@ def retention_values(measured: Mapping[str, Any], where: str) -> dict[str, float
     if found.keys() >= {"l1_start_head", "l1_start"}:
         found["forgetting"] = found["l1_start_head"] - found["l1_start"]
     return found
+
+
+def target_values(values: Mapping[str, float]) -> dict[str, float]:
+    """Of held-out demonstrations of the target: the policy's own error, and how far its features moved."""
+    names = {"l1_own_head": "l1_target", "drift": "drift_target"}
+    return {new: values[old] for old, new in names.items() if old in values}
 
 
 def training_metrics(record: Mapping[str, Any], where: str) -> TrainingMetrics:
@@ -478,6 +486,8 @@ def _values(
             values = _training_values(metrics, float(record["seconds"]))
         elif job.stage is Stage.MEASURE:
             values = retention_values(record[RETENTION], str(record_of(s, job)))
+            if job.data.dataset != s.preset.start_dataset:
+                values = target_values(values)
         else:
             continue
         place = found.setdefault((job.cell.method.key, training_of(job.cell)), {})

@@ -21,6 +21,8 @@ from statistics import fmean
 from craft_experiments.commands import as_words
 from craft_experiments.common_utils.log_parser import write_text_atomic
 from craft_experiments.figures import write_figures
+from craft_experiments.hypotheses import page as hypotheses_page
+from craft_experiments.hypotheses import verdicts
 from craft_experiments.settings import RunConfig, Settings
 from craft_experiments.table_data import (
     RETENTION_MEASURES,
@@ -28,6 +30,7 @@ from craft_experiments.table_data import (
     TRAINING_MEASURES,
     TableData,
     load,
+    training_of,
 )
 from craft_experiments.table_formats import (
     NOTES,
@@ -75,6 +78,9 @@ def write_table_reports(s: Settings, table: Table) -> list[Path]:
         f"{table.name}.tex": _latex(data),
         f"{table.name}.md": page(s, data, {path.name: caption for path, caption in figures.values()}),
     }
+    if table.name == "retention":
+        found = verdicts(data, training_of(table.requests[0].cell))
+        texts["hypotheses.md"] = hypotheses_page(found)
     written = [path for png, _ in figures.values() for path in (png, png.with_suffix(".pdf"))]
     for name, text in texts.items():
         if text:

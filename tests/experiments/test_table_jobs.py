@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from craft_experiments import records
-from craft_experiments.commands import portable
+from craft_experiments.commands import data_root, portable
 from craft_experiments.graph import place
 from craft_experiments.jobs import (
-    HELDOUT,
     Job,
     Stage,
     commands_of,
@@ -49,8 +48,7 @@ def table_in(folder: Path, **flags):
 def product(s, job: Job) -> tuple[str, Path] | None:
     """What a job leaves besides its record: a data set or a policy."""
     if job.stage is Stage.COLLECT:
-        name = s.preset.heldout_dataset if job.suite == HELDOUT else s.preset.dataset(job.suite)
-        return "data", Path(s.preset.data_root_dir) / name / "1.0.0" / "dataset_info.json"
+        return "data", Path(data_root(s, job.data), job.data.dataset, "1.0.0", "dataset_info.json")
     if job.stage is Stage.TRAIN:
         return "policy", s.runs_dir / f"{job.cell.name}--{s.preset.max_steps}_chkpt" / "weights"
     return ("policy", s.runs_dir / job.cell.name / "weights") if job.stage is Stage.INTERPOLATE else None
@@ -239,8 +237,8 @@ def test_single_jobs_keep_the_states(tmp_path):
         return done.returncode, manifest["craft--goal--seed0"]
 
     failed = {"state": "failed", "code": "TRAINING_FAILED"}
-    assert job("collect/libero_goal", STUB_COLLECT_FAILS="libero_goal") == (1, failed)
-    assert job("collect/libero_goal") == (0, failed)  # until the training begins
+    assert job("collect/libero_goal_displaced_no_noops", STUB_COLLECT_FAILS="libero_goal") == (1, failed)
+    assert job("collect/libero_goal_displaced_no_noops") == (0, failed)  # until the training begins
     assert job("train/craft--goal--seed0") == (0, {"state": "trained"})
     standard, perturbed = (f"evaluate/craft--goal--seed0/{kind}@libero_goal" for kind in ("standard", "perturbed"))
     assert job(standard, STUB_NO_FINAL_LINE="libero_goal") == (1, {"state": "failed", "code": "PARSE_FAILED"})

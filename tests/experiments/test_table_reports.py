@@ -250,13 +250,14 @@ def test_measures_of_training_and_retention(tmp_path):
     assert data.value("craft", training, "lost") == {0: pytest.approx(15), 1: pytest.approx(15)}
     errors = report["action_l1"]
     assert data.value("craft", training, "forgetting")[1] == pytest.approx(errors["start_head"] - errors["start"])
+    assert data.value("craft", training, "l1_target")[0] == errors["trained"]  # the same report for both data sets
     assert data.value("craft", training, "drift")[0] == report["drift"]["original"]["rel_mse"]["total"]
     assert data.value("craft", training, "cka_aq") == {}  # null: not defined
     assert budget_grid(data).rows[0].cells == ("0.01", "0.02 (0.02 to 0.02)", "100.0 %", "2 of 2")
     assert cost_ratios(data) == {"craft": [1.5, 1.6]}
-    # The start checkpoint has one seed: 20 pairs, three of them lost.
+    # 20 pairs for each of the two seeds, three of them lost.
     found = data.against_start["craft", Column(Kind.START_TASKS, "libero_object")]
-    assert (found.pairs, found.only_first, found.only_second) == (20, 0, 3)
+    assert (found.pairs, found.only_first, found.only_second) == (40, 0, 6)
     assert {key for key, _ in data.values} <= {"plain", "craft", "blind"}
     assert data.value("blind", training, "lost") == {}
 
