@@ -273,8 +273,8 @@ def run_command(s: Settings, table: Table) -> list[str]:
         flags["config_file_path"] = now.start
     if now.demos_per_task != usual.demos_per_task:
         flags["num_demos"] = now.demos_per_task
-    if now.collect is None and usual.collect is not None:
-        flags["collect_demos"] = False
+    if (now.collect is None) != (usual.collect is None):
+        flags["collect_demos"] = now.collect is not None
     for mine, theirs in ((now.craft, usual.craft), (now.train, usual.train), (now.evaluate, usual.evaluate)):
         flags |= _changed(mine, theirs)
     flags |= _settings_flags(s)
@@ -298,7 +298,6 @@ def _settings_flags(s: Settings) -> dict[str, object]:
         "methods": ",".join(s.methods),
         "controls": s.controls,
         "num_images": s.num_images,
-        "center_crop": s.center_crop,
         "vlm_path": s.vlm_path,
         "extra_train_args": shlex.join(s.extra_train),
         "extra_eval_args": shlex.join(s.extra_eval),
