@@ -318,6 +318,8 @@ def _constrained(preset: Preset) -> list[Method]:
             for e in preset.budgets
         ),
     ]
+    if "craft_preset" not in preset.craft:  # CRaFT follows the original rule already
+        variants = [variant for variant in variants if variant[0] != "craft_original"]
     return [Method(k, label, flags) for k, label, flags in variants if k == "craft" or flags != craft]
 
 
@@ -425,7 +427,8 @@ def _requests_3(preset: Preset, method: Method) -> list[Request]:
 
 def _rows_4(preset: Preset, known: Mapping[str, Method]) -> list[str]:
     ablations = ["craft_no_projection", "craft_no_dual", "craft_aq_only", "craft_raw_only", "craft_global"]
-    return ["craft", *ablations, "craft_original", "plain", *_control_rows(known)]
+    other_rule = "craft_original" if "craft_original" in known else next(k for k in known if "craft_budget_" in k)
+    return ["craft", *ablations, other_rule, "plain", *_control_rows(known)]
 
 
 def _requests_4(preset: Preset, method: Method) -> list[Request]:
@@ -444,7 +447,7 @@ def _measured(preset: Preset, method: Method) -> tuple[Demonstrations, ...]:
 def _rows_retention(preset: Preset, known: Mapping[str, Method]) -> list[str]:
     several = [k for k in known if k.startswith(("craft_budget_", "penalty_", "l2sp_", "interpolate_"))]
     fixed = ["plain", "frozen", "projection_only", "craft_no_projection", "craft_original", "craft"]
-    return [*fixed, *several, *_control_rows(known)]
+    return [*(key for key in fixed if key in known), *several, *_control_rows(known)]
 
 
 def _requests_retention(preset: Preset, method: Method) -> list[Request]:
