@@ -8,10 +8,11 @@ pairs, which is more sensitive than comparing two intervals.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, comb, cos, pi, sin, sqrt, tan
+from math import ceil, comb, sqrt
 from statistics import NormalDist, fmean, stdev
 
 import numpy as np
+from scipy.stats import t as student_t
 
 Z_95 = 1.959963984540054  # standard normal quantile at 0.975
 BOOTSTRAP_REPETITIONS = 10_000
@@ -209,42 +210,6 @@ def pairs_for_difference(discordance: float, difference: float = 0.02, alpha: fl
     return ceil(root**2 / difference**2)
 
 
-def student_t_quantile(degrees: int, confidence: float = 0.95) -> float:
-    """The t with P(|T| < t) = confidence for Student's distribution with a whole number of degrees of freedom.
-
-    The probability is the finite sum in theta = atan(t / sqrt(degrees)) of Abramowitz and Stegun 1964, 26.7.3 and
-    26.7.4; it is inverted by bisection in theta.
-
-    Args:
-        degrees: degrees of freedom, >= 1.
-        confidence: in (0, 1).
-
-    Raises:
-        ValueError: an argument outside its range.
-    """
-    nu = _check_count("degrees", degrees)
-    if nu < 1:
-        raise ValueError(f"degrees: expected at least 1, found {degrees!r}")
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence: expected above 0 and below 1, found {confidence!r}")
-    low, high = 0.0, pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _central_t_probability(middle, nu) < confidence else (low, middle)
-    return sqrt(nu) * tan(low)
-
-
-def _central_t_probability(theta: float, nu: int) -> float:
-    """P(|T| < sqrt(nu) tan(theta))."""
-    odd = nu % 2
-    term = cos(theta) if odd else 1.0
-    total = term if nu > 1 else 0.0
-    for k in range(2 + odd, nu - 1, 2):
-        term *= cos(theta) ** 2 * (k - 1) / k
-        total += term
-    return 2 / pi * (theta + sin(theta) * total) if odd else sin(theta) * total
-
-
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and half width of its 95 % Student t interval, ``t(n - 1) s / sqrt(n)``; None with a single value.
 
@@ -256,7 +221,7 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
     count, mean = len(values), fmean(values)
     if count == 1:
         return mean, None
-    return mean, student_t_quantile(count - 1) * stdev(values) / sqrt(count)
+    return mean, float(student_t.ppf(0.975, count - 1)) * stdev(values) / sqrt(count)
 
 
 def holm_adjusted(p_values: Sequence[float]) -> list[float]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from craft_experiments.__main__ import main
 from craft_experiments.common_utils.log_parser import FailureCode
-from craft_experiments.common_utils.statistics import holm_adjusted, student_t_quantile
+from craft_experiments.common_utils.statistics import holm_adjusted, mean_and_half_width
 from craft_experiments.figures import cost_ratios
 from craft_experiments.jobs import Stage, plan, record_of
 from craft_experiments.records import RecordError, read_record, set_states, write_record
@@ -61,13 +61,11 @@ CLEAR = {"plain": {0: 10, 1: 11, 2: 9}, "craft": {0: 18, 1: 19, 2: 17}}
 # --- Statistics ---------------------------------------------------------------------------------------------------
 
 
-def test_student_quantiles_are_those_of_the_printed_tables():
-    printed = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 9: 2.26216, 30: 2.04227}
-    for degrees, value in printed.items():
-        assert student_t_quantile(degrees) == pytest.approx(value, rel=1e-5)
-    assert student_t_quantile(2, 0.99) == pytest.approx(9.92484, rel=1e-5)
-    with pytest.raises(ValueError, match="degrees"):
-        student_t_quantile(0)
+def test_half_width_is_that_of_the_printed_t_table():
+    mean, half = mean_and_half_width([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.30265 / 3**0.5, rel=1e-5))
+    assert mean_and_half_width([0.5]) == (0.5, None)
+    assert mean_and_half_width([0.5] * 4) == (0.5, 0.0)
 
 
 def test_holm_steps_down_and_stays_monotone():
