@@ -12,6 +12,7 @@ from functools import cached_property
 from math import fsum
 from typing import Any
 
+from craft_experiments.commands import portable
 from craft_experiments.common_utils.results import TrainingMetrics
 from craft_experiments.common_utils.statistics import (
     holm_adjusted,
@@ -433,7 +434,7 @@ def _read(s: Settings, job: Job) -> dict[str, Any] | None:
     for name in ("cell", "command", "seconds", expected):
         if name not in record:
             raise RecordError(f"{path}: {name}: found nothing, expected a field of that name")
-    check_settings(path, record, commands_of(s, job)[-1])
+    check_settings(path, record, portable(commands_of(s, job)[-1]))
     return record
 
 
