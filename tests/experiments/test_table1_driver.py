@@ -335,18 +335,22 @@ def test_states_while_the_driver_runs(drive, tmp_path):
     path, seen = drive.work / "qwen25-0_5b/records/manifest.json", []
     while process.poll() is None:
         if path.exists():
-            state = json.loads(path.read_text())["craft--goal--seed0"]["state"]
+            manifest = json.loads(path.read_text())
+            state = tuple(manifest[f"craft--{suite}--seed0"]["state"] for suite in ("goal", "10"))
             seen += [state] if seen[-1:] != [state] else []
         time.sleep(0.005)
-    assert process.returncode == 1 and seen == ["pending", "training", "trained", "evaluated"]
+    # A state that lasts only until a program starts may be missed between two looks.
+    order = ["pending", "training", "trained", "evaluated"]
+    assert process.returncode == 1 and ("training", "pending") in seen
+    assert sorted(seen, key=lambda state: order.index(state[0])) == seen and {"trained"} < {first for first, _ in seen}
     assert drive.manifest()["craft--10--seed0"] == {"state": "failed", "code": "TRAINING_FAILED"}
 
 
 def test_several_jobs_at_a_time_give_the_same_table(drive, tmp_path):
     one, _ = drive(METHODS="plain craft", SEEDS="0 1", STUB_HASHED="1")
-    first = {path.name: path.read_text() for path in drive.out.glob("table1_*")}
+    first = {path.name: path.read_text() for path in drive.out.glob("table1_[!m]*")}
     shutil.rmtree(drive.work)
     shutil.rmtree(drive.out)
     two, _ = drive(METHODS="plain craft", SEEDS="0 1", STUB_HASHED="1", SLOTS="4", STUB_SLEEP="0.01")
     assert one.returncode == two.returncode == 0 and not (tmp_path / "violations").exists()
-    assert {path.name: path.read_text() for path in drive.out.glob("table1_*")} == first
+    assert {path.name: path.read_text() for path in drive.out.glob("table1_[!m]*")} == first

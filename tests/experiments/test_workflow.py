@@ -62,7 +62,7 @@ class Table:
         return json.loads((self.records / "manifest.json").read_text())
 
     def outcome(self) -> dict[str, object]:
-        found = {path.name: path.read_text() for path in (self.folder / "out").glob("table1_*")}
+        found = {path.name: path.read_text() for path in (self.folder / "out").glob("table1_[!m]*")}
         for path in self.records.glob("*/*.json.gz"):
             text = gzip.decompress(path.read_bytes()).decode().replace(str(self.folder), "FOLDER")
             found[str(path.relative_to(self.records))] = json.loads(text) | {"seconds": 0}
