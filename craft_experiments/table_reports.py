@@ -215,8 +215,8 @@ def _provenance(s: Settings, data: TableData) -> list[str]:
     lines = ["## How it was made", "", "```bash", shlex.join(run_command(s, data.table)), "```", ""]
     lines += [
         f"* {data.complete} of {data.wanted} cells complete.",
-        f"* {hours:.1f} core-hours: the recorded seconds of {len(data.seconds)} trainings, evaluations and "
-        "measurements, which are run with one thread each. Tables share cells, and count them again.",
+        f"* {hours:.1f} hours of programs: the recorded seconds of {len(data.seconds)} trainings, evaluations and "
+        "measurements, each with the cores of one slot. Tables share cells, and count them again.",
         *_coverage(s.preset, data),
         *(f"* Failed: `{cell}` ({code})." for cell, code in data.codes.items()),
         "",

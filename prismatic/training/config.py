@@ -96,8 +96,8 @@ class FinetuneConfig:
     val_batches: int = 16  # batches per measurement over all processes, always the same; 0: all samples
     image_aug: bool = True
     blind_images: bool = False  # constant grey in place of every image: a control that learns from state and text alone
-    # Share of the samples without robot state. A policy that always knows where its arm is learns the motions by heart
-    # and never looks; without it, it has to.
+    # Share of the samples without robot state. A policy that always knows where its arm is can learn motions by heart;
+    # without it, it has to look.
     proprio_dropout: float = 0.0
     num_data_workers: int = 0
     device: str = "auto"  # auto: cuda when there is one

@@ -306,7 +306,7 @@ def test_half_of_the_records_make_a_page(tmp_path, name, monkeypatch):
     fake.fill(s, name, share=0.5)
     write_table_reports(s, table(name, s.preset))
     text = (s.results_dir / f"{name}.md").read_text(encoding="utf-8")
-    assert "†" in text and "core-hours" in text and str(tmp_path) not in text
+    assert "†" in text and "hours of programs" in text and str(tmp_path) not in text
     assert (s.results_dir / f"{name}.tex").read_text(encoding="utf-8").count(r"\begin{table}") >= 2
 
 
