@@ -354,7 +354,8 @@ class LiberoEnv:
         command = np.asarray(action, dtype=np.float64)
         if command.shape != (7,) or not np.isfinite(command).all():
             raise ValueError(f"action: expected 7 finite numbers, found {command.shape} {command}")
-        self._last, _, done, _ = self._env.step(command)
+        with _shared_kinematics(self.sim):
+            self._last, _, done, _ = self._env.step(command)
         return bool(done)
 
     def check_success(self) -> bool:
@@ -473,6 +474,37 @@ class LiberoEnv:
         finally:
             self._random_state = np.random.get_state()  # noqa: NPY002
             np.random.set_state(outside)  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def _shared_kinematics(sim: Any) -> Iterator[None]:
+    """Within a control step, compute places, contacts and velocities once per physics sub-step.
+
+    robosuite asks for three forward passes per sub-step: before its controller, inside of it, and as part of MuJoCo's
+    step. Nothing moves between them, so the second and third need only what follows the velocities: the forces, solved
+    again from the last solution as the start, which the outcome depends on. The states are the same, bit for bit.
+    """
+    import mujoco
+
+    model, data = sim.model._model, sim.data._data
+    current = False  # whether places and velocities are those of the current state
+
+    def forward() -> None:
+        nonlocal current
+        skipped = mujoco.mjtStage.mjSTAGE_VEL if current else mujoco.mjtStage.mjSTAGE_NONE
+        mujoco.mj_forwardSkip(model, data, skipped, 0)
+        current = True
+
+    def step(with_udd: bool = True) -> None:
+        nonlocal current
+        (mujoco.mj_step2 if current else mujoco.mj_step)(model, data)
+        current = False
+
+    sim.forward, sim.step = forward, step
+    try:
+        yield
+    finally:
+        del sim.forward, sim.step
 
 
 def idle_action() -> np.ndarray:
