@@ -100,7 +100,7 @@ def evaluation_command(s: Settings, cell: Cell, evaluation: Evaluation, checkpoi
     suffix = "" if at_start else perturbed.get("suite_suffix", "") or PRO_SUFFIX.get(evaluation.kind, "")
     perturbed.pop("suite_suffix", None)
     start_units = at_start or cell.method.role is Role.START
-    dataset = p.start_dataset if start_units and p.start_dataset else p.dataset(evaluation.suite)
+    dataset = p.start_units(evaluation.suite) if start_units else p.dataset(evaluation.suite)
     flags = {
         "task_suite_name": evaluation.suite + suffix,
         "num_trials_per_task": p.pro_trials if evaluation.kind in PRO_SUFFIX else p.num_trials,
@@ -137,7 +137,7 @@ def measure_command(s: Settings, trained: Path, data: Demonstrations, output: Pa
         "start": s.preset.start,
         "data_root_dir": data_root(s, data),
         "dataset_name": data.dataset,
-        "unnorm_key": s.preset.start_dataset,
+        "unnorm_key": s.preset.start_units(data.suite),
         "output": output,
     }
     return [s.python, "vla-scripts/measure_retention.py", *as_words(flags)]

@@ -79,6 +79,7 @@ class Preset:
         ablation_suite: the suite of Table 3, Table 4 and the retention protocol.
         start_suite, start_task_ids, start_dataset: what the start model is competent at, and the name of its
             normalisation. Empty: it is no policy, and nothing is asked about it.
+        other_start_datasets: suite -> normalisation of the start model for it, where it has learned that suite too.
         metric_flags: flags that give every constraint of the retention protocol the same unit.
         train, evaluate: further flags of every training and evaluation.
         start_perturbed: as `perturbed`, for the start's tasks: how its own demonstrations began.
@@ -111,6 +112,7 @@ class Preset:
     start_suite: str = ""
     start_task_ids: str = ""
     start_dataset: str = ""
+    other_start_datasets: Mapping[str, str] = field(default_factory=dict)
     l2sp_weights: tuple[float, ...] = (0.01,)
     metric_flags: Mapping[str, object] = field(default_factory=dict)
     train: Mapping[str, object] = field(default_factory=dict)
@@ -128,6 +130,10 @@ class Preset:
     def demonstrations(self, suite: str) -> Demonstrations:
         """What a policy of a suite is trained on."""
         return Demonstrations(suite, self.task_ids[suite], self.dataset(suite))
+
+    def start_units(self, suite: str) -> str:
+        """Normalisation with which the start model acts on a suite."""
+        return self.other_start_datasets.get(suite, self.start_dataset) or self.dataset(suite)
 
     def held_out(self) -> tuple[Demonstrations, ...]:
         """Other demonstrations of the start's tasks and of the suite of the retention protocol."""
@@ -170,10 +176,11 @@ TINY = Preset(
     name="tiny",
     suites=SUITES,
     task_ids={"libero_spatial": "0,1", "libero_object": "2,5", "libero_goal": "1,8", "libero_10": "0"},
-    start="pretrained_models/tiny-libero-object-displaced",
+    start="pretrained_models/tiny-libero-displaced",
     start_suite="libero_object",
     start_task_ids="0,3,7",
     start_dataset="libero_object_start_no_noops",
+    other_start_datasets={"libero_spatial": "libero_spatial_start_no_noops"},
     start_perturbed={"init_noise_mm": 50},
     data_root_dir="data",
     dataset_suffix="_displaced_no_noops",
@@ -200,7 +207,7 @@ TINY = Preset(
         "image_aug": False,
         "craft_log_freq": 10,
     },
-    evaluate={"num_workers": 1, "save_videos": "none", "render_mode": "lazy"},
+    evaluate={"num_workers": 0, "save_videos": "none", "render_mode": "lazy"},
     collect={
         "initial_states": "standard:20-49",
         "init_noise_mm": 40,

@@ -252,6 +252,23 @@ def test_soft_reset_carries_nothing_over(spatial_env, spatial_task):
 
 
 @pytest.mark.simulator
+def test_shared_kinematics_change_no_bit_of_the_movement(spatial_env, spatial_task):
+    """The arm goes down and pushes objects, so that contacts, and the solver's starting points, matter."""
+
+    def episode(step):
+        spatial_env.reset(spatial_task.init_states[0], seed=0)
+        states = []
+        for number in range(30):
+            step(np.array([0.7 * np.cos(number), 0.5, -0.8 if number < 20 else 0.5, 0.2, 0, 0, (-1.0) ** (number // 4)]))
+            states.append(spatial_env.sim.get_state().flatten())
+        assert spatial_env.sim.data.ncon > 0
+        return np.array(states)
+
+    robosuite_alone = episode(spatial_env._env.step)
+    np.testing.assert_array_equal(episode(spatial_env.step), robosuite_alone)
+
+
+@pytest.mark.simulator
 @pytest.mark.slow
 def test_soft_and_hard_resets_give_the_same_movement(spatial_env, spatial_task):
     def episode(env):
