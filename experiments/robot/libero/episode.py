@@ -283,7 +283,7 @@ class EpisodeRunner:
         self._offsets = None
         if self.cfg.init_noise_mm > 0:
             key = (self.cfg.seed, self._task.task_id, init_idx)
-            self._offsets = displace_objects(self._env, self.cfg.init_noise_mm, key)
+            self._offsets = displace_objects(self._env, self.cfg.init_noise_mm, key, or_less=True)
         return run_episode(self._env, self._actor, limits)
 
     def _outcome(self, rollout: Rollout, wall_s: float) -> dict[str, Any]:

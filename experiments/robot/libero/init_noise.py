@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 
 MAX_ROUNDS = 200
-"""Redraws before an episode is given up."""
+"""Redraws before a radius is given up."""
+
+SMALLER_SHARES = (0.5, 0.0)
+"""Radii an evaluation goes on with: some initial states have no room, and each must have an outcome."""
 
 SETTLE_SECONDS = 0.5
 """Simulated time after which a displaced object must stand where it was put: that of the ten waiting steps."""
@@ -166,7 +169,9 @@ class SceneProbe:
         return frozenset(pair for pair in pairs if pair[0] != pair[1] and set(pair) & set(self.objects))
 
 
-def displace_objects(env: Any, radius_mm: float, key: tuple[int, int, int]) -> dict[str, list[float]]:
+def displace_objects(
+    env: Any, radius_mm: float, key: tuple[int, int, int], or_less: bool = False
+) -> dict[str, list[float]]:
     """Move every movable object of a freshly reset environment by a random offset in the plane.
 
     Objects that touch each other move together. A draw after which an object falls, tilts, is pushed away or touches
@@ -176,21 +181,26 @@ def displace_objects(env: Any, radius_mm: float, key: tuple[int, int, int]) -> d
         env: `LiberoEnv` right after `reset`.
         radius_mm: largest displacement of an object, mm, > 0.
         key: (seed, task id, index of the initial state): the same key gives the same displacements.
+        or_less: where there is no room, displace by half of it, or not at all.
 
     Returns:
         {object: [dx, dy]} in mm, world axes, as applied.
 
     Raises:
-        InitNoiseError: no displacement of this size is possible.
+        InitNoiseError: there is no room (for `or_less`: the scene does not even stand still as it is).
     """
     probe = SceneProbe(env)
     reference = probe.settle({})
     groups = stacks(list(probe.objects), reference.contacts)
-    offsets = draw_offsets(
-        np.random.default_rng(key),
-        groups,
-        radius_mm / 1000.0,
-        lambda drawn: faulty_objects(drawn, reference, probe.settle(drawn)),
-    )
+    rng = np.random.default_rng(key)
+    shares = (1.0, *SMALLER_SHARES) if or_less else (1.0,)
+    for share in shares:
+        try:
+            radius = share * radius_mm / 1000.0
+            offsets = draw_offsets(rng, groups, radius, lambda o: faulty_objects(o, reference, probe.settle(o)))
+            break
+        except InitNoiseError:
+            if share == shares[-1]:
+                raise
     env.set_state(probe.displaced_state(offsets))
     return {name: [float(1000.0 * value) for value in offset] for name, offset in offsets.items()}
