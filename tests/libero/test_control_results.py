@@ -79,7 +79,9 @@ def test_runs_that_are_no_control_of_this_one_are_refused(tmp_path):
 def test_language_and_noise_are_part_of_the_run(tmp_path, monkeypatch):
     from experiments.robot.libero import episode
 
-    monkeypatch.setattr(episode, "displace_objects", lambda env, radius, key, or_less: {"bowl": [radius, float(key[2])]})
+    monkeypatch.setattr(
+        episode, "displace_objects", lambda env, radius, key, or_less: {"bowl": [radius, float(key[2])]}
+    )
     plain, noisy = run(tmp_path, "plain"), run(tmp_path, "noisy", init_noise_mm=20.0)
     assert plain["fingerprint"] != noisy["fingerprint"]
     records = [json.loads(line) for line in (tmp_path / "noisy" / "episodes.jsonl").read_text().splitlines()]

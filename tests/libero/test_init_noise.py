@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from experiments.robot.libero import init_noise
 from experiments.robot.libero.init_noise import (
     InitNoiseError,
     Settled,
@@ -65,6 +66,44 @@ def test_faults_are_shift_fall_tilt_and_new_contacts():
 def test_objects_in_contact_form_a_stack():
     found = stacks(["a", "b", "c", "d"], frozenset([("a", "c"), ("b", "body 1"), ("c", "d")]))
     assert found == [("a", "c", "d"), ("b",)]
+
+
+class CrowdedScene:
+    """Stands in for `SceneProbe`: the plate touches the bowl when it moves by more than `room_m`."""
+
+    room_m = 0.0
+
+    def __init__(self, env):
+        self.objects = {"bowl": (0, 0), "plate": (7, 1)}
+
+    def settle(self, offsets):
+        shift = {name: offsets.get(name, np.zeros(2)) for name in self.objects}
+        places = {"bowl": (*shift["bowl"], 0.9), "plate": (0.2 + shift["plate"][0], shift["plate"][1], 0.9)}
+        touching = np.linalg.norm(shift["plate"]) > self.room_m
+        return settled(places, [("bowl", "plate")] if touching else [])
+
+    def displaced_state(self, offsets):
+        return np.zeros(1)
+
+
+class Env:
+    def set_state(self, state):
+        self.state = state
+
+
+def test_without_room_a_collection_fails_and_an_evaluation_displaces_by_less(monkeypatch):
+    monkeypatch.setattr(init_noise, "SceneProbe", CrowdedScene)
+    with pytest.raises(InitNoiseError, match=r"init_noise_mm 20: .*plate"):
+        displace_objects(Env(), 20.0, (0, 0, 0))
+    found = displace_objects(Env(), 20.0, (0, 0, 0), or_less=True)
+    assert set(map(tuple, found.values())) == {(0.0, 0.0)}
+
+
+def test_displacing_by_less_changes_nothing_where_there_is_room(monkeypatch):
+    monkeypatch.setattr(init_noise, "SceneProbe", CrowdedScene)
+    monkeypatch.setattr(CrowdedScene, "room_m", 1.0)
+    whole = displace_objects(Env(), 20.0, (0, 0, 0))
+    assert displace_objects(Env(), 20.0, (0, 0, 0), or_less=True) == whole and any(map(any, whole.values()))
 
 
 @pytest.mark.simulator

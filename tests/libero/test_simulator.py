@@ -259,7 +259,9 @@ def test_shared_kinematics_change_no_bit_of_the_movement(spatial_env, spatial_ta
         spatial_env.reset(spatial_task.init_states[0], seed=0)
         states = []
         for number in range(30):
-            step(np.array([0.7 * np.cos(number), 0.5, -0.8 if number < 20 else 0.5, 0.2, 0, 0, (-1.0) ** (number // 4)]))
+            step(
+                np.array([0.7 * np.cos(number), 0.5, -0.8 if number < 20 else 0.5, 0.2, 0, 0, (-1.0) ** (number // 4)])
+            )
             states.append(spatial_env.sim.get_state().flatten())
         assert spatial_env.sim.data.ncon > 0
         return np.array(states)
