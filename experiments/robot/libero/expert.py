@@ -23,6 +23,7 @@ NOOP_NORM = 1e-4  # actions below this with an unchanged gripper are idle (publi
 POSITION_SCALE = 0.05  # metres per unit of action (operational-space controller)
 ROTATION_SCALE = 0.5  # radians per unit of action
 FINGER_OPENING = 0.078  # clear width between opened fingers, m
+FINGERS_AT_REST = 0.001  # closing by less than this in a control step, m: they hold something, or are closed
 
 
 class UnsupportedGoalError(ValueError):
@@ -299,10 +300,19 @@ class PickPlaceExpert:
         return float(target[2] + np.clip((sideways - 0.006) * self._settings.funnel, 0.0, hover))
 
     def _close(self, grasp: Grasp) -> Iterator[Command]:
-        """Close the fingers while pressing lightly towards the grasp position."""
+        """Close the fingers while pressing lightly towards the grasp position, until they have met something.
+
+        Going on pressing would add steps that look alike although some ask for rest and the last one for a lift. A
+        policy without memory learns from them to stay.
+        """
         goal = grasp.position - np.array([0.0, 0.0, 0.002])
-        for _ in range(self._settings.close_steps):
+        before = self._opening()
+        for step in range(self._settings.close_steps):
             yield self._toward(goal, grasp.yaw, CLOSE, "close", noise_scale=0.3)
+            opening = self._opening()
+            if step >= 2 and before - opening < FINGERS_AT_REST:
+                return
+            before = opening
 
     def _lift(self, grasp: Grasp, body: str, target: str) -> Iterator[Command]:
         """Raise the object above everything it will pass; slow for the first centimetre."""
@@ -355,6 +365,10 @@ class PickPlaceExpert:
         """Finger-tip position (3,) and rotation (3, 3) of the grip site; its x axis is the closing direction."""
         data, site = self._env.sim.data, self._env.domain.robots[0].eef_site_id
         return data.site_xpos[site], data.site_xmat[site].reshape(3, 3)
+
+    def _opening(self) -> float:
+        """Distance between the fingers, m."""
+        return float(np.abs(self._env.state()[6:]).sum())
 
     def _target_rotation(self, yaw: float) -> np.ndarray:
         cos, sin = np.cos(yaw), np.sin(yaw)
