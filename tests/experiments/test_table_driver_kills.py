@@ -130,20 +130,24 @@ def test_ten_kills_of_real_programs(tmp_path):
     whole, killed = Run(tmp_path / "whole", variables), Run(tmp_path / "killed", variables)
     seconds = whole.finish()
     per_job = seconds / 3
-    # Most moments fall into the first job that is missing; two let it end, so that later jobs are killed as well.
-    moments = [rng.uniform(0.05, 0.8) for _ in range(KILLS - 2)] + [rng.uniform(1.1, 1.4) for _ in range(2)]
+    records = lambda: len(list((tmp_path / "killed" / "work").rglob("*.json.gz")))  # noqa: E731
+    # Most moments fall into the first job that is missing; None lets it end, so that later jobs are killed as well.
+    moments = [*(rng.uniform(0.02, 0.4) for _ in range(KILLS - 2)), None, None]
     groups = [True, False] * (KILLS // 2)
     rng.shuffle(moments)
     rng.shuffle(groups)
     done = []
     for moment, whole_group in zip(moments, groups, strict=True):
-        process = killed.start()
-        time.sleep(moment * per_job)
+        process, before = killed.start(), records()
+        if moment is None and before < 2:
+            wait_for(lambda known=before: records() > known, process)
+        else:
+            time.sleep((moment or 0.2) * per_job)
         kill(process, whole_group)
-        done.append(len(list((tmp_path / "killed" / "work").rglob("*.json.gz"))))
+        done.append(records())
     rest = killed.finish()
     print(f"undisturbed {seconds:.0f} s, records at each kill {done}, the last run {rest:.0f} s")
     assert killed.outcome() == whole.outcome()
     assert {"table1_results.log", "table1_formatted.md", "table1.csv", "manifest"} <= killed.outcome().keys()
-    assert len(list((killed.folder / "work").rglob("*.json.gz"))) == 1 + 2
+    assert records() == 1 + 2 and 0 < max(done) < 3
     assert killed.leftovers() == []
