@@ -171,6 +171,24 @@ def test_center_crop_is_the_paper_presets_and_can_be_replaced():
     assert "center_crop" not in resolve(RunConfig(), "table1").preset.evaluate
 
 
+def test_a_policy_acts_in_the_units_it_learned_the_suite_in(tmp_path):
+    """The start from its own demonstrations of the suite, where it has some; a fine-tuned policy from the target's."""
+    s, jobs = table_in(tmp_path)
+
+    def units(name):
+        command = commands_of(s, jobs[name])[-1]
+        return command[command.index("--unnorm_key") + 1]
+
+    spatial, start_tasks = "perturbed@libero_spatial", "start_tasks@libero_object"
+    assert units(f"evaluate/start--spatial--seed0/{spatial}") == "libero_spatial_start_no_noops"
+    assert units(f"evaluate/plain--spatial--seed0/{spatial}") == "libero_spatial_displaced_no_noops"
+    for method in ("start", "plain"):
+        assert units(f"evaluate/{method}--spatial--seed0/{start_tasks}") == "libero_object_start_no_noops"
+    measured = "measure/plain--spatial--seed0/held_out/libero_"
+    assert units(f"{measured}spatial_displaced_no_noops") == "libero_spatial_start_no_noops"
+    assert units(f"{measured}object_start_no_noops") == "libero_object_start_no_noops"
+
+
 def test_flags_that_were_without_effect():
     assert resolve(RunConfig(dataset_suffix=""), "table1").preset.dataset("libero_goal") == "libero_goal"
     assert resolve(RunConfig(preset="qwen25-0_5b", collect_demos=True), "table1").preset.collect == {}
