@@ -190,6 +190,7 @@ def test_expert_solves_a_task_without_idle_steps_and_repeats_itself(env):
         "lift",
         "place",
     ]
+    assert phases.count("close") < ExpertSettings().close_steps  # it lifts when the fingers hold the bottle
     np.testing.assert_array_equal(solve(env, 0)[1], actions)
 
 
