@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from craft_experiments.settings import ROOT, Settings
-from craft_experiments.tables import PRO_SUFFIX, Cell, Demonstrations, Evaluation, Kind, Role
+from craft_experiments.tables import PRO_SUFFIX, Cell, Demonstrations, Evaluation, Kind, Preset, Role
 
 _START_KINDS = (Kind.START_TASKS, Kind.START_TASKS_START_HEAD)
 
@@ -123,7 +123,7 @@ def evaluation_command(s: Settings, cell: Cell, evaluation: Evaluation, checkpoi
     if task_ids:
         flags["task_ids"] = task_ids
     if cell.method.role is Role.REPLAY:
-        flags |= {"control": "replay", "replay_dataset": dataset_dir(s, dataset)}
+        flags |= {"control": "replay", "replay_dataset": dataset_dir(s, replayed(p, evaluation))}
     else:
         flags = {"pretrained_checkpoint": checkpoint, **flags}
     script = "experiments/robot/libero/run_libero_eval.py"
@@ -148,8 +148,15 @@ def evaluation_dir(s: Settings, cell: Cell, evaluation: Evaluation) -> Path:
     return s.logs_dir / cell.name / evaluation.name
 
 
-def dataset_dir(s: Settings, dataset: str) -> Path:
-    """Version folder of a data set, `.../{name}/1.0.0`; the bare name when there is none yet."""
-    root = Path(s.preset.data_root_dir) / dataset
+def replayed(preset: Preset, evaluation: Evaluation) -> Demonstrations:
+    """What the replay control takes its actions from. The start's tasks have no other demonstrations than held-out
+    ones.
+    """
+    return preset.held_out()[0] if evaluation.kind in _START_KINDS else preset.demonstrations(evaluation.suite)
+
+
+def dataset_dir(s: Settings, data: Demonstrations) -> Path:
+    """Version folder of a data set, `.../{name}/1.0.0`, also when there is none yet."""
+    root = Path(data_root(s, data)) / data.dataset
     versions = sorted(root.glob("[0-9]*"))
     return versions[-1] if versions else root / "1.0.0"

@@ -15,6 +15,7 @@ from craft_experiments.commands import (
     interpolate_command,
     measure_command,
     portable,
+    replayed,
     train_command,
 )
 from craft_experiments.common_utils.log_parser import extract_checkpoint_path
@@ -79,7 +80,9 @@ def _add_request(s: Settings, jobs: dict[str, Job], request: Request) -> None:
     cell = request.cell
     before = _add_policy(s, jobs, cell)
     for evaluation in request.evaluations:
-        _add(jobs, Job(Stage.EVALUATE, cell=cell, evaluation=evaluation, after=before))
+        is_replay = cell.method.role is Role.REPLAY
+        after = _add_data(s, jobs, replayed(s.preset, evaluation)) if is_replay else before
+        _add(jobs, Job(Stage.EVALUATE, cell=cell, evaluation=evaluation, after=after))
     for data in request.measured:
         _add(jobs, Job(Stage.MEASURE, cell=cell, data=data, after=before + _add_data(s, jobs, data)))
 
@@ -87,13 +90,13 @@ def _add_request(s: Settings, jobs: dict[str, Job], request: Request) -> None:
 def _add_policy(s: Settings, jobs: dict[str, Job], cell: Cell) -> tuple[str, ...]:
     """The job that makes the policy of a cell, with its predecessors; what an evaluation of it has to wait for."""
     role = cell.method.role
-    if role is Role.START:
+    if role in (Role.START, Role.REPLAY):
         return ()
     if role is Role.INTERPOLATED:
         parent = parent_of(s, cell)
         return _add(jobs, Job(Stage.INTERPOLATE, cell=cell, after=_add_policy(s, jobs, parent)))
     data = tuple(name for suite in cell.suites for name in _add_data(s, jobs, s.preset.demonstrations(suite)))
-    return data if role is Role.REPLAY else _add(jobs, Job(Stage.TRAIN, cell=cell, after=data))
+    return _add(jobs, Job(Stage.TRAIN, cell=cell, after=data))
 
 
 def parent_of(s: Settings, cell: Cell) -> Cell:

@@ -28,6 +28,7 @@ from craft_experiments.jobs import (
     with_followers,
 )
 from craft_experiments.settings import RunConfig, resolve
+from craft_experiments.tables import TABLES
 
 REPO = Path(__file__).parents[2]
 FILES = ("record", "policy", "data")
@@ -187,6 +188,25 @@ def test_a_policy_acts_in_the_units_it_learned_the_suite_in(tmp_path):
     measured = "measure/plain--spatial--seed0/held_out/libero_"
     assert units(f"{measured}spatial_displaced_no_noops") == "libero_spatial_start_no_noops"
     assert units(f"{measured}object_start_no_noops") == "libero_object_start_no_noops"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_demonstrations_are_collected_before_they_are_read(tmp_path, name):
+    s = resolve(RunConfig(preset="tiny", data_root_dir=str(tmp_path / "data")), name)
+    jobs = plan(s, wanted_table(s, name))
+    read = {}
+    for job in jobs.values():
+        (command, *_), before = commands_of(s, job)[-1:], [jobs[after] for after in job.after]
+        made = [product(s, other)[1].parent for other in before if other.stage is Stage.COLLECT]
+        if "--replay_dataset" in command:
+            assert made == [Path(command[command.index("--replay_dataset") + 1])]
+        elif "--data_root_dir" in command:
+            root, names = (command[command.index(flag) + 1] for flag in ("--data_root_dir", "--dataset_name"))
+            assert {folder.parent for folder in made} == {Path(root, part) for part in names.split(",")}
+        else:
+            continue
+        read[job.name] = made
+    assert any("replay" in job for job in read) and any("plain" in job for job in read)
 
 
 def test_flags_that_were_without_effect():
