@@ -9,7 +9,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 from craft_experiments.common_utils.statistics import mean_and_half_width
 from craft_experiments.table_data import (
@@ -178,6 +178,24 @@ def measure_grid(data: TableData, measures: Sequence[Measure]) -> Grid | None:
             rows.append(GridRow(label, cells))
     units = tuple(f"({measure.unit})" if measure.unit else "" for measure in shown)
     return Grid("method", tuple(measure.label for measure in shown), units, tuple(rows)) if rows else None
+
+
+def trade_off_grid(data: TableData) -> Grid | None:
+    """Action error on the target against forgetting, best error first, and which rows have a lower mean of both."""
+    found = {}
+    for (key, training), values in data.values.items():
+        if values.get("l1_target") and values.get("forgetting"):
+            found[key, training] = [values[measure] for measure in ("l1_target", "forgetting")]
+    means = {place: [fmean(numbers.values()) for numbers in pair] for place, pair in found.items()}
+    labels = {method.key: method.label for method in data.competitors}
+    rows = []
+    for key, training in sorted(((k, t) for k, t in means if k in labels), key=means.__getitem__):
+        error, forgetting = means[key, training]
+        better = [labels[k] for k, t in means if k in labels and means[k, t][0] < error and means[k, t][1] < forgetting]
+        texts = [number_text(values, "") for values in found[key, training]]
+        rows.append(GridRow(labels[key], (*texts, "; ".join(better) or "none")))
+    header = ("action error on the target (L1)", "forgetting (L1)", "rows with a lower mean of both")
+    return Grid("method", ("",) * len(header), header, tuple(rows)) if len(rows) > 1 else None
 
 
 def budget_grid(data: TableData) -> Grid | None:

@@ -45,6 +45,7 @@ from craft_experiments.table_formats import (
     pairs_csv,
     success_csv,
     success_grid,
+    trade_off_grid,
 )
 from craft_experiments.tables import PRESETS, Method, Preset, Role, Table
 
@@ -160,6 +161,13 @@ def _measures(data: TableData) -> list[str]:
             *markdown(grid),
             "",
         ]
+    grid = trade_off_grid(data)
+    if grid is not None:
+        lines += [
+            "What is learned against what is lost, lowest action error first; held-out demonstrations of both.",
+            "",
+        ]
+        lines += [*markdown(grid), ""]
     grid = measure_grid(data, TRAINING_MEASURES)
     if grid is not None:
         lines += ["## Training", ""]

@@ -6,6 +6,7 @@ import pytest
 from craft_experiments.hypotheses import PairedTest, closest, page, verdicts
 from craft_experiments.jobs import Stage, plan
 from craft_experiments.table_data import load, training_of
+from craft_experiments.table_formats import trade_off_grid
 from craft_experiments.tables import table
 
 SEEDS = (0, 1, 2)
@@ -97,3 +98,22 @@ def test_paired_test_is_the_textbook_one():
     assert PairedTest((-0.4, -0.5, -0.6), 0.0).p == pytest.approx(0.00655, abs=1e-4)
     assert PairedTest((-0.4, -0.5, -0.6), -0.5).p == pytest.approx(0.5)
     assert PairedTest((0.0, 0.0), 0.0).p == 1.0 and PairedTest((-1.0, -1.0), 0.0).p == 0.0
+
+
+def test_rows_that_learn_more_and_forget_less_are_named(tmp_path):
+    forgets = {"plain": 0.3, "craft": 0.2, "frozen": 0.1}
+    errs = {"plain": 0.1, "craft": 0.2, "frozen": 0.15}
+    data, _ = decide(
+        tmp_path,
+        forgetting=lambda key, seed: forgets.get(key, 0.5) + jitter(seed),
+        error=lambda key, seed: errs.get(key, 0.5) - jitter(seed),
+        drift=lambda key, seed: 1.0,
+    )
+    grid = trade_off_grid(data)
+    assert [row.label for row in grid.rows][:3] == ["plain fine-tuning", "frozen VLM", "CRaFT, budget 0.01"]
+    better = [set(row.cells[2].split("; ")) for row in grid.rows]
+    assert better[:3] == [{"none"}, {"none"}, {"frozen VLM"}]
+    assert len(better) > 3 and all(
+        names == {"plain fine-tuning", "frozen VLM", "CRaFT, budget 0.01"} for names in better[3:]
+    )
+    assert grid.rows[0].cells[:2] == ("0.1 ± 0.0025", "0.3 ± 0.0025")
