@@ -200,6 +200,7 @@ def test_demonstrations_are_collected_before_they_are_read(tmp_path, name):
         made = [product(s, other)[1].parent for other in before if other.stage is Stage.COLLECT]
         if "--replay_dataset" in command:
             assert made == [Path(command[command.index("--replay_dataset") + 1])]
+            assert [jobs[after].data.task_ids for after in job.after] == [command[command.index("--task_ids") + 1]]
         elif "--data_root_dir" in command:
             root, names = (command[command.index(flag) + 1] for flag in ("--data_root_dir", "--dataset_name"))
             assert {folder.parent for folder in made} == {Path(root, part) for part in names.split(",")}
