@@ -34,7 +34,7 @@ from craft_experiments.jobs import (
     missing,
     record_of,
 )
-from craft_experiments.records import METRICS, RETENTION, State, locked, set_states, write_record
+from craft_experiments.records import METRICS, RETENTION, State, locked, read_record, set_states, write_record
 from craft_experiments.settings import ROOT, Settings
 
 _CODES = {
@@ -152,13 +152,28 @@ def _finish(s: Settings, job: Job, command: Sequence[str], seconds: float) -> No
         if not is_trained(s, job.cell):
             reason = f"stopped before its last step, at {checkpoint_of(s, job.cell)}; the same command continues it"
             raise JobFailed(FailureCode.TRAINING_FAILED, reason)
-        write_record(record_of(s, job), facts | {"metrics": _metrics(s.runs_dir / job.cell.name / "metrics.jsonl")})
+        _keep_training(s, job, facts | {"metrics": _metrics(s.runs_dir / job.cell.name / "metrics.jsonl")})
         set_states(s.records_dir, {job.cell.name: State.TRAINED})
     elif job.stage is Stage.EVALUATE:
         write_record(record_of(s, job), facts | _outcome(evaluation_dir(s, job.cell, job.evaluation)))
     elif job.stage is Stage.MEASURE:
         measured = json.loads(measurement_file(s, job).read_text(encoding="utf-8"))
         write_record(record_of(s, job), facts | {RETENTION: measured})
+
+
+def _keep_training(s: Settings, job: Job, record: dict[str, Any]) -> None:
+    """Write the record of a training. One that is there stays, for evaluations of its policy are there as well.
+
+    The same command gives another policy from other demonstrations, or on another kind of processor.
+    """
+    path = record_of(s, job)
+    if not path.exists():
+        write_record(path, record)
+    elif read_record(path)["metrics"] != record["metrics"]:
+        say(
+            f"{job.name}: trained again, and not as in {path}, which stays (demonstrations or processor are not the "
+            f"same). To measure everything on the new policy delete {path.parent}"
+        )
 
 
 def _metrics(path: Path) -> dict[str, list]:

@@ -9,6 +9,7 @@ that runs twice at the same time fails and says so in STUB_VIOLATIONS.
     STUB_<FAILURE>    suites for which COLLECT_FAILS, TRAIN_FAILS, NO_CHECKPOINT, STOPS_EARLY, EVAL_FAILS, CONSOLE_ONLY,
                       NO_FINAL_LINE or OTHER_EPISODES happens
     STUB_QUIET        no line per step or episode: the program outlives a driver that is killed
+    STUB_PROCESSOR    trainings on processors of another name have other losses
     STUB_HASHED       outcomes depend on cell and seed; otherwise every fourth trial fails
 """
 
@@ -97,7 +98,8 @@ def train() -> None:
     for step in range(begin + save, last + 1, save):
         pause()
         with metrics.open("a") as stream:
-            stream.write(json.dumps({"step": step, "VLA Train/Loss": chance(name, step)}) + "\n")
+            loss = chance(name, step, *os.environ.get("STUB_PROCESSOR", "").split())
+            stream.write(json.dumps({"step": step, "VLA Train/Loss": loss}) + "\n")
         progress(f"step {step}")
         if not happens("NO_CHECKPOINT", suite):
             folder_at_once(root / f"{name}--{step}_chkpt", "weights", f"{name} {step}\n")

@@ -162,6 +162,20 @@ def test_a_training_that_was_asked_to_stop_is_continued(drive):
     assert [json.loads(line)["step"] for line in metrics] == [5000, 10000, 15000, 20000]
 
 
+@pytest.mark.parametrize("processor", ["", "another"])
+def test_the_record_of_a_training_stays_with_its_evaluations(drive, processor):
+    drive(SUITES="libero_goal")
+    folder = drive.work / "qwen25-0_5b"
+    training = folder / "records/craft--goal--seed0/training.json.gz"
+    before = training.read_bytes()
+    shutil.rmtree(folder / "runs")
+    training.with_name("perturbed@libero_goal.json.gz").unlink()
+    done, calls = drive(SUITES="libero_goal", STUB_PROCESSOR=processor)
+    assert done.returncode == 0 and stages(calls) == ["train libero_goal_no_noops", "evaluate libero_goal_swap"]
+    assert training.read_bytes() == before
+    assert (f"trained again, and not as in {training}, which stays" in done.stdout) == bool(processor)
+
+
 def test_a_log_that_contradicts_the_episodes_is_no_result(drive):
     done, _ = drive(SUITES="libero_goal", STUB_OTHER_EPISODES="libero_goal")
     assert done.returncode == 1
