@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from prismatic.training import loop
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.loop import Trainer, seed_everything
+from prismatic.training.retention import to_device
 from prismatic.training.setup import build_setup
 from prismatic.training.step import NonFiniteLossError, action_loss
 
@@ -37,12 +38,24 @@ def build(scenario: dict) -> Trainer:
     }
     cfg = FinetuneConfig(**flags | scenario["flags"])
     seed_everything(cfg.seed)
-    trainer = Trainer(cfg, build_setup(cfg), Accelerator(cpu=True))
+    setup = build_setup(cfg)
+    loop.to_device = to_device
+    if scenario.get("double"):
+        # L_ret is a difference of nearly equal features: in float32 its rounding depends on the batch and processor.
+        setup.model.double()
+        loop.to_device = in_double
+    trainer = Trainer(cfg, setup, Accelerator(cpu=True))
     if scenario.get("sgd"):
         # AdamW's first steps are sign(gradient), which turns rounding of tiny gradients into full steps.
         trainer.optimizer = torch.optim.SGD([p for p in trainer.bare_model.parameters() if p.requires_grad], lr=0.1)
         trainer.cfg.learning_rate = 0.1
     return trainer
+
+
+def in_double(batch: dict, device: torch.device) -> dict:
+    moved = to_device(batch, device)
+    floating = {k: v.double() for k, v in moved.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    return moved | floating
 
 
 def train(scenario: dict) -> dict:
