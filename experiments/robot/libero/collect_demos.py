@@ -447,7 +447,7 @@ def fix_kernels() -> None:
     command gave other demonstrations on another processor.
     """
     found = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
-    if "AVX2" in found or "X86_V3" in found:  # the same processors, named differently since numpy 2.4
+    if "AVX2" in found or "X86_V3" in found:  # the same; the name depends on the version
         os.environ.setdefault(KERNELS_VARIABLE, "Haswell")
 
 
