@@ -36,6 +36,7 @@ from craft_experiments.jobs import (
 )
 from craft_experiments.records import METRICS, RETENTION, State, locked, read_record, set_states, write_record
 from craft_experiments.settings import ROOT, Settings
+from experiments.robot.libero.kernels import fixed_kernels
 
 _CODES = {
     Stage.COLLECT: FailureCode.TRAINING_FAILED,
@@ -222,7 +223,8 @@ def _run(s: Settings, job: Job, command: list[str], lock: int) -> None:
     log = log_file(s, job)
     log.parent.mkdir(parents=True, exist_ok=True)
     say(f"{job.name}: {shlex.join(portable(command))}")
-    environment = os.environ | {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    environment = fixed_kernels() | os.environ  # what the user set wins
+    environment |= {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     if s.slots > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // s.slots)))
     # The program inherits the lock of its job: if this one is killed, the next driver waits until the program is over.

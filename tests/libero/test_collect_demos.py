@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
-import multiprocessing
-import platform
-import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -286,25 +280,6 @@ def test_finished_episodes_are_ordered_and_restricted_to_the_run(tmp_path):
 def test_task_ids_outside_the_suite_are_refused(tmp_path, without_simulator):
     with pytest.raises(ValueError, match=r"tasks 0\.\.9"):
         collect(settings(tmp_path, task_ids=(3, 10)))
-
-
-def openblas_kernels() -> str:
-    """Name of the processor that numpy's OpenBLAS computes for in this process."""
-    (library,) = (Path(np.__file__).parents[1] / "numpy.libs").glob("*openblas*")
-    name = ctypes.CDLL(str(library)).scipy_openblas_get_corename64_
-    name.restype = ctypes.c_char_p
-    return name().decode()
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="about numpy's wheel for Linux")
-@pytest.mark.parametrize("chosen", ["", "Sandybridge"])
-def test_collecting_processes_compute_alike_on_every_processor(monkeypatch, chosen):
-    monkeypatch.setenv("OPENBLAS_CORETYPE", chosen)
-    if not chosen:
-        monkeypatch.delenv("OPENBLAS_CORETYPE")
-    collect_demos.fix_kernels()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        assert pool.submit(openblas_kernels).result() == (chosen or "Haswell")
 
 
 def test_command_line(tmp_path):

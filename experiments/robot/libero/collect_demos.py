@@ -38,6 +38,7 @@ from experiments.robot.libero.expert import (
     is_noop,
 )
 from experiments.robot.libero.init_noise import InitNoiseError, displace_objects
+from experiments.robot.libero.kernels import fixed_kernels
 from experiments.robot.libero.simulator import (
     LiberoEnv,
     LiberoTask,
@@ -55,7 +56,6 @@ REPORT_FILE = "collection_report.json"
 VERSION = "1.0.0"
 MEGABYTE = 1_000_000
 MAX_SETTLING_SHIFT = 0.02  # metres
-KERNELS_VARIABLE = "OPENBLAS_CORETYPE"
 
 
 class CollectionError(RuntimeError):
@@ -397,7 +397,7 @@ def _finish(settings: CollectSettings) -> Path:
     empty = [task for task, counts in report.items() if not counts["episodes"]]
     if empty:
         raise CollectionError(f"no episode of task {', '.join(empty)}; see {settings.scratch / REPORT_FILE}")
-    versions = simulator_versions() | {"kernels": os.environ.get(KERNELS_VARIABLE, "")}
+    versions = simulator_versions() | {"kernels": os.environ.get("OPENBLAS_CORETYPE", "")}
     metadata = settings.fingerprint() | {"versions": versions, "tasks": report}
     episodes = (load_episode(path, index) for index, path in enumerate(finished_episodes(settings)))
     shape = (settings.image_size, settings.image_size, 3)
@@ -440,20 +440,10 @@ def _check_fingerprint(settings: CollectSettings) -> None:
         )
 
 
-def fix_kernels() -> None:
-    """Let processes started from here compute with OpenBLAS's kernels for AVX2; a choice of the user's stays.
-
-    By default the library takes the widest kernels that the processor has. They round differently, so that the same
-    command gave other demonstrations on another processor.
-    """
-    found = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
-    if "AVX2" in found or "X86_V3" in found:  # the same; the name depends on the version
-        os.environ.setdefault(KERNELS_VARIABLE, "Haswell")
-
-
 def _run_processes(settings: CollectSettings) -> None:
     """Run all shares, `num_workers` at a time, each in a fresh process (memory is returned only by ending it)."""
-    fix_kernels()
+    for name, value in fixed_kernels().items():
+        os.environ.setdefault(name, value)
     context = multiprocessing.get_context("spawn")
     waiting = run_shares(settings)
     running: list[tuple[Share, Any]] = []

@@ -1,0 +1,17 @@
+"""The same rounding on every x86-64 processor."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def fixed_kernels() -> dict[str, str]:
+    """Environment in which numpy's OpenBLAS rounds alike on all processors with AVX2; {} where there is none.
+
+    By default the library takes the widest kernels that the processor has. They round differently, robosuite's
+    controller passes that on, and contacts amplify it: the same command gave other demonstrations on another processor.
+    The library reads the variable when it is loaded, so it is for processes that are started afterwards.
+    """
+    found = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
+    has_avx2 = "AVX2" in found or "X86_V3" in found  # the same; the name depends on numpy's version
+    return {"OPENBLAS_CORETYPE": "Haswell"} if has_avx2 else {}
