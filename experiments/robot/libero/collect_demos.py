@@ -118,7 +118,8 @@ class CollectSettings:
     def fingerprint(self) -> dict[str, Any]:
         """What two runs must share to continue each other (not the number of episodes, tasks or workers)."""
         modes = {"render_mode": self.render_mode.value, "reset_mode": self.reset_mode.value}
-        content = asdict(self) | modes | {"expert": describe_expert()}
+        kernels = (fixed_kernels() | os.environ).get("OPENBLAS_CORETYPE", "")
+        content = asdict(self) | modes | {"expert": describe_expert(), "kernels": kernels}
         for name in ("task_ids", "output_dir", "dataset_name", "episodes_per_task", "num_workers"):
             del content[name]
         return content
@@ -397,8 +398,7 @@ def _finish(settings: CollectSettings) -> Path:
     empty = [task for task, counts in report.items() if not counts["episodes"]]
     if empty:
         raise CollectionError(f"no episode of task {', '.join(empty)}; see {settings.scratch / REPORT_FILE}")
-    versions = simulator_versions() | {"kernels": os.environ.get("OPENBLAS_CORETYPE", "")}
-    metadata = settings.fingerprint() | {"versions": versions, "tasks": report}
+    metadata = settings.fingerprint() | {"versions": simulator_versions(), "tasks": report}
     episodes = (load_episode(path, index) for index, path in enumerate(finished_episodes(settings)))
     shape = (settings.image_size, settings.image_size, 3)
     written = write_rlds(settings.target, settings.dataset_name, episodes, image_shape=shape, metadata=metadata)

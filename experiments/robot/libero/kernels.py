@@ -1,4 +1,4 @@
-"""The same rounding on every x86-64 processor."""
+"""One choice of numerical kernels, whatever the processor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def fixed_kernels() -> dict[str, str]:
-    """Environment in which numpy's OpenBLAS rounds alike on all processors with AVX2; {} where there is none.
+    """Environment in which numpy's OpenBLAS takes the same kernels on all processors with AVX2; {} without AVX2.
 
     By default the library takes the widest kernels that the processor has. They round differently, robosuite's
     controller passes that on, and contacts amplify it: the same command gave other demonstrations on another processor.
