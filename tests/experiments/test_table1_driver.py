@@ -213,7 +213,14 @@ def test_output_is_on_the_terminal_while_a_program_runs(drive, tmp_path):
 def test_ctrl_c_ends_the_run(drive, tmp_path):
     environment = drive.environment(STUB_SLEEP="0.2")
     process = subprocess.Popen(
-        ["bash", str(DRIVER)], env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True
+        ["bash", str(DRIVER)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        start_new_session=True,
+        # A test run in a script's background ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         for line in process.stdout:

@@ -1,6 +1,7 @@
 """Programs that simulate compute with the same kernels on every processor."""
 
 import ctypes
+import os
 import platform
 import sys
 from pathlib import Path
@@ -45,7 +46,9 @@ def expected(request, monkeypatch):
 
 def test_collecting_processes(monkeypatch, tmp_path, expected):
     monkeypatch.setattr(collect_demos, "collect_share", note_kernels)
+    before = dict(os.environ)
     collect_demos._run_processes(CollectSettings("libero_object", (0, 3), str(tmp_path), "d"))
+    assert os.environ == before
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"task0": expected, "task3": expected}
 
 

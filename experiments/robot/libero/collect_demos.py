@@ -38,7 +38,7 @@ from experiments.robot.libero.expert import (
     is_noop,
 )
 from experiments.robot.libero.init_noise import InitNoiseError, displace_objects
-from experiments.robot.libero.kernels import fixed_kernels
+from experiments.robot.libero.kernels import fixed_kernels, kernels_for_children
 from experiments.robot.libero.simulator import (
     LiberoEnv,
     LiberoTask,
@@ -442,8 +442,6 @@ def _check_fingerprint(settings: CollectSettings) -> None:
 
 def _run_processes(settings: CollectSettings) -> None:
     """Run all shares, `num_workers` at a time, each in a fresh process (memory is returned only by ending it)."""
-    for name, value in fixed_kernels().items():
-        os.environ.setdefault(name, value)
     context = multiprocessing.get_context("spawn")
     waiting = run_shares(settings)
     running: list[tuple[Share, Any]] = []
@@ -452,7 +450,8 @@ def _run_processes(settings: CollectSettings) -> None:
         while waiting and len(running) < settings.num_workers:
             share = waiting.pop(0)
             process = context.Process(target=collect_share, args=(settings, share))
-            process.start()
+            with kernels_for_children():
+                process.start()
             running.append((share, process))
         running[0][1].join(timeout=1.0)
         for share, process in [pair for pair in running if not pair[1].is_alive()]:

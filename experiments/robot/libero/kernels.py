@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 import numpy as np
 
 
@@ -15,3 +19,18 @@ def fixed_kernels() -> dict[str, str]:
     found = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
     has_avx2 = "AVX2" in found or "X86_V3" in found  # the same; the name depends on numpy's version
     return {"OPENBLAS_CORETYPE": "Haswell"} if has_avx2 else {}
+
+
+@contextlib.contextmanager
+def kernels_for_children() -> Iterator[None]:
+    """Processes started inside take the fixed kernels; what the user set wins.
+
+    Afterwards the environment is as before: a later child must not compute otherwise than this process.
+    """
+    added = {name: value for name, value in fixed_kernels().items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
