@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-
-import numpy as np
+from pathlib import Path
 
 
 def fixed_kernels() -> dict[str, str]:
-    """Environment in which numpy's OpenBLAS takes the same kernels on all processors with AVX2; {} without AVX2.
+    """Environment in which numpy's OpenBLAS takes the same kernels on all processors with AVX2 under Linux; else {}.
 
     By default the library takes the widest kernels that the processor has. They round differently, robosuite's
     controller passes that on, and contacts amplify it: the same command gave other demonstrations on another processor.
     The library reads the variable when it is loaded, so it is for processes that are started afterwards.
     """
-    found = np.show_config(mode="dicts")["SIMD Extensions"]["found"]
-    has_avx2 = "AVX2" in found or "X86_V3" in found  # the same; the name depends on numpy's version
+    processor = Path("/proc/cpuinfo")  # numpy names its features differently in each version
+    has_avx2 = processor.is_file() and "avx2" in processor.read_text().split()
     return {"OPENBLAS_CORETYPE": "Haswell"} if has_avx2 else {}
 
 
