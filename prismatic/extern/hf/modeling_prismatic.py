@@ -1,40 +1,36 @@
 """Vision-language model with action queries: published module names, causal LLM, CRaFT feature outputs.
 
-Multimodal sequence of one row: [text 0 | N patches | text 1..P-1 | Q action queries | right padding]. A text index
-i >= 1 therefore sits at absolute position N + i.
+Where the tokens of the multimodal sequence lie and what is cut out of it: `prismatic/models/bridge.py`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, PrismaticConfig
+from prismatic.extern.hf.language_body import first_layers, hide_right_padding, plain_causal_mask
+from prismatic.extern.hf.published_inputs import (
+    ACTION_TOKEN_BEGIN_IDX,  # noqa: F401 -- published here
+    IGNORE_INDEX,  # noqa: F401 -- published here
+    action_mask_from_labels,
+    check_compat,
+    check_unsupported,
+)
+from prismatic.extern.hf.vision_backbone import PrismaticProjector, PrismaticVisionBackbone
 from prismatic.extern.hf.vision_transformer import AttentionPool, LayerScale, VisionTransformer
+from prismatic.models.bridge import BridgeLayout, CrTokenMode, resolve_craft_layer
 
-IGNORE_INDEX = -100
-# Labels above this id count as action tokens (Qwen2.5 tokenizer vocabulary 151643 minus 256 bins minus 1).
-ACTION_TOKEN_BEGIN_IDX = 151386
 _TIED = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
-
-
-class CrTokenMode(str, Enum):
-    """Tokens that make up the raw latent C_R."""
-
-    VISION_ONLY = "vision_only"
-    VISION_PLUS_PROMPT = "vision_plus_prompt"
 
 
 @dataclass
@@ -50,85 +46,6 @@ class PrismaticCausalLMOutputWithPast(ModelOutput):
     raw_latent_features: torch.FloatTensor | None = None  # (B, N, D); (B, S, D) in vision_plus_prompt mode
     raw_latent_mask: torch.BoolTensor | None = None  # (B, S), only in vision_plus_prompt mode
     action_query_features: torch.FloatTensor | None = None  # (B, Q, D)
-
-
-class PrismaticVisionBackbone(nn.Module):
-    """One or two vision towers; features of fused towers are concatenated on the feature axis, first tower first."""
-
-    def __init__(self, config: PrismaticConfig) -> None:
-        """Towers are named `featurizer` and, when fused, `fused_featurizer`."""
-        super().__init__()
-        self.config = config
-        specs = config.tower_specs()
-        self.featurizer = VisionTransformer(specs[0])
-        if len(specs) == 2:
-            self.fused_featurizer = VisionTransformer(specs[1])
-        self.embed_dim = sum(spec.embed_dim for spec in specs)
-
-    @property
-    def towers(self) -> list[VisionTransformer]:
-        """The towers in channel order of `pixel_values`."""
-        return [self.featurizer] + ([self.fused_featurizer] if hasattr(self, "fused_featurizer") else [])
-
-    def get_num_patches(self) -> int:
-        """Patches per image."""
-        return self.featurizer.spec.num_patches
-
-    @property
-    def num_images_in_input(self) -> int:
-        """Images per sample, kept in the configuration so that it is saved with the model."""
-        return self.config.num_images_in_input
-
-    def get_num_images_in_input(self) -> int:
-        """Images per sample."""
-        return self.num_images_in_input
-
-    def set_num_images_in_input(self, num_images_in_input: int) -> None:
-        """Set the images per sample (>= 1, ValueError otherwise)."""
-        if num_images_in_input < 1:
-            raise ValueError(f"num_images_in_input: expected at least 1, got {num_images_in_input}")
-        self.config.num_images_in_input = num_images_in_input
-
-    @property
-    def num_vision_tokens(self) -> int:
-        """N: vision tokens per sample."""
-        return self.get_num_patches() * self.num_images_in_input
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3*towers*n, H, W) -> features (B, N, embed_dim), images in order on the token axis.
-
-        Raises ValueError when the channel count does not match the number of images.
-        """
-        towers, images = self.towers, self.num_images_in_input
-        batch, channels, height, width = pixel_values.shape
-        if channels != 3 * len(towers) * images:
-            raise ValueError(
-                f"pixel_values: expected {3 * len(towers) * images} channels for num_images_in_input={images} and "
-                f"{len(towers)} tower(s), found {channels}"
-            )
-        # Cameras join the batch axis: one call per tower instead of one per image.
-        folded = pixel_values.view(batch * images, len(towers), 3, height, width)
-        features = torch.cat([tower(folded[:, index]) for index, tower in enumerate(towers)], dim=-1)
-        return features.reshape(batch, -1, self.embed_dim)
-
-
-class PrismaticProjector(nn.Module):
-    """MLP from vision width to LLM width: three layers for fused towers, two otherwise, GELU between."""
-
-    def __init__(self, use_fused: bool, vision_dim: int, llm_dim: int, hidden_multiplier: int = 4) -> None:
-        """`hidden_multiplier` sets the first layer's width (fused only, in units of `vision_dim`)."""
-        super().__init__()
-        self.fused = use_fused
-        hidden = hidden_multiplier * vision_dim if use_fused else llm_dim
-        self.fc1 = nn.Linear(vision_dim, hidden)
-        self.fc2 = nn.Linear(hidden, llm_dim)
-        if use_fused:
-            self.fc3 = nn.Linear(llm_dim, llm_dim)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, N, vision_dim) -> (B, N, llm_dim)."""
-        x = self.fc2(F.gelu(self.fc1(features)))
-        return self.fc3(F.gelu(x)) if self.fused else x
 
 
 class PrismaticPreTrainedModel(PreTrainedModel):
@@ -225,6 +142,11 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
 
     # ---------------------------------------------------------------------------------------------- token layout
 
+    @property
+    def bridge_layout(self) -> BridgeLayout:
+        """Token layout for the present number of images."""
+        return BridgeLayout(self.vision_backbone.num_vision_tokens, self.num_action_queries)
+
     def resolve_action_mask(self, action_mask: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor:
         """Bool (B, L) mask of the action-query slots, from `action_mask` or, failing that, from `labels`.
 
@@ -233,30 +155,15 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         if action_mask is None and labels is None:
             raise ValueError("a multimodal forward needs `action_mask` or `labels` to place the action queries")
         mask = action_mask.bool() if action_mask is not None else action_mask_from_labels(labels)
-        counts = mask.sum(dim=1)
-        if not bool((counts == self.num_action_queries).all()):
-            raise ValueError(f"action mask: expected {self.num_action_queries} slots per row, found {counts.tolist()}")
+        self.bridge_layout.require_query_slots(mask)
         return mask
-
-    def _multimodal_mask(self, text_mask: torch.Tensor, vision_value: bool) -> torch.Tensor:
-        """Text mask (B, L) -> multimodal mask (B, N+L) with `vision_value` at the patches."""
-        fill = text_mask.new_full((text_mask.shape[0], self.vision_backbone.num_vision_tokens), vision_value)
-        return torch.cat([text_mask[:, :1], fill, text_mask[:, 1:]], dim=1)
-
-    def _query_positions(self, action_mask: torch.Tensor) -> torch.Tensor:
-        """Absolute multimodal positions (B, Q) int64 of the action queries, in order."""
-        # A stable sort puts the slots first, in order; `nonzero` would wait for the device to learn how many there are.
-        order = torch.sort(action_mask.byte(), dim=1, descending=True, stable=True).indices
-        text_positions = order[:, : self.num_action_queries]
-        return text_positions + self.vision_backbone.num_vision_tokens
 
     def _embed_text(self, input_ids: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
         """Token embeddings (B, L, D) with the action-query table at the masked slots."""
         # Placeholder ids only mark slots; id 0 is always a valid row of the table.
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(action_mask, 0))
         queries = self.action_queries.weight.to(embeddings.dtype)
-        slot = (action_mask.long().cumsum(dim=1) - 1).clamp(min=0, max=self.num_action_queries - 1)
-        return torch.where(action_mask.unsqueeze(-1), queries[slot], embeddings)
+        return self.bridge_layout.fill_query_slots(embeddings, queries, action_mask)
 
     def _multimodal_inputs(
         self,
@@ -265,12 +172,12 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         projected: torch.Tensor,
         action_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings (B, N+L, D) and padding mask (B, N+L) of [text 0 | patches | rest of the text]."""
+        """Embeddings (B, N+L, D) and padding mask (B, N+L) of the multimodal sequence."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
-        text = self._embed_text(input_ids, action_mask)
-        embeddings = torch.cat([text[:, :1], projected.to(text.dtype), text[:, 1:]], dim=1)
-        return embeddings, self._multimodal_mask(attention_mask.bool(), True)
+        layout, text = self.bridge_layout, self._embed_text(input_ids, action_mask)
+        embeddings = layout.insert_patches(text, projected.to(text.dtype))
+        return embeddings, layout.multimodal_mask(attention_mask.bool(), True)
 
     # --------------------------------------------------------------------------------------------------- forward
 
@@ -312,8 +219,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             compat: published arguments without a role here; diffusion and FiLM inputs must be None/False.
         Raises ValueError for inconsistent images, masks or layer index, NotImplementedError for unsupported inputs.
         """
-        _check_compat(compat)
-        _check_unsupported(past_key_values is not None or use_cache, inputs_embeds, pixel_values)
+        check_compat(compat)
+        check_unsupported(past_key_values is not None or use_cache, inputs_embeds, pixel_values)
         if output_craft_features and pixel_values is None:
             raise ValueError("CRaFT features need `pixel_values`")
         projected, mask, full_mask = None, None, attention_mask
@@ -344,7 +251,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             options = craft_layer_idx, CrTokenMode(craft_cr_token_mode)
             # A body cut to no layers records no states: its only one is its input.
             states = output.hidden_states or (inputs_embeds,)
-            self._add_craft_features(result, states, (full_mask, mask), *options)
+            self._add_craft_features(result, states, (attention_mask, mask), *options)
         elif craft_raw_only:
             raise ValueError("craft_raw_only needs output_craft_features")
         return result if return_dict is not False else result.to_tuple()
@@ -357,39 +264,18 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         layer_idx: int | None,
         mode: CrTokenMode,
     ) -> None:
-        full_mask, action_mask = masks
-        num_layers = len(self.language_model.model.layers)
-        layer = hidden_states[resolve_craft_layer(layer_idx, num_layers + 1)]
-        if len(hidden_states) == num_layers + 1:
-            result.action_query_features = _gather_tokens(hidden_states[-1], self._query_positions(action_mask))
-        if mode is CrTokenMode.VISION_ONLY:
-            result.raw_latent_features = layer[:, 1 : 1 + self.vision_backbone.num_vision_tokens]
-            return
-        result.raw_latent_features = layer
-        # Vision and real prompt tokens, position 0 included (it is the first prompt token), no queries, no padding.
-        result.raw_latent_mask = full_mask.bool() & ~self._multimodal_mask(action_mask, False)
+        attention_mask, action_mask = masks
+        layout, num_states = self.bridge_layout, len(self.language_model.model.layers) + 1
+        layer = hidden_states[resolve_craft_layer(layer_idx, num_states)]
+        if len(hidden_states) == num_states:
+            result.action_query_features = layout.action_query_latent(hidden_states[-1], action_mask)
+        result.raw_latent_features, result.raw_latent_mask = layout.raw_latent(layer, attention_mask, action_mask, mode)
 
     def bridge_states(
         self, hidden_states: Sequence[torch.Tensor], action_mask: torch.Tensor, legacy_slices: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states the action head reads.
-
-        Args:
-            hidden_states: layers + 1 tensors (B, N+L, D).
-            action_mask: (B, L) bool, Q slots per row.
-            legacy_slices: True = slices published heads were trained on, one position early: task tokens 0..N-1
-                (first text token, last patch missing), action tokens one before each query. False = the patches and
-                the queries themselves.
-
-        Returns:
-            task (B, layers+1, N, D) and action (B, layers+1, Q, D).
-        """
-        first = 0 if legacy_slices else 1
-        positions = self._query_positions(action_mask.bool()) - int(legacy_slices)
-        tokens = self.vision_backbone.num_vision_tokens
-        task = torch.stack([state[:, first : first + tokens] for state in hidden_states], dim=1)
-        action = torch.stack([_gather_tokens(state, positions) for state in hidden_states], dim=1)
-        return task, action
+        """Task (B, layers+1, N, D) and action (B, layers+1, Q, D) states of the head: `BridgeLayout.bridge_states`."""
+        return self.bridge_layout.bridge_states(hidden_states, action_mask, legacy_slices)
 
 
 class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
@@ -463,7 +349,7 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         Raises:
             ValueError: batch size other than 1, missing head. KeyError: unknown `unnorm_key`.
         """
-        _check_compat({"noisy_action_projector": noisy_action_projector, "use_film": use_film})
+        check_compat({"noisy_action_projector": noisy_action_projector, "use_film": use_film})
         if action_head is None:
             raise ValueError("predict_action needs an action head; discrete token decoding is not supported")
         if input_ids.shape[0] != 1:
@@ -501,68 +387,6 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         return np.asarray(normalizer.unnormalize_action(actions))
 
 
-def action_mask_from_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Bool (B, L) union mask by the published rule: supervised (not -100) labels above ACTION_TOKEN_BEGIN_IDX.
-
-    The published current/next split by cumulative counts only partitions this set.
-    """
-    return (labels != IGNORE_INDEX) & (labels > ACTION_TOKEN_BEGIN_IDX)
-
-
-def hide_right_padding(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """All ones when every row of the mask (B, S) is ones then zeros, else the mask itself.
-
-    Under causal attention real tokens never see what is on their right, so the result at real positions is the same;
-    with all ones the library picks the causal kernels instead of materialising (B, 1, S, S) masks.
-    """
-    if mask is None:
-        return None
-    mask = mask.bool()
-    return mask if bool((mask[:, 1:] & ~mask[:, :-1]).any()) else torch.ones_like(mask)
-
-
-def plain_causal_mask(body: nn.Module, mask: torch.Tensor | None) -> dict[str, None] | torch.Tensor | None:
-    """What makes the body causal without a look at the mask, whose padding must be on the right.
-
-    The library would read an all-ones mask back to see that it is one. A prepared entry per layer type skips that; its
-    fused kernels take None as causal, the unfused one does not.
-    """
-    fused = body.config._attn_implementation in ("sdpa", "flash_attention_2")
-    if fused and not body.has_sliding_layers:
-        return {"full_attention": None}
-    return None if mask is None else torch.ones_like(mask, dtype=torch.bool)
-
-
-def resolve_craft_layer(layer_idx: int | None, num_hidden_states: int) -> int:
-    """Index into hidden_states: None -> the middle one, negative counts from the end; ValueError out of range."""
-    if layer_idx is None:
-        return num_hidden_states // 2
-    if not -num_hidden_states <= layer_idx < num_hidden_states:
-        raise ValueError(
-            f"craft_layer_idx: expected {-num_hidden_states}..{num_hidden_states - 1} (0 = input embeddings), "
-            f"got {layer_idx}"
-        )
-    return layer_idx % num_hidden_states
-
-
-def first_layers(body: nn.Module, count: int) -> nn.Module:
-    """The LLM body cut after `count` layers, sharing every module with it; its last output is hidden state `count`.
-
-    With all layers it is the body itself, whose last output is normed.
-    """
-    if count >= len(body.layers):
-        return body
-    view = copy.copy(body)
-    view._modules = {**body._modules, "layers": body.layers[:count], "norm": nn.Identity()}
-    return view
-
-
-def _gather_tokens(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """states (B, S, D), positions (B, Q) -> (B, Q, D)."""
-    rows = torch.arange(states.shape[0], device=states.device).unsqueeze(1)
-    return states[rows, positions]
-
-
 def _proprio_features(proprio: Any | None, projector: nn.Module | None) -> torch.Tensor | None:
     """Normalised proprio (P,) or (1, P) -> (1, D), or None."""
     if proprio is None:
@@ -572,21 +396,3 @@ def _proprio_features(proprio: Any | None, projector: nn.Module | None) -> torch
     weight = next(projector.parameters())
     tensor = torch.as_tensor(proprio, device=weight.device).to(weight.dtype)
     return projector(tensor.reshape(1, -1))
-
-
-def _check_unsupported(cached: bool | None, inputs_embeds: Any, pixel_values: Any) -> None:
-    if cached:
-        raise NotImplementedError("cached generation is not supported: actions come from one parallel pass")
-    if inputs_embeds is not None and pixel_values is not None:
-        raise NotImplementedError("`inputs_embeds` together with `pixel_values` is not supported")
-
-
-def _check_compat(compat: dict[str, Any]) -> None:
-    """Reject inputs outside the implemented scope instead of ignoring them."""
-    ignored = {"proprio", "proprio_projector"}
-    out_of_scope = {"noisy_actions", "noisy_action_projector", "diffusion_timestep_embeddings", "use_film"}
-    for name, value in compat.items():
-        if name in out_of_scope and value not in (None, False):
-            raise NotImplementedError(f"`{name}`: diffusion and FiLM are not supported")
-        if name not in ignored | out_of_scope:
-            raise TypeError(f"forward() got an unexpected argument {name!r}")

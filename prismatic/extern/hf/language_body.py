@@ -1,0 +1,44 @@
+"""How the LLM body is run: causal without a mask where padding allows it, and only as deep as needed."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+def hide_right_padding(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """All ones when every row of the mask (B, S) is ones then zeros, else the mask itself.
+
+    Under causal attention real tokens never see what is on their right, so the result at real positions is the same;
+    with all ones the library picks the causal kernels instead of materialising (B, 1, S, S) masks.
+    """
+    if mask is None:
+        return None
+    mask = mask.bool()
+    return mask if bool((mask[:, 1:] & ~mask[:, :-1]).any()) else torch.ones_like(mask)
+
+
+def plain_causal_mask(body: nn.Module, mask: torch.Tensor | None) -> dict[str, None] | torch.Tensor | None:
+    """What makes the body causal without a look at the mask, whose padding must be on the right.
+
+    The library would read an all-ones mask back to see that it is one. A prepared entry per layer type skips that; its
+    fused kernels take None as causal, the unfused one does not.
+    """
+    fused = body.config._attn_implementation in ("sdpa", "flash_attention_2")
+    if fused and not body.has_sliding_layers:
+        return {"full_attention": None}
+    return None if mask is None else torch.ones_like(mask, dtype=torch.bool)
+
+
+def first_layers(body: nn.Module, count: int) -> nn.Module:
+    """The LLM body cut after `count` layers, sharing every module with it; its last output is hidden state `count`.
+
+    With all layers it is the body itself, whose last output is normed.
+    """
+    if count >= len(body.layers):
+        return body
+    view = copy.copy(body)
+    view._modules = {**body._modules, "layers": body.layers[:count], "norm": nn.Identity()}
+    return view
