@@ -64,7 +64,6 @@ from prismatic.training.checkpoint_folder import (
     write_json,
 )
 from prismatic.training.config import FinetuneConfig, TuningMode
-from prismatic.training.craft_utils import CRaFTConstraint
 from prismatic.training.lora import merged_state_dict, verify_merge, with_unused_targets
 from prismatic.training.published import export_published, is_published, load_published
 from prismatic.training.training_state import TrainingState, training_state_files
@@ -240,16 +239,19 @@ def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> 
         "legacy_slices": setup.model.legacy_slices,
         "action_head": setup.model.action_head.config,
         "datasets": setup.dataset_metadata,
-        "craft": None if state.craft is None else _craft_record(state.craft, base),
+        "craft": None if state.retention is None else _retention_record(state, base),
         "training": cfg.to_dict(),
         "versions": package_versions(),
     }
 
 
-def _craft_record(craft: CRaFTConstraint, base: dict | None) -> dict:
-    """Settings, multiplier and the identity of theta_0: the drift budget counts from there."""
-    anchor = {"kind": craft.anchor.kind.value, "sha256": tensors_hash(craft.weights.state_dict()), "base": base}
-    return craft.state_dict() | {"anchor": anchor}
+def _retention_record(state: TrainingState, base: dict | None) -> dict | None:
+    """What the method says of itself and the identity of theta_0: the drift budget counts from there."""
+    record = state.retention.record()
+    if record is None:
+        return None
+    landed = {} if state.landing is None else {"landing": state.landing.record()}
+    return record | {"anchor": record["anchor"] | {"base": base}} | landed
 
 
 # ------------------------------------------------------------------------------------------------ reading

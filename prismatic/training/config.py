@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 
-from prismatic.training.craft_utils import PRESET_FIELDS, CRaFTConfig, plain_values
+from prismatic.craft import PRESET_FIELDS, CRaFTConfig, SignalKind, plain_values
 from prismatic.training.ema import check_decay
 from prismatic.training.schedules import LRSchedule, ScheduleSettings, parse_boundaries
 
@@ -19,6 +20,22 @@ _UNSUPPORTED = {
 }
 
 
+MEMORIES = ("batch", "data", "instructions")
+AIM = 1.1
+"""A run that lands steers to this multiple of its budget."""
+# What a preset says beyond the settings of the constraint. memory_share: of the batch.
+_PRESET_TRAINING: dict[str, dict] = {"keep": {"memory": "instructions", "every": 1, "memory_share": 0.25}}
+_FEATURE_FIELDS = (
+    "anchor_layer_idx",
+    "use_mean_pooling",
+    "anchor_type",
+    "cr_token_mode",
+    "feature_source",
+    "w_raw",
+    "w_aq",
+)
+
+
 class TuningMode(str, Enum):
     """Which weights are trained. The head, the proprio projector and the action queries always are."""
 
@@ -28,7 +45,7 @@ class TuningMode(str, Enum):
 
 
 class RetentionMethod(str, Enum):
-    """What holds the model near its start (`retention.py`)."""
+    """What holds the model near its start (`retention/methods.py`)."""
 
     NONE = "none"
     CRAFT = "craft"
@@ -37,8 +54,8 @@ class RetentionMethod(str, Enum):
     FROZEN = "frozen"
 
     @property
-    def constrains_features(self) -> bool:
-        """True for the methods that measure the drift of the bridge features in training."""
+    def measures_drift(self) -> bool:
+        """True for the methods that read the `craft_*` flags."""
         return self in (RetentionMethod.CRAFT, RetentionMethod.FEATURE_PENALTY)
 
 
@@ -119,30 +136,41 @@ class FinetuneConfig:
 
     # --- which weights
     use_lora: bool = False
-    lora_rank: int = 32
-    lora_dropout: float = 0.0
+    lora_rank: int | None = None  # 32
+    lora_dropout: float | None = None  # 0
     merge_lora_during_training: bool = False  # checkpoints then also hold the merged, verified model
     lora_emit_unused: bool = False  # zero adapters for layers that are never run, as in published adapter files
     export_published_layout: bool = False  # write {run_id}--{step}_chkpt--published/ beside each checkpoint
     use_fz: bool = False  # freeze the whole VLM
     freeze_vision: bool = False  # freeze the vision towers; CRaFT then runs them once for both passes
 
-    # --- keeping what the start model knew; see retention.py
+    # --- keeping what the start model could do; see retention/methods.py
     retention_method: str | None = None  # none, craft, feature_penalty, l2sp, frozen; None: as use_craft says
     l2sp_weight: float = 0.01
+    replay_data: str | None = None  # data-set folders, comma separated, whose samples are mixed into the batches
+    replay_fraction: float = 0.2  # of replayed samples among all
+    replay_labels: str = "data"  # or start: the start policy's actions (distilled replay)
 
-    # --- CRaFT. Flags that are None here take the preset's value (`craft_utils/config.py`); `original`'s is given
+    # --- CRaFT. Flags that are None here take the preset's value (`prismatic/craft/settings.py`); `original`'s is given
     use_craft: bool = False
-    craft_preset: str = "original"  # or budget
+    craft_preset: str = "original"  # or budget, keep
+    craft_signal: str | None = None  # features; or actions: what the whole policy does
+    # On which inputs: batch; or data, instructions, several with commas. keep: instructions, and data where it is given
+    craft_memory: str | None = None
+    craft_memory_data: str | None = None  # data-set folder of the memory `data`: images, state, instructions
+    craft_memory_instructions: str | None = None  # text file, one a line; None: those the start checkpoint records
+    craft_memory_batch_size: int | None = None  # samples per micro-batch; None: the batch's. keep: a quarter of them
+    craft_land: bool = False  # after the last step, go back towards the start weights until the budget is met
     craft_retention_weight: float | None = None  # initial lambda: 1.0
     craft_retention_budget: float | None = None  # eps: 0.1
     craft_dual_lr: float | None = None  # 0.01
-    craft_dual: str | None = None  # ascent; or pi, off
+    craft_dual: str | None = None  # ascent; or pi, share, off
     craft_dual_error: str | None = None  # absolute; or relative
     craft_dual_ki: float = 1.0
     craft_dual_kp: float = 1.0
     craft_dual_nu: float = 0.9
     craft_lambda_max: float | None = None  # inf
+    craft_share_limit: float = 1.0  # of share: |retention gradient| may be e^limit |action gradient|
     craft_enable_dual: bool = True
     craft_fixed_lambda: float = 0.1
     craft_enable_projection: bool = True
@@ -163,9 +191,9 @@ class FinetuneConfig:
     craft_anchor_layer_idx: int | None = None
     craft_cr_token_mode: str = "vision_only"
     craft_use_mean_pooling: bool = True
-    craft_every: int = 1  # constrain every n-th optimizer step; the others are plain steps and cost no more
-    craft_probe_data: str | None = None  # data-set folder on which drift is also measured
-    craft_probe_use: str = "metric"  # or anchor: constrain the drift there instead of on the training batch
+    # Constrain every n-th optimizer step: 1. The others are plain steps and cost no more
+    craft_every: int | None = None
+    craft_probe_data: str | None = None  # held-out data-set folder on which the drift is watched
     craft_probe_size: int = 64
     craft_log_freq: int = 10
 
@@ -193,9 +221,7 @@ class FinetuneConfig:
             "grad_accumulation_steps",
             "max_steps",
             "save_freq",
-            "lora_rank",
             "craft_log_freq",
-            "craft_every",
             "craft_probe_size",
             "val_freq",
         ):
@@ -209,6 +235,8 @@ class FinetuneConfig:
         if self.ema_decay is not None:
             check_decay(self.ema_decay)
         self._check_data_flags()
+        self._resolve_lora_flags()
+        self._check_replay_flags()
         self._resolve_craft_flags()
         self._check_saving_flags()
 
@@ -240,14 +268,79 @@ class FinetuneConfig:
         if self.val_batches < 0:
             raise ValueError(f"--val_batches is {self.val_batches}, expected 0 (all) or more")
 
+    def _resolve_lora_flags(self) -> None:
+        if not self.use_lora:
+            return
+        self.lora_rank = 32 if self.lora_rank is None else self.lora_rank
+        self.lora_dropout = 0.0 if self.lora_dropout is None else self.lora_dropout
+        if self.lora_rank < 1:
+            raise ValueError(f"--lora_rank is {self.lora_rank}, expected at least 1")
+
+    def _check_replay_flags(self) -> None:
+        _check_choice("replay_labels", self.replay_labels, ("data", "start"))
+        if not 0 < self.replay_fraction < 1:
+            raise ValueError(f"--replay_fraction is {self.replay_fraction}, expected more than 0 and less than 1")
+        if self.replay_labels == "start" and self.retention is not RetentionMethod.NONE:
+            raise ValueError(
+                f"--replay_labels start excludes --retention_method {self.retention_method}: both need the start weights; "
+                "use --replay_labels data"
+            )
+
     def _resolve_craft_flags(self) -> None:
-        _check_choice("craft_probe_use", self.craft_probe_use, ("metric", "anchor"))
-        if self.craft_probe_use == "anchor" and self.craft_probe_data is None:
-            raise ValueError("--craft_probe_use anchor needs --craft_probe_data")
-        config = self.craft_config()  # validates the values even when unused
+        """Give the flags that were left to the preset their values, and check that they fit each other."""
+        if not self.retention.measures_drift:
+            self.craft_every = 1
+            return
+        config = self.craft_config()
         for name in PRESET_FIELDS:
             value = getattr(config, name)
             setattr(self, f"craft_{name}", value.value if isinstance(value, Enum) else value)
+        defaults = _PRESET_TRAINING.get(self.craft_preset, {})
+        if self.craft_memory is None:
+            self.craft_memory = defaults.get("memory", "batch")
+            if "memory" in defaults and self.craft_memory_data is not None:
+                self.craft_memory += ",data"
+        if self.craft_every is None:
+            self.craft_every = defaults.get("every", 1)
+        if self.craft_memory_batch_size is None and "memory_share" in defaults:
+            self.craft_memory_batch_size = max(1, round(self.batch_size * defaults["memory_share"]))
+        self._check_craft_flags(config)
+
+    def _check_craft_flags(self, config: CRaFTConfig) -> None:
+        for name in ("craft_every", "craft_memory_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} is {value}, expected at least 1")
+        for name in self.memories:
+            _check_choice("craft_memory", name, MEMORIES)
+        if len(set(self.memories)) != len(self.memories):
+            raise ValueError(f"--craft_memory {self.craft_memory} names a memory twice")
+        for name, flag in (("data", "craft_memory_data"), ("instructions", "craft_memory_instructions")):
+            value, used = getattr(self, flag), name in self.memories
+            if value is not None and not used:
+                raise ValueError(f"--{flag} {value} needs --craft_memory {name}, found {self.craft_memory}")
+        if "data" in self.memories and self.craft_memory_data is None:
+            raise ValueError(f"--craft_memory {self.craft_memory} needs --craft_memory_data FOLDER")
+        if self.craft_land and self.ema_decay is not None:
+            raise ValueError(
+                "--craft_land True excludes --ema_decay: both decide which weights the last checkpoint holds"
+            )
+        if self.craft_land and math.isinf(config.retention_budget):
+            raise ValueError("--craft_land True needs a finite --craft_retention_budget to land at")
+        if config.signal is SignalKind.ACTIONS:
+            self._check_features_are_not_asked_for()
+
+    def _check_features_are_not_asked_for(self) -> None:
+        defaults = CRaFTConfig()
+        for name in _FEATURE_FIELDS:
+            value, default = getattr(self, f"craft_{name}"), getattr(defaults, name)
+            if value != (default.value if isinstance(default, Enum) else default):
+                raise ValueError(f"--craft_{name} {value} is about features, but --craft_signal is actions")
+
+    @property
+    def memories(self) -> list[str]:
+        """Names of the memories, in the order given."""
+        return [name.strip() for name in (self.craft_memory or "batch").split(",")]
 
     def _resolve_retention_method(self) -> None:
         if self.retention_method is None:
@@ -296,7 +389,8 @@ class FinetuneConfig:
 
     def craft_config(self) -> CRaFTConfig:
         """The `craft_*` flags as the algorithm's settings; `feature_penalty` has neither projection nor dual."""
-        flags = {f.name: getattr(self, f"craft_{f.name}") for f in fields(CRaFTConfig)}
+        flags = {f.name: getattr(self, f"craft_{f.name}") for f in fields(CRaFTConfig) if f.name != "aim"}
+        flags["aim"] = AIM if self.craft_land else 1.0
         if self.retention is RetentionMethod.FEATURE_PENALTY:
             flags |= {"enable_projection": False, "enable_dual": False}
         given = {k: v for k, v in flags.items() if v is not None or k not in PRESET_FIELDS}

@@ -16,11 +16,14 @@ from tqdm import tqdm
 
 from prismatic.training.checkpoint_folder import write_json
 from prismatic.training.compilation import compile_policy
-from prismatic.training.config import FinetuneConfig, RetentionMethod
-from prismatic.training.craft_utils.config import Rule
+from prismatic.training.config import FinetuneConfig
 from prismatic.training.ema import WeightAverage
 from prismatic.training.faults import batches_of, explained_faults
-from prismatic.training.retention import DriftProbe, L2SPPenalty, ProbeData, build_constraint, to_device
+from prismatic.training.retention.craft import CRaFT
+from prismatic.training.retention.drift_monitor import DriftMonitor
+from prismatic.training.retention.landing import SAMPLES, Landing
+from prismatic.training.retention.memory import to_device
+from prismatic.training.retention.methods import build_retention, monitored_batches
 from prismatic.training.saving import CheckpointSaver, folder_to_resume
 from prismatic.training.setup import TrainingSetup
 from prismatic.training.step import StepContext, optimizer_step
@@ -49,11 +52,10 @@ class Trainer:
             compile_policy(setup.model, cfg)
         self.model = accelerator.prepare(setup.model)
         # After `prepare`: DDP has broadcast rank 0's weights, so the snapshot is the same on every rank.
-        self.craft = self.penalty = self.probe = None
-        if cfg.retention.constrains_features:
-            self.craft = build_constraint(self.model, cfg.craft_config(), accelerator)
-        elif cfg.retention is RetentionMethod.L2SP:
-            self.penalty = L2SPPenalty(self.model, cfg.l2sp_weight)
+        self.retention = build_retention(cfg, self.model, setup, accelerator, self._collator())
+        self.monitor = self._build_monitor()
+        reduce_mean = self._reduce_mean if accelerator.num_processes > 1 else None
+        self.landing = Landing(self.retention, reduce_mean) if cfg.craft_land else None
         self.ema = None if cfg.ema_decay is None else WeightAverage(self.bare_model, cfg.ema_decay)
         self.validator = self._build_validator()
         self.throughput = Throughput(self._samples_per_step, accelerator.device)
@@ -69,12 +71,9 @@ class Trainer:
         self.step = 0
         self._resumed_at = 0, 0  # step and samples seen until then
         self._constraint_metrics: dict[str, float] = {}
-        self._probe_batches: Iterator[dict] | None = None
         seed_everything(cfg.seed + accelerator.process_index)
         self.saver = CheckpointSaver(cfg, setup, accelerator, say)
         self._resume()
-        if cfg.craft_probe_data is not None:
-            self._open_probe(ProbeData(cfg.craft_probe_data, setup, cfg.seed))
         self.tracker = self._build_tracker() if accelerator.is_main_process else None
 
     def fit(self) -> None:
@@ -97,9 +96,11 @@ class Trainer:
                     metrics = self._train_one_step(batches)
                     self._log(metrics | self._validate())
                     stopping = stop.agreed()
+                    self._land()
                     self._save_when_due(stopping)
                     if stopping:
                         break
+                self._say_verdict()
         finally:
             if self.tracker is not None:
                 self.tracker.close()
@@ -115,11 +116,18 @@ class Trainer:
             if self.ema is not None:
                 self.ema.update()
         measured = {k: v for k, v in metrics.items() if k.startswith("CRaFT/")}
+        self._warn_out_of_reach(metrics)
         if measured:
             # Steps between two constrained ones report the last measurement and where it was made.
             self._constraint_metrics = measured | {"CRaFT/Measured Step": self.step}
         self.step += 1
         return self._constraint_metrics | metrics | {"VLA Train/Learning Rate": learning_rate}
+
+    def _warn_out_of_reach(self, metrics: dict[str, float]) -> None:
+        """One line when the budget proves to be out of reach."""
+        name = "CRaFT/Out Of Reach"
+        if metrics.get(name) and not self._constraint_metrics.get(name) and self.tracker is not None:
+            self.tracker.message(f"Warning: {self.retention.out_of_reach_warning()}")
 
     def _validate(self) -> dict[str, float]:
         """Action error on the held-out episodes, of the weights that a checkpoint would hold; {} between two times."""
@@ -134,9 +142,7 @@ class Trainer:
         return StepContext(
             model=self.model,
             optimizer=self.optimizer,
-            craft=self.craft if self.step % self.cfg.craft_every == 0 else None,
-            penalty=None if self.penalty is None else self.penalty.add_gradient,
-            probe=self._probe_batches,
+            retention=None if self.retention is None else self.retention.at(self.step),
             scaler=self.scaler,
             measure_updates=self._is_logged(self.step + 1),
             max_grad_norm=self.cfg.max_grad_norm,
@@ -174,9 +180,9 @@ class Trainer:
             self.step,
             self.samples_seen,
             self.optimizer,
-            craft=self.craft,
-            penalty=self.penalty,
+            retention=self.retention,
             ema=self.ema,
+            landing=self.landing,
             scaler=self.scaler,
             constraint_metrics=self._constraint_metrics,
             sampler=self.sampler.state_dict(self.samples_seen),
@@ -197,15 +203,34 @@ class Trainer:
                 "new ranks start from the seed"
             )
 
-    def _open_probe(self, data: ProbeData) -> None:
-        cfg = self.cfg
-        if self.craft is None:
-            raise ValueError(f"--craft_probe_data needs a method that measures features, not {cfg.retention_method}")
-        batches = data.fixed(cfg.craft_probe_size, cfg.batch_size, self.accelerator.device)
-        self.probe = DriftProbe(self.craft, batches)
-        if cfg.craft_probe_use == "anchor":
-            done = -(-self.step // cfg.craft_every) * cfg.grad_accumulation_steps
-            self._probe_batches = data.stream(cfg.batch_size, self.accelerator, done)
+    def _build_monitor(self) -> DriftMonitor | None:
+        if self.cfg.craft_probe_data is None:
+            return None
+        return DriftMonitor(self.retention, monitored_batches(self.cfg, self.setup, self._collator(), self.accelerator))
+
+    def _land(self) -> None:
+        """After the last step: go back to the budget, on fixed samples of the memories."""
+        if self.landing is None or self.step != self.cfg.max_steps:
+            return
+        sampler = EpochSampler(
+            self.setup.dataset.group_sizes,
+            self.cfg.seed,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.setup.dataset.weights,
+        )
+        batches = self._batches(sampler)
+        per_batch = sum(m.size or self.cfg.batch_size for m in self.retention.memories)
+        scale = self.landing.land(self.retention.memory_batches(batches, -(-SAMPLES // per_batch)))
+        if self.tracker is not None:
+            self.tracker.message(
+                f"CRaFT: landed at {scale:.3f} of the way from the start weights, drift {self.landing.drift:.3g}"
+            )
+
+    def _say_verdict(self) -> None:
+        verdict = None if self.retention is None else self.retention.verdict()
+        if self.tracker is not None and verdict is not None:
+            self.tracker.message(verdict)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         trainable = [p for p in self.bare_model.parameters() if p.requires_grad]
@@ -224,10 +249,13 @@ class Trainer:
 
     def batches(self) -> Iterator[dict]:
         """Endless batches on the training device, from the sampler's position."""
+        return self._batches(self.sampler)
+
+    def _batches(self, sampler: EpochSampler) -> Iterator[dict]:
         loader = DataLoader(
             self.setup.dataset,
             batch_size=self.cfg.batch_size,
-            sampler=self.sampler,
+            sampler=sampler,
             num_workers=self.cfg.num_data_workers,
             collate_fn=self._collator(),
             pin_memory=self.accelerator.device.type == "cuda",
@@ -263,7 +291,7 @@ class Trainer:
         return self.accelerator.reduce(tensor, reduction="mean")
 
     def _is_logged(self, steps_done: int) -> bool:
-        every = self.cfg.wandb_log_freq if self.craft is None else self.cfg.craft_log_freq
+        every = self.cfg.craft_log_freq if isinstance(self.retention, CRaFT) else self.cfg.wandb_log_freq
         if self.validator is not None and self._is_validated(steps_done):
             return True
         return steps_done % every == 0 or steps_done in (1, self.cfg.max_steps)
@@ -274,9 +302,8 @@ class Trainer:
     def _log(self, metrics: dict[str, float]) -> None:
         if not self._is_logged(self.step) or self.tracker is None:
             return
-        if self.probe is not None:
-            with self.accelerator.autocast():
-                metrics = metrics | self.probe.measure()
+        if self.monitor is not None:
+            metrics = metrics | self.monitor.measure()
         metrics = {**metrics, "samples_seen": self.samples_seen, **self.throughput.measure()}
         # A metrics line describes the step that used the weights before it: step indices are 0-based.
         self.tracker.log(self.step - 1, metrics)
@@ -302,18 +329,8 @@ class Trainer:
             f"Run {self.cfg.run_id}: {trainable:,} of {total:,} parameters trainable ({self.cfg.tuning_mode.value}), "
             f"{len(self.setup.dataset):,} samples, from step {self.step} to {self.cfg.max_steps}"
         )
-        if self.craft is not None:
-            craft = self.craft.config
-            self.tracker.message(
-                f"CRaFT: saved {self.craft.weights.num_parameters:,} initial trainable parameters; "
-                f"retention budget eps = {craft.retention_budget}, dual learning rate = {craft.dual_lr}, "
-                f"projection {'disabled' if craft.rule is Rule.OFF else 'enabled'}"
-            )
-            self.tracker.message(
-                f"CRaFT: preset {self.cfg.craft_preset}, anchor {self.craft.anchor.kind.value}, metric "
-                f"{craft.retention_metric.value}, rule {craft.rule.value} per {craft.projection_granularity.value}, "
-                f"dual {craft.dual_kind.value}, every {self.cfg.craft_every} steps"
-            )
+        for line in [] if self.retention is None else self.retention.banner():
+            self.tracker.message(line)
 
 
 def seed_everything(seed: int) -> None:

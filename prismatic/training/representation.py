@@ -2,7 +2,7 @@
 
 | measure | question |
 |---|---|
-| drift | how far the bridge features moved, in the units of the CRaFT constraint (`craft_utils.features`) |
+| drift | how far the bridge features moved, in the units of the CRaFT constraint (`prismatic.craft.distances`) |
 | cka | whether the features of the samples still lie alike, up to rotation and scale: linear CKA, arXiv 1905.00414 |
 | probe | whether position and instruction can still be read from the features, and by the reader of the start model |
 | action_l1 | what is lost for the policy, and whether the start model's head still acts on the trained VLM |
@@ -27,14 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prismatic.craft import BridgeFeatures, CRaFTConfig, CRaFTFeatureExtractor, retention_loss
+from prismatic.craft.reference import quiet_pass
+from prismatic.craft.settings import FeatureSource, RetentionMetric
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.checkpoint_files import LoadedCheckpoint, package_versions, tensors_hash
-from prismatic.training.craft_utils import CRaFTConfig
-from prismatic.training.craft_utils.anchors import quiet_pass
-from prismatic.training.craft_utils.config import FeatureSource, RetentionMetric
-from prismatic.training.craft_utils.features import BridgeFeatures, CRaFTFeatureExtractor, retention_loss
 from prismatic.training.retention import to_device
-from prismatic.training.step import craft_request
+from prismatic.training.retention.signals import craft_request
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset, select_validation

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prismatic.models.vla_policy import CraftRequest, PolicyOutput
-from prismatic.training.craft_utils import (
-    AnchorType,
-    BridgeFeatures,
-    CRaFTConfig,
-    CRaFTConstraint,
-    FeatureSource,
-    unwrap,
-)
+from prismatic.models.vla_policy import PolicyOutput
+from prismatic.training.retention.protocol import Retention, StepFacts
 
 
 class NonFiniteLossError(RuntimeError):
@@ -31,11 +25,9 @@ class StepContext:
     Attributes:
         model: the policy module, possibly wrapped by DDP.
         optimizer: over the trainable parameters of `model`.
-        craft: the constraint, or None for plain fine-tuning.
-        penalty: adds the gradient of a penalty on the weights to `p.grad`, or None.
-        probe: batches to measure the retention loss on instead of the training batch, or None.
+        retention: keeps what the start model could do, or None for plain fine-tuning.
         max_grad_norm: clip to this norm after the gradients are combined; None does not clip.
-        measure_updates: also report how many AdamW updates raise the retention loss (costs a pass over the weights).
+        measure_updates: also report what the update did to the retention loss (costs a pass over the weights).
         scaler: loss scaling of fp16 training, or None.
         no_sync: context that holds back DDP's all-reduce (all micro-batches but the last).
         autocast: context of the mixed-precision forward pass.
@@ -44,9 +36,7 @@ class StepContext:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    craft: CRaFTConstraint | None = None
-    penalty: Callable[[], None] | None = None
-    probe: Iterator[dict] | None = None
+    retention: Retention | None = None
     max_grad_norm: float | None = None
     measure_updates: bool = False
     scaler: torch.amp.GradScaler | None = None
@@ -63,17 +53,17 @@ class StepContext:
 def optimizer_step(context: StepContext, micro_batches: Sequence[dict], step: int) -> dict[str, float]:
     """Train on the micro-batches of one step, each with the same number of samples; returns the step's metrics.
 
-    Without a constraint this is plain fine-tuning. With one, each micro-batch adds to two gradients that stay apart:
-    the action gradient in `p.grad` and the retention gradient in the constraint, combined once at the end.
+    Without a retention method this is plain fine-tuning. With one, it sees each micro-batch before its pass, may read
+    the pass's output and add to its loss, and once at the end changes the action gradient, which is then complete in
+    `p.grad`.
     Raises NonFiniteLossError before the weights change.
     """
-    share, loss_scale = 1.0 / len(micro_batches), context.loss_scale
+    share, keep = 1.0 / len(micro_batches), context.retention
     metrics: dict[str, Tensor | float] = {}
     for k, batch in enumerate(micro_batches):
         is_last = k == len(micro_batches) - 1
         with nullcontext() if is_last else context.no_sync():
-            backward = _plain_pass if context.craft is None else _constrained_pass
-            parts = backward(context, batch, share * loss_scale, share)
+            parts = _pass(context, batch, share)
         for name, value in parts.items():
             metrics[name] = metrics.get(name, 0.0) + value * share
     own_loss = metrics["VLA Train/Loss"]
@@ -81,12 +71,11 @@ def optimizer_step(context: StepContext, micro_batches: Sequence[dict], step: in
         metrics = _mean_over_processes(metrics, context.reduce_mean)
     # After the reduction: a NaN of one process is one of all, so that all stop and none waits in a collective.
     _require_finite("action loss", metrics["VLA Train/Loss"], step, micro_batches, own_loss)
+    loss_scale = context.loss_scale
     if context.scaler is not None:
         context.scaler.unscale_(context.optimizer)
-    if context.craft is not None:
-        metrics |= context.craft.combine_(context.reduce_mean, context.optimizer, loss_scale)
-    if context.penalty is not None:
-        context.penalty()
+    if keep is not None:
+        metrics |= keep.combine_(StepFacts(context.optimizer, context.reduce_mean, loss_scale))
     metrics["VLA Train/Gradient Norm"] = norm = _gradient_norm(context)
     if context.scaler is None:  # with one, an overflow is expected now and then: the scaler skips the step
         _require_finite("gradient norm", norm, step, micro_batches)
@@ -94,9 +83,8 @@ def optimizer_step(context: StepContext, micro_batches: Sequence[dict], step: in
     else:
         context.scaler.step(context.optimizer)
         context.scaler.update()
-    if context.craft is not None and context.measure_updates:
-        raising = context.craft.raising_updates(context.optimizer)
-        metrics |= {} if raising is None else {"CRaFT/Raising Updates": raising}
+    if keep is not None and context.measure_updates:
+        metrics |= keep.after_update(context.optimizer)
     context.optimizer.zero_grad(set_to_none=True)
     return {name: float(value) for name, value in metrics.items()}
 
@@ -107,29 +95,20 @@ def _mean_over_processes(
     return dict(zip(metrics, reduce_mean(torch.stack(list(metrics.values()))).unbind(), strict=True))
 
 
-def _plain_pass(context: StepContext, batch: dict, factor: float, _share: float) -> dict[str, Tensor]:
-    with context.autocast():
-        loss, metrics = run_forward_pass(context.model, batch)
-    (loss * factor).backward()
-    return metrics
-
-
-def _constrained_pass(context: StepContext, batch: dict, factor: float, share: float) -> dict[str, Tensor]:
-    craft = context.craft
-    with context.autocast():
-        batch = unwrap(context.model).share_vision(batch)
-        probe = None if context.probe is None else unwrap(context.model).share_vision(next(context.probe))
-        # The anchor pass may exchange weights, so it must be over before the graph of the main pass exists.
-        anchor = craft.anchor_features(batch if probe is None else probe)
-    with craft.live_graph():
+def _pass(context: StepContext, batch: dict, share: float) -> dict[str, Tensor]:
+    """Forward and backward pass of one micro-batch; returns its metrics."""
+    keep, scale = context.retention, context.loss_scale
+    if keep is None:
         with context.autocast():
-            if probe is None:
-                loss, metrics, features = run_forward_pass_craft(context.model, batch, craft)
-            else:
-                loss, metrics = run_forward_pass(context.model, batch)
-                features = craft.current_features(probe)
-        loss = loss + craft.accumulate(features, anchor, share, context.loss_scale)
-        (loss * factor).backward()
+            loss, metrics = run_forward_pass(context.model, batch)
+        (loss * (share * scale)).backward()
+        return metrics
+    batch = keep.before_pass(batch, share, scale)
+    with keep.live_graph():
+        with context.autocast():
+            loss, metrics, value = run_forward_pass_craft(context.model, batch, keep)
+        loss = loss + keep.loss_term(value, share, scale)
+        (loss * (share * scale)).backward()
     return metrics
 
 
@@ -139,23 +118,11 @@ def run_forward_pass(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, T
 
 
 def run_forward_pass_craft(
-    model: nn.Module, batch: dict, craft: CRaFTConstraint
-) -> tuple[Tensor, dict[str, Tensor], BridgeFeatures]:
-    """As `run_forward_pass`, and the current features in the same graph."""
-    output = model(batch, craft_request(craft.config))
-    loss, metrics = action_loss(output, batch["actions"])
-    parts = output.raw_latent_features, output.action_query_features, output.raw_latent_mask
-    return loss, metrics, craft.extractor.parts(*parts)
-
-
-def craft_request(config: CRaFTConfig) -> CraftRequest:
-    """Which features the model has to return for this constraint."""
-    return CraftRequest(
-        layer_idx=config.anchor_layer_idx,
-        cr_token_mode=config.cr_token_mode,
-        bridge=config.feature_source is FeatureSource.BRIDGE,
-        raw_only=config.anchor_type is AnchorType.RAW_ONLY,
-    )
+    model: nn.Module, batch: dict, retention: Retention
+) -> tuple[Tensor, dict[str, Tensor], Any]:
+    """As `run_forward_pass`, and what the method reads of the same graph: the current features, for instance."""
+    output = model(batch) if retention.request is None else model(batch, retention.request)
+    return *action_loss(output, batch["actions"]), retention.value_of(output)
 
 
 def action_loss(output: PolicyOutput, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -5,7 +5,7 @@
     generators.json                           Python's, NumPy's, torch's and CUDA's generator of every rank
     state.json                                step, samples, position in the data, fingerprints of the data sets
     scaler.json                               loss scale of fp16 training
-    craft.json, craft_anchor.safetensors      multiplier and theta_0
+    craft.json, craft_anchor.safetensors      state of the retention method, and theta_0
     ema.safetensors                           averaged weights
 
 No file is a pickle. Folders of earlier versions (`optimizer.pt`, `rng.pt`, one rank's generators) are read as well.
@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prismatic.craft import CRaFTWeightManager
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.checkpoint_files import contiguous, load_tensors, tensors_hash
 from prismatic.training.checkpoint_folder import TRAINING_STATE, CheckpointError, existing, read_json, reading
-from prismatic.training.craft_utils import CRaFTConstraint, CRaFTWeightManager
 from prismatic.training.ema import WeightAverage
-from prismatic.training.retention import L2SPPenalty
+from prismatic.training.retention.landing import Landing
+from prismatic.training.retention.protocol import Retention
 
 
 @dataclass
@@ -43,9 +44,9 @@ class TrainingState:
     step: int
     samples_seen: int
     optimizer: torch.optim.Optimizer
-    craft: CRaFTConstraint | None = None
-    penalty: L2SPPenalty | None = None
+    retention: Retention | None = None
     ema: WeightAverage | None = None
+    landing: Landing | None = None
     scaler: torch.amp.GradScaler | None = None
     # The last measurement of the constraint, which the log repeats until the next one.
     constraint_metrics: dict[str, float] = field(default_factory=dict)
@@ -55,11 +56,12 @@ class TrainingState:
     @property
     def anchor(self) -> CRaFTWeightManager | None:
         """The weights theta_0 the run is held to, if it is."""
-        holder = self.craft or self.penalty
-        return None if holder is None else holder.weights
+        return None if self.retention is None else self.retention.weights
 
     def policy_weights(self) -> AbstractContextManager:
-        """Context in which the model holds the weights of the policy: the averaged ones, if there are any."""
+        """Context in which the model holds the weights of the policy: the averaged or the landed ones, if there are any."""
+        if self.landing is not None:
+            return self.landing.policy_weights()
         return nullcontext() if self.ema is None else self.ema.averaged_weights()
 
 
@@ -138,7 +140,7 @@ def training_state_files(setup, state: TrainingState, copy: Callable[[Tensor], T
             "anchor_sha256": tensors_hash(anchor),
             "base_sha256": None if setup.base is None else setup.base.sha256,
         }
-        documents["craft.json"] = record | ({} if state.craft is None else state.craft.state_dict())
+        documents["craft.json"] = record | state.retention.state_dict()
         tensors["craft_anchor.safetensors"] = anchor
     copied = {file: {name: copy(tensor) for name, tensor in group.items()} for file, group in tensors.items()}
     return copied, documents
@@ -269,7 +271,4 @@ def _restore_anchor(folder: Path, base, state: TrainingState) -> None:
             f"{record.get('base_sha256')}"
         )
     with reading(record_file):
-        if state.craft is not None:
-            state.craft.load_state_dict(record, anchor)
-        else:
-            state.anchor.load_state_dict(anchor)
+        state.retention.load_state_dict(record, anchor)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from prismatic.craft.reference import quiet_pass
 from prismatic.models.vla_policy import VLAPolicyModel
-from prismatic.training.craft_utils.anchors import quiet_pass
-from prismatic.training.retention import to_device
+from prismatic.training.retention.memory import to_device
 from prismatic.training.stop_signal import ignore_stop_signals
 from prismatic.vla.datasets.dataset import VLADataset
 from prismatic.vla.datasets.sampler import EpochSampler

@@ -8,14 +8,14 @@ from craft_fixtures import ANCHORS, Policy, action_loss, make_batch, make_policy
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from prismatic.training.craft_utils import (
+from prismatic.craft import (
     AnchorKind,
     CRaFTWeightManager,
     DisableAdapterAnchor,
     build_anchor,
     extract_anchor_features_online,
 )
-from prismatic.training.craft_utils.anchors import adapter_parameter_names, quiet_pass
+from prismatic.craft.reference import adapter_parameter_names, quiet_pass
 
 SWAPPING = [kind for kind in ANCHORS if kind is not AnchorKind.FROZEN_COPY]
 WITHOUT_ADAPTERS = [kind for kind in ANCHORS if kind is not AnchorKind.DISABLE_ADAPTER]

@@ -18,10 +18,9 @@ from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from prismatic.training.craft_utils.config import AnchorKind
+from prismatic.craft.settings import AnchorKind
 
 T = TypeVar("T")
 
@@ -276,16 +275,35 @@ def quiet_pass(module: nn.Module) -> Iterator[None]:
                 m.training = True
 
 
-def adapter_layers(module: nn.Module) -> list[BaseTunerLayer]:
-    """All layers with PEFT adapters."""
-    return [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+@contextmanager
+def noise_free(module: nn.Module) -> Iterator[None]:
+    """Context of a pass with gradients that draws nothing: eval mode, but with gradient checkpointing where it is on.
+
+    The flags must be the same when a checkpointed layer runs again, so the backward pass belongs inside.
+    """
+    training_modules = [m for m in module.modules() if m.training]
+    checkpointed = [m for m in training_modules if getattr(m, "gradient_checkpointing", False)]
+    module.eval()
+    for m in checkpointed:  # the flag of the layer itself decides; what could draw is among its children
+        m.training = True
+    try:
+        yield
+    finally:
+        for m in training_modules:
+            m.training = True
+
+
+def adapter_layers(module: nn.Module) -> list[nn.Module]:
+    """All layers with adapters: those with PEFT's switch and PEFT's list of what belongs to adapters."""
+    return [m for m in module.modules() if hasattr(m, "enable_adapters") and hasattr(m, "adapter_layer_names")]
 
 
 def adapter_parameter_names(module: nn.Module) -> set[str]:
     """Names of the parameters that belong to adapters."""
     names = set()
+    layers = set(adapter_layers(module))
     for prefix, layer in module.named_modules():
-        if isinstance(layer, BaseTunerLayer):
+        if layer in layers:
             owned = [n for n, _ in layer.named_parameters() if n.split(".")[0] in layer.adapter_layer_names]
             names.update(f"{prefix}.{n}" if prefix else n for n in owned)
     return names

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from prismatic.training.craft_utils import AnchorKind, CRaFTConfig, CRaFTConstraint, Plan
-from prismatic.training.craft_utils.features import retention_loss
+from prismatic.craft import AnchorKind, CRaFTConfig, CRaFTConstraint, FeatureSignal, Plan
+from prismatic.craft.distances import retention_loss
 
 quick = settings(max_examples=100, deadline=None)
 
@@ -139,11 +139,14 @@ def split(batch: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
     return [{name: piece[i] for name, piece in pieces.items()} for i in range(count)]
 
 
-def make_constraint(module: nn.Module, config: CRaFTConfig | None = None, **kwargs) -> CRaFTConstraint:
-    """A constraint on the backbone of a `Policy`; `kwargs`: settings, when no config is given."""
+def on_backbone(name: str) -> bool:
+    return name.startswith("vla.")
+
+
+def make_constraint(module: nn.Module, config: CRaFTConfig | None = None, keep=on_backbone, **kwargs) -> CRaFTConstraint:
+    """A constraint on the features of a `Policy`; `kwargs`: settings, when no config is given."""
     config = config or CRaFTConfig(**kwargs)
-    compute = lambda bare, batch: bare.anchor_features(batch)  # noqa: E731
-    return CRaFTConstraint(module, config, compute, lambda name: name.startswith("vla."))
+    return CRaFTConstraint(module, config, FeatureSignal(config, lambda bare, batch: bare.anchor_features(batch)), keep)
 
 
 def make_trained(lora: bool = False, preset: str = "original", **kwargs) -> tuple[Policy, CRaFTConstraint]:
@@ -174,12 +177,12 @@ def constrained_backward(
     for batch in micro_batches:
         # Contexts of their own: autocast keeps its copies of the weights until it ends.
         with autocast():
-            anchor = constraint.anchor_features(batch)
+            anchor = constraint.reference(batch)
         with constraint.live_graph():
             with autocast():
                 actions, parts = policy(batch)
             loss = weight * action_loss(actions, batch)
-            loss = loss + constraint.accumulate(constraint.extractor.parts(*parts), anchor, share, loss_scale)
+            loss = loss + constraint.accumulate(constraint.signal.extractor.parts(*parts), anchor, share, loss_scale)
             (loss * (share * loss_scale)).backward()
 
 
@@ -198,13 +201,13 @@ def reference(policy, constraint, batch, weight: float = 1.0) -> tuple[dict[str,
                 p.copy_(initial[name])
             elif "lora_B" in name:  # not in the snapshot of disable_adapter, which starts at zero
                 p.zero_()
-        anchor = constraint.extractor.parts(*start.anchor_features(batch))
+        anchor = constraint.signal.extractor.parts(*start.anchor_features(batch))
     named = {n: p for n, p in policy.named_parameters() if p.requires_grad}
     actions, parts = policy(batch)
     act = torch.autograd.grad(
         weight * action_loss(actions, batch), list(named.values()), retain_graph=True, allow_unused=True
     )
-    loss = retention_loss(constraint.extractor.parts(*parts), anchor, constraint.config)
+    loss = retention_loss(constraint.signal.extractor.parts(*parts), anchor, constraint.config)
     ret = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     pairs = zip(named, act, ret, strict=True)
     a, r = {}, {}

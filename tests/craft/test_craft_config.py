@@ -9,8 +9,8 @@ from craft_fixtures import quick
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prismatic.training.craft_utils import PRESET_FIELDS, PRESETS, CRaFTConfig, plain_values
-from prismatic.training.craft_utils.config import (
+from prismatic.craft import PRESET_FIELDS, PRESETS, CRaFTConfig, plain_values
+from prismatic.craft.settings import (
     AnchorKind,
     AnchorType,
     ConflictMetric,

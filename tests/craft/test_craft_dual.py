@@ -12,7 +12,7 @@ from craft_fixtures import quick
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prismatic.training.craft_utils import CRaFTConfig, CRaFTDualOptimizer
+from prismatic.craft import CRaFTConfig, CRaFTDualOptimizer
 
 losses = st.lists(st.floats(0, 1e6), min_size=1, max_size=15)
 budgets = st.floats(1e-6, 1e3)

@@ -27,7 +27,7 @@ from craft_fixtures import (
 )
 from torch import nn
 
-from prismatic.training.craft_utils import (
+from prismatic.craft import (
     PRESETS,
     AnchorKind,
     CRaFTConfig,
@@ -110,8 +110,8 @@ class TestPlan:
         batch = make_batch()
         a, r, loss = reference(policy, constraint, batch)
         assert constraint.plan is plan
-        features = constraint.extractor.parts(*policy(batch)[1])
-        added = constraint.accumulate(features, constraint.anchor_features(batch), 0.25)
+        features = constraint.signal.extractor.parts(*policy(batch)[1])
+        added = constraint.accumulate(features, constraint.reference(batch), 0.25)
         if plan is Plan.FUSED:
             added.backward()
             assert float(added.detach()) == pytest.approx(0.3 * float(loss))
@@ -193,16 +193,16 @@ class TestStart:
 
     def test_features_without_a_graph_are_an_error(self):
         policy, constraint = make_trained()
-        parts = constraint.extractor.parts(*(None if x is None else x.detach() for x in policy(make_batch())[1]))
+        parts = constraint.signal.extractor.parts(*(None if x is None else x.detach() for x in policy(make_batch())[1]))
         with pytest.raises(ValueError, match="nothing to constrain"):
             constraint.accumulate(parts, parts, 1.0)
 
     def test_current_features_are_those_of_the_training_pass(self):
         policy, constraint = make_trained()
         batch = make_batch()
-        own = constraint.current_features(batch)
+        own = constraint.current(batch)
         assert own.requires_grad
-        assert torch.equal(own.f, constraint.extractor.parts(*policy(batch)[1]).f)
+        assert torch.equal(own.f, constraint.signal.extractor.parts(*policy(batch)[1]).f)
 
 
 def kappa_by_hand(a, r, groups, rule, multiplier, violation=0.0) -> dict[str, float]:
@@ -265,7 +265,7 @@ class TestCombine:
     def test_parameters_outside_of_keep_are_neither_kept_nor_changed(self):
         policy = make_policy()
         keep = lambda name: ".layers.0." in name  # noqa: E731
-        constraint = CRaFTConstraint(policy, CRaFTConfig(), lambda bare, batch: bare.anchor_features(batch), keep)
+        constraint = make_constraint(policy, keep=keep)
         assert set(constraint.weights.state_dict()) == {n for n in weight_names(policy) if keep(n)}
         perturb(policy)
         expected = plain_gradients(policy, [make_batch()])
@@ -475,7 +475,7 @@ class TestLossScale:
 
 def poisoned_backward(policy, constraint, batch, factor: float, forward: bool = False) -> None:
     """A step in which the retention gradient, or the features themselves, are multiplied by a factor."""
-    anchor = constraint.anchor_features(batch)
+    anchor = constraint.reference(batch)
     with constraint.live_graph():
         actions, (raw, aq, mask) = policy(batch)
         if forward:
@@ -483,7 +483,7 @@ def poisoned_backward(policy, constraint, batch, factor: float, forward: bool = 
         else:
             raw.register_hook(lambda gradient: gradient * factor)  # `raw` is not on the way to the actions
         loss = action_loss(actions, batch)
-        (loss + constraint.accumulate(constraint.extractor.parts(raw, aq, mask), anchor, 1.0)).backward()
+        (loss + constraint.accumulate(constraint.signal.extractor.parts(raw, aq, mask), anchor, 1.0)).backward()
 
 
 class TestNotFinite:
@@ -568,13 +568,13 @@ class TestOptimality:
     def train(self, steps: int, **settings):
         point = Point(self.X0)
         config = CRaFTConfig(anchor_type="raw_only", **settings)
-        constraint = CRaFTConstraint(point, config, lambda bare, batch: bare.anchor_features(batch))
+        constraint = make_constraint(point, config, keep=None)
         optimizer = torch.optim.SGD(point.parameters(), lr=0.05)
         for _ in range(steps):
-            anchor = constraint.anchor_features({})
+            anchor = constraint.reference({})
             with constraint.live_graph():
                 loss = 0.5 * (self.A * (point.x - self.C).square()).sum()
-                features = constraint.extractor.parts(*point.anchor_features({}))
+                features = constraint.signal.extractor.parts(*point.anchor_features({}))
                 (loss + constraint.accumulate(features, anchor, 1.0)).backward()
             constraint.combine_()
             optimizer.step()
@@ -632,11 +632,11 @@ class TestOptimality:
         for dual in ("pi", "ascent"):
             module = Dead()
             config = CRaFTConfig(anchor_type="raw_only", dual=dual, retention_budget=0.1, retention_weight=0.5)
-            constraint = CRaFTConstraint(module, config, lambda bare, batch: bare.anchor_features(batch))
+            constraint = make_constraint(module, config, keep=None)
             with torch.no_grad():
                 module.x.neg_()
-            anchor = constraint.anchor_features({})
-            constraint.accumulate(constraint.extractor.parts(*module.anchor_features({})), anchor, 1.0)
+            anchor = constraint.reference({})
+            constraint.accumulate(constraint.signal.extractor.parts(*module.anchor_features({})), anchor, 1.0)
             assert constraint.combine_()["CRaFT/Retention Loss"] == 1.0
             lambdas[dual] = constraint.dual.get_lambda()
         assert lambdas["pi"] == 0.5 < lambdas["ascent"]
@@ -682,11 +682,11 @@ class TestTelemetry:
         # One coordinate: r = 2 x at x = size / 2.
         point = Point(torch.zeros(1))
         config = CRaFTConfig(anchor_type="raw_only")
-        constraint = CRaFTConstraint(point, config, lambda bare, batch: bare.anchor_features(batch))
+        constraint = make_constraint(point, config, keep=None)
         with torch.no_grad():
             point.x.add_(size / 2)
-        anchor = constraint.anchor_features({})
-        constraint.accumulate(constraint.extractor.parts(*point.anchor_features({})), anchor, 1.0)
+        anchor = constraint.reference({})
+        constraint.accumulate(constraint.signal.extractor.parts(*point.anchor_features({})), anchor, 1.0)
         point.x.grad = torch.full_like(point.x, -size)
         metrics = constraint.combine_()
         assert metrics["CRaFT/Retention Gradient Norm"] == pytest.approx(size)
@@ -720,7 +720,7 @@ class TestTelemetry:
         assert all(m["CRaFT/Anchor Seconds"] > 0 for m in seen)
         relative = [seen[0][f"CRaFT/Drift/{part}_relative"] for part in ("raw", "aq")]
         assert sum(relative) / 2 == pytest.approx(loss, rel=1e-5)
-        constraint.anchor_features(make_batch())
+        constraint.reference(make_batch())
         constraint.forget_anchor_time()
         assert constraint._anchor_seconds == 0.0
 
@@ -758,20 +758,20 @@ class TestLiveGraph:
     def test_weights_are_not_written_between_forward_and_backward(self, kind, plan):
         policy, constraint = make_trained(lora=True, anchor=kind, **PLANS[plan])
         batch = make_batch()
-        anchor = constraint.anchor_features(batch)
+        anchor = constraint.reference(batch)
         state = lambda: {n: (p.data_ptr(), p._version) for n, p in policy.named_parameters()}  # noqa: E731
         with constraint.live_graph():
             actions, parts = policy(batch)
             before = state()
             if kind is not AnchorKind.FROZEN_COPY:
                 with pytest.raises(RuntimeError, match="between a forward pass and its backward pass"):
-                    constraint.anchor_features(batch)
+                    constraint.reference(batch)
             loss = action_loss(actions, batch)
-            (loss + constraint.accumulate(constraint.extractor.parts(*parts), anchor, 1.0)).backward()
+            (loss + constraint.accumulate(constraint.signal.extractor.parts(*parts), anchor, 1.0)).backward()
             assert state() == before
         constraint.combine_()
         assert state() == before
-        constraint.anchor_features(batch)
+        constraint.reference(batch)
 
 
 class TestState:

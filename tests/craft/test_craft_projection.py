@@ -10,19 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torchjd.aggregation import PCGrad
 
-from prismatic.training.craft_utils import CRaFTConfig, CRaFTGradientProjector
-from prismatic.training.craft_utils.config import Granularity
-from prismatic.training.craft_utils.projection import (
-    Groups,
-    Price,
-    adam_scaling,
-    adam_updates,
-    group_label,
-    inner_products,
-    kappa,
-    part_label,
-    threshold,
-)
+from prismatic.craft import CRaFTConfig, CRaFTGradientProjector
+from prismatic.craft.settings import Granularity
+from prismatic.craft.gradients import adam_scaling, adam_updates, inner_products
+from prismatic.craft.projection import Groups, group_label, part_label, threshold
+from prismatic.craft.rules import Price, kappa
 
 LAYER = "vla.base_model.model.language_model.model.layers.3"
 NAMES = [

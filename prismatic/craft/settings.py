@@ -1,10 +1,17 @@
-"""Settings of the constraint, as choices with names, and the two presets."""
+"""Settings of the constraint, as choices with names, and the presets."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
 from enum import Enum
+
+
+class SignalKind(str, Enum):
+    """What is held: the bridge features, or the normalised actions that the whole policy predicts."""
+
+    FEATURES = "features"
+    ACTIONS = "actions"
 
 
 class AnchorType(str, Enum):
@@ -23,7 +30,7 @@ class FeatureSource(str, Enum):
 
 
 class RetentionMetric(str, Enum):
-    """Distance between current and anchor features (`features.py`)."""
+    """Distance between current and anchor features (`distances.py`)."""
 
     MSE = "mse"
     REL_MSE = "rel_mse"
@@ -47,7 +54,7 @@ class Granularity(str, Enum):
 
 
 class Rule(str, Enum):
-    """How multiplier and projection make one coefficient (`projection.py`)."""
+    """How multiplier and projection make one coefficient (`rules.py`)."""
 
     ADD = "add"
     MAX = "max"
@@ -77,10 +84,11 @@ class ConflictMetric(str, Enum):
 
 
 class DualKind(str, Enum):
-    """Rule of the multiplier."""
+    """Rule of the multiplier (`duals/`)."""
 
     ASCENT = "ascent"
     PI = "pi"
+    SHARE = "share"
     OFF = "off"
 
 
@@ -92,7 +100,7 @@ class DualError(str, Enum):
 
 
 class AnchorKind(str, Enum):
-    """How the features under theta_0 are computed (`anchors.py`)."""
+    """How the features under theta_0 are computed (`reference.py`)."""
 
     ONLINE_SWAP = "online_swap"
     DISABLE_ADAPTER = "disable_adapter"
@@ -101,9 +109,11 @@ class AnchorKind(str, Enum):
     AUTO = "auto"
 
 
-# Fields in which the presets differ. `original` is the original procedure, `budget` the one that meets its budget.
+# Fields in which the presets differ. `original` is the original procedure, `budget` the one that meets a budget of the
+# features, `keep` the one that keeps what the policy does: a bound on its actions, and one force that holds it.
 PRESETS: dict[str, dict] = {
     "original": {
+        "signal": SignalKind.FEATURES,
         "retention_weight": 1.0,
         "retention_budget": 0.1,
         "retention_metric": RetentionMetric.MSE,
@@ -117,6 +127,7 @@ PRESETS: dict[str, dict] = {
         "anchor": AnchorKind.ONLINE_SWAP,
     },
     "budget": {
+        "signal": SignalKind.FEATURES,
         "retention_weight": 0.0,
         "retention_budget": 0.05,
         "retention_metric": RetentionMetric.REL_MSE,
@@ -129,6 +140,20 @@ PRESETS: dict[str, dict] = {
         "projection_guard": Guard.EXACT,
         "anchor": AnchorKind.AUTO,
     },
+    "keep": {
+        "signal": SignalKind.ACTIONS,
+        "retention_weight": 0.0,
+        "retention_budget": 0.03,
+        "retention_metric": RetentionMetric.REL_MSE,
+        "dual": DualKind.SHARE,
+        "dual_error": DualError.RELATIVE,
+        "dual_lr": 0.05,
+        "lambda_max": math.inf,
+        "projection_rule": Rule.OFF,
+        "projection_when": When.ALWAYS,
+        "projection_guard": Guard.EXACT,
+        "anchor": AnchorKind.AUTO,
+    },
 }
 
 
@@ -137,6 +162,7 @@ class CRaFTConfig:
     """Settings of the constraint. The defaults are those of the original procedure; see also `from_preset`.
 
     Attributes:
+        signal: what is held, `features` or `actions`.
         anchor_layer_idx: index into the hidden states for C_R; None is the middle, negative counts from the end.
         use_mean_pooling: mean over tokens; False takes the maximum.
         anchor_type: which of C_R and C_AQ enter the features.
@@ -145,10 +171,13 @@ class CRaFTConfig:
         w_raw, w_aq: weights of the two parts of L_ret, >= 0, not both 0.
         retention_metric: distance of the features.
         retention_weight: initial multiplier lambda, >= 0.
-        retention_budget: eps, > 0, in units of the metric; infinity only monitors the drift.
+        retention_budget: eps, > 0; infinity only monitors the drift. Of features in units of the metric, of actions a
+            root-mean-square difference of normalised actions: 0.03 is 3 % of half their range.
         dual, dual_lr, dual_error: rule of the multiplier, its rate eta >= 0, and the error it integrates.
         dual_ki, dual_kp, dual_nu: PI gains >= 0, and the averaging factor in [0, 1) of PI and of the gate.
         lambda_max: upper bound of the multiplier, > 0.
+        share_limit: of the dual `share`: the retention gradient may be at most e^share_limit times the action gradient.
+        aim: factor > 0 on the budget that the dual steers to, for a run that lands afterwards.
         enable_dual: False keeps lambda at `fixed_lambda` (the same as dual = off).
         fixed_lambda: the constant used without dual ascent, >= 0.
         enable_projection: False is the same as projection_rule = off.
@@ -159,6 +188,7 @@ class CRaFTConfig:
         anchor: how theta_0 is kept.
     """
 
+    signal: SignalKind = SignalKind.FEATURES
     anchor_layer_idx: int | None = None
     use_mean_pooling: bool = True
     anchor_type: AnchorType = AnchorType.CONCAT
@@ -176,6 +206,8 @@ class CRaFTConfig:
     dual_kp: float = 1.0
     dual_nu: float = 0.9
     lambda_max: float = math.inf
+    share_limit: float = 1.0
+    aim: float = 1.0
     enable_dual: bool = True
     fixed_lambda: float = 0.1
     enable_projection: bool = True
@@ -191,7 +223,7 @@ class CRaFTConfig:
 
     @classmethod
     def from_preset(cls, preset: str, **overrides) -> CRaFTConfig:
-        """`original` or `budget`, with other fields replaced; ValueError for an unknown name."""
+        """One of `PRESETS`, with other fields replaced; ValueError for an unknown name."""
         if preset not in PRESETS:
             raise ValueError(f"CRaFT preset is {preset!r}, expected one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[preset], **overrides})
@@ -205,10 +237,11 @@ class CRaFTConfig:
         for name in _NON_NEGATIVE:
             value = getattr(self, name)
             _require(name, value, 0 <= value < math.inf, "a finite number >= 0")
-        for name in ("projection_gamma", "barrier_phi"):
+        for name in ("projection_gamma", "barrier_phi", "aim"):
             _require(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a finite number > 0")
         for name in ("retention_budget", "lambda_max"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "a number > 0")
+        _require("share_limit", self.share_limit, -5 < self.share_limit <= 10, "a number above -5 and at most 10")
         _require("dual_nu", self.dual_nu, 0 <= self.dual_nu < 1, "a number in [0, 1)")
         self._check_combinations()
 
@@ -229,6 +262,16 @@ class CRaFTConfig:
             )
         if self.initial_lambda > self.lambda_max:
             raise ValueError(f"CRaFT initial lambda {self.initial_lambda} is above lambda_max {self.lambda_max}")
+
+    @property
+    def loss_budget(self) -> float:
+        """The budget in the unit of the retention loss, a mean over samples: of actions the mean square."""
+        budget = self.retention_budget * self.aim
+        return budget**2 if self.signal is SignalKind.ACTIONS else budget
+
+    def drift_of(self, loss: float) -> float:
+        """A retention loss (mean over samples) in the unit of `retention_budget`."""
+        return math.sqrt(loss) if self.signal is SignalKind.ACTIONS else loss
 
     @property
     def rule(self) -> Rule:
@@ -259,6 +302,7 @@ class CRaFTConfig:
 
 
 _CHOICES = {
+    "signal": SignalKind,
     "anchor_type": AnchorType,
     "feature_source": FeatureSource,
     "retention_metric": RetentionMetric,

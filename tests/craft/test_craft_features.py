@@ -6,7 +6,7 @@ from craft_fixtures import quick, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prismatic.training.craft_utils import (
+from prismatic.craft import (
     AnchorType,
     BridgeFeatures,
     CRaFTConfig,
@@ -16,7 +16,7 @@ from prismatic.training.craft_utils import (
     compute_retention_loss,
     retention_loss,
 )
-from prismatic.training.craft_utils.features import drift_of_parts
+from prismatic.craft.distances import drift_of_parts
 
 B, T, Q, D = 4, 5, 3, 6
 METRICS = list(RetentionMetric)

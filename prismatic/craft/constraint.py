@@ -1,0 +1,312 @@
+"""The constraint over one optimizer step: measure drift, collect r over the micro-batches, combine, move lambda."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prismatic.craft.duals import CRaFTDualOptimizer
+from prismatic.craft.gradients import RetentionGradient, adam_scaling, adam_updates, inner_products
+from prismatic.craft.projection import CRaFTGradientProjector, Groups
+from prismatic.craft.reference import (
+    CRaFTWeightManager,
+    build_anchor,
+    extract_anchor_features_online,
+    noise_free,
+    quiet_pass,
+    unwrap,
+)
+from prismatic.craft.rules import RULES, Price
+from prismatic.craft.settings import ConflictMetric, CRaFTConfig
+from prismatic.craft.signals import Signal
+from prismatic.craft.telemetry import as_reported, conflicts_by_part, gradient_facts
+
+
+class Plan(str, Enum):
+    """How the coming step treats the retention loss. Decided before its first micro-batch.
+
+    When kappa is lambda for every group, which the gate or the rule tells beforehand, the two gradients need not be
+    told apart: one backward pass of L_act + lambda L_ret gives their sum, and none of L_ret when lambda is zero.
+    """
+
+    SEPARATE = "separate"
+    FUSED = "fused"
+    MEASURE = "measure"
+
+
+class NonFiniteRetentionError(RuntimeError):
+    """The retention gradient was NaN or infinite in many steps in a row."""
+
+
+class CRaFTConstraint:
+    """One per run. In each optimizer step: `reference` and `accumulate`, or `hold`, per micro-batch, then `combine_`.
+
+    Args:
+        module: module whose trainable parameters are constrained; a DDP wrapper is removed.
+        config: settings.
+        signal: what is held.
+        keep: which trainable parameters can change the signal, by name; None means all. The others are neither snapshot
+            nor changed.
+        memories: number of memories that `hold` gets in every micro-batch, each with an equal say in L_ret; 0 when the
+            signal comes with the action loss (`accumulate`). Passes of their own tell the two gradients apart at no
+            cost.
+    """
+
+    max_non_finite = 10
+    """Steps in a row that may go without a constraint before the run stops."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: CRaFTConfig,
+        signal: Signal,
+        keep: Callable[[str], bool] | None = None,
+        memories: int = 0,
+    ) -> None:
+        self.config, self.signal = config, signal
+        self.anchor = build_anchor(config.anchor, module, keep)
+        self.projector = CRaFTGradientProjector(config)
+        self.dual = CRaFTDualOptimizer(config)
+        self.module = unwrap(module)
+        named = self.module.named_parameters()
+        candidates = {n: p for n, p in named if p.requires_grad and (keep is None or keep(n))}
+        if not candidates:
+            raise ValueError("no trainable parameter reaches the signal: CRaFT has nothing to constrain")
+        self.gradient = RetentionGradient(candidates)
+        self._memories = memories
+        self._groups: Groups | None = None
+        self._last_plan: Plan | None = None
+        self.statistics = {"constrained_steps": 0, "non_finite_steps": 0, "non_finite_in_a_row": 0}
+        self._begin_step()
+
+    @property
+    def weights(self) -> CRaFTWeightManager:
+        """The snapshot theta_0."""
+        return self.anchor.weights
+
+    # ------------------------------------------------------------------------------------------- one micro-batch
+
+    def reference(self, batch: Any) -> Any:
+        """The signal under theta_0 for this batch, no grad.
+
+        Must run before the forward pass with gradients, and not inside the same autocast context: autocast keeps its
+        low-precision copies of weights until the context ends.
+        """
+        started = time.perf_counter()
+        value = extract_anchor_features_online(self.module, lambda bare: self.signal.compute(bare, batch), self.anchor)
+        self._anchor_seconds += time.perf_counter() - started
+        return value
+
+    def current(self, batch: Any) -> Any:
+        """The signal under the current weights, by a pass of its own with graph."""
+        return self.signal.compute(self.module, batch)
+
+    def measure(self, batch: Any, reference: Any) -> dict[str, Tensor]:
+        """`Retention Loss` (a mean over samples) and the parts' drift of a batch, without gradients or noise."""
+        with quiet_pass(self.module):
+            value = self.current(batch)
+            return {"Retention Loss": self.signal.loss(value, reference), **self.signal.parts(value, reference)}
+
+    def forget_anchor_time(self) -> None:
+        """Do not count the reference passes so far as part of the coming step."""
+        self._anchor_seconds = 0.0
+
+    @contextmanager
+    def live_graph(self) -> Iterator[None]:
+        """To be held from the forward pass with gradients to the end of its backward pass: no swap may happen."""
+        with self.weights.live_graph():
+            yield
+
+    def hold(self, batch: Any, share: float, loss_scale: float = 1.0, name: str = "") -> None:
+        """Add `share` of the retention loss of one memory's batch and its gradient, by passes of their own.
+
+        Must run before the forward pass of the action loss: the graph is gone when it begins. `name` tells this
+        memory's drift from that of others in the log.
+        """
+        reference = self.reference(batch)
+        if self.plan is Plan.MEASURE:
+            with quiet_pass(self.module):
+                self._note(self.current(batch), reference, share, name)
+            return
+        with noise_free(self.module), self.live_graph():
+            loss = self._note(self.current(batch), reference, share, name)
+            self.gradient.add(loss * (share / self._memories * loss_scale), retain_graph=False)
+
+    def accumulate(self, value: Any, reference: Any, share: float, loss_scale: float = 1.0) -> Tensor | float:
+        """Add `share` of this micro-batch's retention loss and its gradient.
+
+        `value` is the signal in the graph of the action loss. Returns what has to be added to the (unscaled) action
+        loss before its backward pass: lambda L_ret when one pass does for both, else 0. `loss_scale` is the factor of
+        fp16 training.
+
+        Raises ValueError when no trainable parameter reaches the signal.
+        """
+        loss = self._note(value, reference, share)
+        if self.plan is Plan.FUSED:
+            return self.dual.get_lambda() * loss
+        if self.plan is Plan.SEPARATE:
+            self.gradient.add(loss * (share * loss_scale), retain_graph=True)
+        return 0.0
+
+    def _note(self, value: Any, reference: Any, share: float, name: str = "") -> Tensor:
+        loss = self.signal.loss(value, reference)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError("no trainable parameter reaches the signal: CRaFT has nothing to constrain")
+        # Parts of one memory are means over its own samples; the loss is one for all memories.
+        self._add("loss", loss.detach(), share / (self._memories or 1))
+        for part, drift in self.signal.parts(value, reference).items():
+            self._add(f"{name}/{part}" if name else part, drift, share)
+        return loss
+
+    def _add(self, name: str, value: Tensor, share: float) -> None:
+        self._measured[name] = self._measured.get(name, 0.0) + value.float() * share
+
+    # ------------------------------------------------------------------------------------------- the whole step
+
+    def combine_(
+        self,
+        reduce_mean: Callable[[Tensor], Tensor] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        loss_scale: float = 1.0,
+    ) -> dict[str, float]:
+        """In place p.grad <- p.grad + kappa r, then move lambda; returns the step's measurements by log name.
+
+        The only place where the two gradients meet. Parameters without a retention gradient keep their gradient bit for
+        bit.
+
+        Args:
+            reduce_mean: average of a flat tensor over the processes; None with one process. Projection is not linear:
+                it must see the averaged gradient, and lambda the averaged loss, or the replicas drift apart.
+            optimizer: needed for the Adam metric.
+            loss_scale: factor that the retention gradients still carry; `p.grad` no longer does.
+
+        Raises NonFiniteRetentionError after `max_non_finite` steps in a row with a retention gradient that is not
+        finite. Until then such a step is a plain one. (When one backward pass does for both losses the retention
+        gradient cannot be told apart; the optimizer step then stops at the norm of the sum.)
+        """
+        if reduce_mean is not None:
+            self._reduce(reduce_mean)
+        multiplier, plan = self.dual.get_lambda(), self.plan
+        self._last_plan = plan
+        can_reduce, metrics = True, {}
+        if plan is Plan.SEPARATE:
+            multiplier, can_reduce, metrics = self._combine_gradients(optimizer, loss_scale)
+        measured = dict(zip(self._measured, torch.stack(list(self._measured.values())).tolist(), strict=True))
+        loss = measured.pop("loss")
+        metrics = {"CRaFT/Retention Loss": self.config.drift_of(loss), "CRaFT/Lambda": multiplier} | metrics
+        metrics |= {f"CRaFT/Drift/{name}": as_reported(name, value) for name, value in measured.items()}
+        metrics |= {"CRaFT/Anchor Seconds": self._anchor_seconds, "CRaFT/Gate Open": float(self._gate_is_open)}
+        self.statistics["constrained_steps"] += 1
+        self.dual.step(loss, can_reduce)
+        if self.dual.rule.needs_norms:
+            metrics["CRaFT/Out Of Reach"] = float(self.dual.rule.out_of_reach)
+        self._begin_step()
+        return metrics
+
+    def _begin_step(self) -> None:
+        # The buffer keeps this step's r for `raising_updates`, until the next step writes to it.
+        self.gradient.begin()
+        self._measured: dict[str, Tensor | float] = {}
+        self._anchor_seconds = 0.0
+        self._gate_is_open = self.dual.gate.is_open
+        self.plan = self._next_plan()
+
+    def _next_plan(self) -> Plan:
+        if RULES[self.config.rule].separates(self._gate_is_open) or self.dual.rule.needs_norms:
+            return Plan.SEPARATE
+        if self.dual.get_lambda() > 0:
+            return Plan.SEPARATE if self._memories else Plan.FUSED
+        return Plan.MEASURE
+
+    def _combine_gradients(
+        self, optimizer: torch.optim.Optimizer | None, loss_scale: float
+    ) -> tuple[float, bool, dict[str, float]]:
+        """lambda of this step, whether r says anything, and the telemetry of the gradients."""
+        r = self.gradient
+        if self._groups is None:
+            self.projector.names = r.names
+            self._groups = self.projector.groups(len(r.names)).to(r.flat.device)
+        if loss_scale != 1.0:
+            r.flat.mul_(1.0 / loss_scale)
+        products = inner_products([p.grad for p in r.parameters], r.tensors, self._metric(optimizer))
+        self.projector.conflict_ratio = (products.dot < 0).float().mean()
+        rule, multiplier = RULES[self.config.rule], self.dual.get_lambda()
+        price = Price(multiplier, self._measured["loss"] - self.config.loss_budget, self._gate_is_open)
+        projection = rule.projection(products, self._groups, price, self.config)
+        # One transfer from the device: everything the host has to know about the gradients.
+        facts = gradient_facts(products, rule.shed(projection), self._groups)
+        self._count_non_finite(facts.is_finite)
+        if not facts.is_finite:
+            self._last_plan = None
+            return multiplier, False, {}
+        multiplier = self.dual.rule.price(facts.act_norm, facts.ret_norm if facts.is_informative else 0.0)
+        r.add_to_action_gradients(rule.kappa(projection, multiplier)[self._groups.index])
+        values = facts.metrics | conflicts_by_part(products, r.names)
+        if self.dual.rule.needs_norms:
+            values["CRaFT/Share"] = multiplier * facts.ret_norm / max(facts.act_norm, sys.float_info.min)
+        return multiplier, facts.is_informative, values
+
+    def _metric(self, optimizer: torch.optim.Optimizer | None) -> list[Tensor | None] | None:
+        if self.config.projection_metric is not ConflictMetric.ADAM:
+            return None
+        if optimizer is None:
+            raise ValueError("CRaFT projection_metric adam needs the optimizer")
+        return adam_scaling(optimizer, self.gradient.parameters)
+
+    def _count_non_finite(self, is_finite: bool) -> None:
+        if is_finite:
+            self.statistics["non_finite_in_a_row"] = 0
+            return
+        self.statistics["non_finite_steps"] += 1
+        self.statistics["non_finite_in_a_row"] += 1
+        if self.statistics["non_finite_in_a_row"] >= self.max_non_finite:
+            raise NonFiniteRetentionError(
+                f"the retention gradient was not finite in {self.max_non_finite} constrained steps in a row, after "
+                f"{self.statistics['constrained_steps']} steps: the signal overflows, or the anchor is damaged"
+            )
+
+    def _reduce(self, reduce_mean: Callable[[Tensor], Tensor]) -> None:
+        """Average gradients and measurements over the processes, in one collective."""
+        measured = torch.stack([torch.as_tensor(v) for v in self._measured.values()])
+        if self.plan is Plan.SEPARATE:
+            buffer = self.gradient.flat
+            flat = reduce_mean(torch.cat([buffer, measured]))
+            buffer.copy_(flat[: buffer.numel()])
+            measured = flat[buffer.numel() :]
+        else:
+            measured = reduce_mean(measured)
+        self._measured = dict(zip(self._measured, measured.unbind(), strict=True))
+
+    def raising_updates(self, optimizer: torch.optim.Optimizer) -> float | None:
+        """Share of parameter tensors whose last AdamW update raises L_ret to first order, <update, r> > 0.
+
+        To be called after the optimizer step and before the next constrained step. None when r was not computed.
+        """
+        if self._last_plan is not Plan.SEPARATE:
+            return None
+        raising = [
+            (update * r).sum() > 0
+            for update, r in zip(adam_updates(optimizer, self.gradient.parameters), self.gradient.tensors, strict=True)
+            if update is not None
+        ]
+        return float(torch.stack(raising).float().mean()) if raising else None
+
+    # ------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict:
+        """Multiplier, statistics and settings; theta_0 is saved apart as tensors (`weights.state_dict()`)."""
+        return {"dual": self.dual.state_dict(), "statistics": dict(self.statistics), "config": self.config.to_dict()}
+
+    def load_state_dict(self, state: dict, anchor: dict[str, Tensor]) -> None:
+        """Restore multiplier, statistics and theta_0: a new snapshot at resume would reset the drift to zero."""
+        self.dual.load_state_dict(state["dual"])
+        self.statistics.update(state["statistics"])
+        self.weights.load_state_dict(anchor)
+        self._begin_step()

@@ -1,0 +1,86 @@
+"""How far features have drifted: distances per sample, and L_ret, their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prismatic.craft.features import BridgeFeatures, PartFeatures, require_same_shape
+from prismatic.craft.settings import CRaFTConfig, RetentionMetric
+
+# Keeps a relative error finite for features of norm zero, far below the norms of real ones.
+_TINY = 1e-12
+
+
+def retention_loss(features: BridgeFeatures, anchor: BridgeFeatures, config: CRaFTConfig) -> Tensor:
+    """L_ret: weighted mean of the two parts' distances, each a mean over samples; a scalar fp32 with graph.
+
+    With metric `mse` and equal weights it is `compute_retention_loss(features.f, anchor.f)`. Every metric is computed
+    per sample, so that micro-batches and processes may be averaged.
+    """
+    total, weights = 0.0, config.part_weights
+    for weight, part, reference in zip(weights, (features.raw, features.aq), (anchor.raw, anchor.aq), strict=True):
+        if part is not None and weight > 0:
+            total = total + weight * _DISTANCES[config.retention_metric](part, reference).mean()
+    return total / sum(weights)
+
+
+@torch.no_grad()
+def drift_of_parts(features: BridgeFeatures, anchor: BridgeFeatures) -> dict[str, Tensor]:
+    """Drift of the pooled parts in both units, whatever the metric: `raw_mse`, `raw_relative`, `aq_mse`, ..."""
+    drifts = {}
+    for name, part, reference in (("raw", features.raw, anchor.raw), ("aq", features.aq, anchor.aq)):
+        if part is not None:
+            drifts[f"{name}_mse"] = _mse(part, reference).mean()
+            drifts[f"{name}_relative"] = _rel_mse(part, reference).mean()
+    return drifts
+
+
+def _mse(part: PartFeatures, anchor: PartFeatures) -> Tensor:
+    require_same_shape(part.pooled, anchor.pooled)
+    return (part.pooled - anchor.pooled.detach()).square().mean(dim=-1)
+
+
+def _rel_mse(part: PartFeatures, anchor: PartFeatures) -> Tensor:
+    return _relative_square(part.pooled, anchor.pooled)
+
+
+def _token_rel_mse(part: PartFeatures, anchor: PartFeatures) -> Tensor:
+    return _relative_square(part.tokens.flatten(2), anchor.tokens.flatten(2))
+
+
+def _relative_square(x: Tensor, anchor: Tensor) -> Tensor:
+    require_same_shape(x, anchor)
+    anchor = anchor.detach()
+    return (x - anchor).square().sum(dim=-1) / (anchor.square().sum(dim=-1) + _TINY)
+
+
+def _cosine(part: PartFeatures, anchor: PartFeatures) -> Tensor:
+    require_same_shape(part.pooled, anchor.pooled)
+    # Half the squared distance of the unit vectors is 1 - cos, and exactly zero at the anchor.
+    return 0.5 * (F.normalize(part.pooled, dim=-1) - F.normalize(anchor.pooled.detach(), dim=-1)).square().sum(dim=-1)
+
+
+def _gram(part: PartFeatures, anchor: PartFeatures) -> Tensor:
+    """Half the squared distance of the normalised token Gram matrices = 1 - (uncentred) linear CKA of the tokens."""
+    require_same_shape(part.tokens, anchor.tokens)
+    return 0.5 * (_normalised_gram(part.tokens) - _normalised_gram(anchor.tokens.detach())).square().sum(dim=(-2, -1))
+
+
+def _normalised_gram(tokens: Tensor) -> Tensor:
+    gram = tokens @ tokens.transpose(-2, -1)
+    return gram / (gram.square().sum(dim=(-2, -1), keepdim=True) + _TINY).sqrt()
+
+
+# Distance per sample and layer, (B, K). Sources: rel_mse, token_rel_mse: section 2 of docs/IDEA.md; gram: linear CKA,
+# arXiv 1905.00414, without centring.
+_DISTANCES: dict[RetentionMetric, Callable[[PartFeatures, PartFeatures], Tensor]] = {
+    RetentionMetric.MSE: _mse,
+    RetentionMetric.REL_MSE: _rel_mse,
+    RetentionMetric.COSINE: _cosine,
+    RetentionMetric.TOKEN_REL_MSE: _token_rel_mse,
+    RetentionMetric.GRAM: _gram,
+}

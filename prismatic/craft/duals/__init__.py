@@ -1,0 +1,67 @@
+"""The multiplier lambda: the price of drift, moved once per optimizer step. One file per rule."""
+
+from __future__ import annotations
+
+import math
+
+from prismatic.craft.duals.ascent import Ascent
+from prismatic.craft.duals.base import Dual
+from prismatic.craft.duals.pi import PI
+from prismatic.craft.duals.share import Share
+from prismatic.craft.gate import Gate
+from prismatic.craft.settings import CRaFTConfig, DualKind
+
+DUALS: dict[DualKind, type[Dual]] = {
+    DualKind.OFF: Dual,
+    DualKind.ASCENT: Ascent,
+    DualKind.PI: PI,
+    DualKind.SHARE: Share,
+}
+
+
+class CRaFTDualOptimizer:
+    """The multiplier by the configured rule, and the gate that follows the same losses."""
+
+    def __init__(self, config: CRaFTConfig) -> None:
+        self.config = config
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the initial value, without memory."""
+        self.rule, self.gate = DUALS[self.config.dual_kind](self.config), Gate(self.config)
+
+    def get_lambda(self) -> float:
+        """Current multiplier, in [0, lambda_max]."""
+        return self.rule.value
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the averaged retention loss is above gamma * eps (the gate of `projection_when = active`)."""
+        return self.gate.is_active
+
+    def step(self, l_ret: float, can_reduce: bool = True) -> float:
+        """Take in the retention loss of a step; returns the new multiplier.
+
+        Args:
+            l_ret: measured loss, averaged over micro-batches and processes, in the unit of `CRaFTConfig.loss_budget`.
+                Not finite: nothing changes.
+            can_reduce: False when the retention gradient vanished.
+        """
+        l_ret = float(l_ret)
+        if math.isfinite(l_ret):
+            self.gate.step(l_ret)
+            self.rule.step(l_ret, can_reduce)
+        return self.rule.value
+
+    def error(self, l_ret: float) -> float:
+        """The violation e of a loss; -inf or nan for an infinite budget."""
+        return self.rule.error(l_ret)
+
+    def state_dict(self) -> dict[str, float | None]:
+        """Multiplier and memory."""
+        return self.rule.state_dict() | {"loss_ema": self.gate.loss_mean}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Restore `state_dict`; ValueError when the multiplier is outside [0, lambda_max]."""
+        self.rule.load_state_dict(state)
+        self.gate.loss_mean = state.get("loss_ema")

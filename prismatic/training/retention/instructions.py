@@ -1,0 +1,67 @@
+"""The old instructions a policy is held on: from a file, or those that the start checkpoint was trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from prismatic.training.config import FinetuneConfig
+from prismatic.training.tracking import say
+
+_FLAG = "--craft_memory_instructions"
+
+
+def old_instructions(cfg: FinetuneConfig, setup) -> list[str]:
+    """Distinct sentences, those of the new task left out with a warning.
+
+    Raises FileNotFoundError for a missing file, ValueError for one that is empty or repeats itself, for a start without
+    recorded instructions and no file, and when nothing is left; each names the flag, what was found and what to do.
+    """
+    if cfg.craft_memory_instructions is not None:
+        source = f"{_FLAG} {cfg.craft_memory_instructions}"
+        sentences = read_instructions(cfg.craft_memory_instructions)
+    else:
+        source = f"the instructions recorded in {cfg.config_file_path}"
+        recorded = setup.start_instructions
+        sentences = list(dict.fromkeys(sentence for name in recorded for sentence in recorded[name]))
+        if not sentences:
+            raise ValueError(
+                f"--craft_memory instructions: {cfg.config_file_path} records no instructions it was trained on; give "
+                f"them with {_FLAG} FILE, one a line"
+            )
+    new = {_plain(sentence) for sentence in _trained_on(setup.dataset.manifest())}
+    dropped = [sentence for sentence in sentences if _plain(sentence) in new]
+    for sentence in dropped:
+        say(f"Warning: {source}: {sentence!r} is an instruction of the new task and is left out")
+    kept = [sentence for sentence in sentences if sentence not in dropped]
+    if not kept:
+        raise ValueError(f"{source}: all {len(sentences)} are of the new task, expected at least one old instruction")
+    return kept
+
+
+def read_instructions(path: str) -> list[str]:
+    """One sentence a line; blank lines are left out."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{_FLAG} {path}: no such file, expected a text file with one instruction a line")
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{_FLAG} {path}: not UTF-8 text ({error}), expected one instruction a line") from None
+    sentences = [line for line in lines if line]
+    if not sentences:
+        raise ValueError(f"{_FLAG} {path}: empty, expected one instruction a line")
+    repeated = [sentence for sentence, count in Counter(map(_plain, sentences)).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{_FLAG} {path}: {repeated[0]!r} stands there more than once, expected distinct instructions")
+    return sentences
+
+
+def _trained_on(manifest: dict[str, dict]) -> Iterable[str]:
+    return (sentence for entry in manifest.values() for sentence in entry["episodes"])
+
+
+def _plain(sentence: str) -> str:
+    """What decides whether two instructions are the same: the prompt ignores case and outer blanks."""
+    return sentence.strip().lower()

@@ -1,0 +1,130 @@
+"""How a run keeps what the start model could do: from flags to a method of the optimizer step.
+
+| method | what it does |
+|---|---|
+| none | plain fine-tuning |
+| craft | the constraint on what the policy says or does (`craft.py`) |
+| feature_penalty | the same distance with a constant weight and no projection: learning without forgetting |
+| l2sp | pulls the weights to the start weights (`l2sp.py`) |
+| frozen | trains the action head, the proprio projector and the action queries only |
+
+Beside each: `--replay_data` mixes old samples into the batches. Interpolation with the start weights after training is
+`vla-scripts/interpolate_weights.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from prismatic.craft import SignalKind
+from prismatic.training.config import FinetuneConfig, RetentionMethod
+from prismatic.training.retention.craft import CRaFT
+from prismatic.training.retention.instructions import old_instructions
+from prismatic.training.retention.l2sp import L2SP
+from prismatic.training.retention.memory import (
+    BATCH,
+    DATA,
+    INSTRUCTIONS,
+    DataMemory,
+    InstructionMemory,
+    Memory,
+    to_device,
+)
+from prismatic.training.retention.protocol import Retention
+from prismatic.training.retention.replay import DistilledReplay
+from prismatic.training.tracking import say
+from prismatic.vla.datasets.collator import VLACollator
+from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
+from prismatic.vla.datasets.sampler import EpochSampler
+
+_NEW_HEADS = ("random", "native")
+
+
+def build_retention(
+    cfg: FinetuneConfig, model: nn.Module, setup, accelerator: Accelerator, collate: VLACollator
+) -> Retention | None:
+    """The method of a run on the prepared model, None for plain fine-tuning. Nothing is written.
+
+    Raises ValueError or FileNotFoundError for flags, files or a parallelism it cannot work with.
+    """
+    if cfg.retention is RetentionMethod.L2SP:
+        return L2SP(model, cfg.l2sp_weight)
+    if cfg.replay_data is not None and cfg.replay_labels == "start":
+        return DistilledReplay(model, accelerator.autocast)
+    if not cfg.retention.measures_drift:
+        return None
+    check_parallelism(accelerator)
+    config = cfg.craft_config()
+    if config.signal is SignalKind.ACTIONS and setup.origin in _NEW_HEADS:
+        raise ValueError(
+            f"--craft_signal actions: the start {cfg.config_file_path} has a new action head, which has no skill to keep; "
+            "start from a trained policy, or hold the features (--craft_signal features)"
+        )
+    return CRaFT(model, config, build_memories(cfg, setup, accelerator, collate), accelerator, cfg.craft_every)
+
+
+def build_memories(cfg: FinetuneConfig, setup, accelerator: Accelerator, collate: VLACollator) -> list[Memory]:
+    """The memories that `--craft_memory` names, in its order."""
+    size = cfg.craft_memory_batch_size
+    rank, world = accelerator.process_index, accelerator.num_processes
+
+    def data() -> Memory:
+        dataset = observations("--craft_memory_data", cfg.craft_memory_data, setup, cfg)
+        return DataMemory(dataset, collate, size or cfg.batch_size, cfg.seed, rank, world)
+
+    kinds = {
+        BATCH: lambda: Memory(size),
+        DATA: data,
+        INSTRUCTIONS: lambda: InstructionMemory(old_instructions(cfg, setup), collate, cfg.seed, size),
+    }
+    return [kinds[name]() for name in cfg.memories]
+
+
+def observations(flag: str, folder: str, setup, cfg: FinetuneConfig, image_aug: bool | None = None) -> VLADataset:
+    """Images, state and instructions of a data-set folder as the run sees them; what contradicts the start is said.
+
+    `image_aug` None augments as in training. FileNotFoundError naming the flag when there is no such folder.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{flag} {folder}: not a data-set folder")
+    training: DatasetSettings = setup.dataset.settings
+    settings = DatasetSettings(
+        setup.action_spec,
+        setup.image_spec,
+        setup.num_images,
+        image_aug=training.image_aug if image_aug is None else image_aug,
+        blind_images=training.blind_images,  # a blind run sees no image, here neither
+        seed=cfg.seed,
+        observations_only=True,
+        known_statistics=setup.statistics,
+    )
+    dataset = VLADataset(path.resolve().parent, path.resolve().name, settings)
+    for line in dataset.warnings:
+        say(f"Warning: {flag}: {line}")
+    return dataset
+
+
+def monitored_batches(cfg: FinetuneConfig, setup, collate: VLACollator, accelerator: Accelerator) -> list[dict]:
+    """The `--craft_probe_size` samples of `--craft_probe_data` on which the drift is watched, always the same."""
+    dataset = observations("--craft_probe_data", cfg.craft_probe_data, setup, cfg, image_aug=False)
+    sampler = iter(EpochSampler(len(dataset), cfg.seed))
+    samples = [dataset[next(sampler)] for _ in range(min(cfg.craft_probe_size, len(dataset)))]
+    batches = [collate(samples[i : i + cfg.batch_size]) for i in range(0, len(samples), cfg.batch_size)]
+    return [to_device(batch, accelerator.device) for batch in batches]
+
+
+def check_parallelism(accelerator: Accelerator) -> None:
+    """ValueError unless the model is whole in every process."""
+    if accelerator.distributed_type is DistributedType.FSDP:
+        version = getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1)
+        raise ValueError(
+            f"CRaFT with FSDP{version}: the retention gradient is taken with autograd.grad, which does not see sharded "
+            "parameters. Use DDP (torchrun --nproc-per-node N); with --use_lora True the published size fits one GPU"
+        )
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        raise ValueError("CRaFT with DeepSpeed is not supported: use DDP (torchrun --nproc-per-node N)")

@@ -1,0 +1,56 @@
+"""Distilled replay (Dark Experience Replay, arXiv 2004.07211): old samples with the start policy's actions as labels.
+
+Plain replay needs no method of the step: `ReplayMixture` mixes the samples into the batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from prismatic.craft.reference import (
+    CRaFTWeightManager,
+    build_anchor,
+    extract_anchor_features_online,
+    unwrap,
+)
+from prismatic.craft.settings import AnchorKind
+from prismatic.training.retention.memory import take_rows
+from prismatic.training.retention.protocol import Retention
+
+
+class DistilledReplay(Retention):
+    """Replaces the labels of the replayed samples of a batch by what the start policy does with them.
+
+    The start policy sees the very images of the sample, after augmentation, and has neither start noise nor dropout.
+
+    Args:
+        model: the policy, possibly wrapped by DDP.
+        autocast: context of the forward pass.
+    """
+
+    def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager]) -> None:
+        self._module, self._autocast = unwrap(model), autocast
+        self._anchor = build_anchor(AnchorKind.AUTO, model)
+
+    @property
+    def weights(self) -> CRaFTWeightManager:
+        """theta_0."""
+        return self._anchor.weights
+
+    def before_pass(self, batch: dict, share: float, loss_scale: float) -> dict:
+        rows = batch["is_replay"].nonzero().flatten()
+        if not len(rows):
+            return batch
+        old = take_rows(batch, rows.tolist())
+        labels = extract_anchor_features_online(self._module, lambda policy: self._actions(policy, old), self._anchor)
+        actions = batch["actions"].clone()
+        actions[rows] = labels.to(actions.dtype)
+        return batch | {"actions": actions}
+
+    def _actions(self, policy: nn.Module, batch: dict) -> torch.Tensor:
+        with self._autocast():
+            return policy.forward(batch).actions

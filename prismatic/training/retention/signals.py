@@ -1,0 +1,94 @@
+"""What a policy can be held to: which module computes it, which weights reach it, and whether the training pass has it.
+
+A new signal is a class here, a name in `craft.settings.SignalKind` and a line in `SIGNALS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from prismatic.craft import AnchorType, BridgeFeatures, CRaFTConfig, FeatureSignal, FeatureSource, OutputSignal, Signal
+from prismatic.craft.settings import SignalKind
+from prismatic.models.vla_policy import CraftRequest, PolicyOutput, VLAPolicyModel
+
+
+def reaches(module: nn.Module, parts: Iterable[nn.Module]) -> Callable[[str], bool]:
+    """Whether the parameter of `module` with this name belongs to one of the parts."""
+    owned = {id(p) for part in parts for p in part.parameters()}
+    names = {name for name, p in module.named_parameters() if id(p) in owned}
+    return names.__contains__
+
+
+def craft_request(config: CRaFTConfig) -> CraftRequest:
+    """Which features the model has to return for these settings."""
+    return CraftRequest(
+        layer_idx=config.anchor_layer_idx,
+        cr_token_mode=config.cr_token_mode,
+        bridge=config.feature_source is FeatureSource.BRIDGE,
+        raw_only=config.anchor_type is AnchorType.RAW_ONLY,
+    )
+
+
+class PolicyFeatures:
+    """The bridge features: they come with every training pass, and head and proprio projector cannot change them."""
+
+    def __init__(self, config: CRaFTConfig, autocast: Callable[[], AbstractContextManager]) -> None:
+        self.request, self._autocast = craft_request(config), autocast
+        self.signal = FeatureSignal(config, self._compute)
+
+    def _compute(self, policy: VLAPolicyModel, batch: dict) -> tuple:
+        with self._autocast():
+            return policy.anchor_features(batch, self.request)
+
+    @staticmethod
+    def parts_of(policy: VLAPolicyModel) -> list[nn.Module]:
+        """Modules whose weights reach the signal."""
+        return [policy.vla]
+
+    @staticmethod
+    def comes_with_training_pass(policy: VLAPolicyModel) -> bool:
+        """Whether the training pass may stand in for a pass of the signal's own."""
+        return True
+
+    def value_of(self, output: PolicyOutput) -> BridgeFeatures:
+        """The signal in the training pass."""
+        parts = output.raw_latent_features, output.action_query_features, output.raw_latent_mask
+        return self.signal.extractor.parts(*parts)
+
+
+class PolicyActions:
+    """The normalised action chunk (B, K, A) of the whole policy, without start noise of the head and without dropout."""
+
+    request: CraftRequest | None = None
+
+    def __init__(self, config: CRaFTConfig, autocast: Callable[[], AbstractContextManager]) -> None:
+        self._autocast = autocast
+        self.signal: Signal = OutputSignal(self._compute, "actions")
+
+    def _compute(self, policy: VLAPolicyModel, batch: dict) -> Any:
+        # `forward` and not a call: exchanged weights must not meet a compiled graph (`compilation.py`).
+        with self._autocast():
+            return policy.forward(batch).actions
+
+    @staticmethod
+    def parts_of(policy: VLAPolicyModel) -> list[nn.Module]:
+        """Everything that is trained acts on the actions."""
+        return [policy]
+
+    @staticmethod
+    def comes_with_training_pass(policy: VLAPolicyModel) -> bool:
+        """Only of a policy that draws nothing in training."""
+        dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in policy.modules())
+        attention = getattr(policy.vla.config.text_config, "attention_dropout", 0.0)
+        return not dropout and not attention and policy.action_head.geometry.start_noise_std == 0
+
+    def value_of(self, output: PolicyOutput) -> Any:
+        """The signal in the training pass."""
+        return output.actions
+
+
+SIGNALS = {SignalKind.FEATURES: PolicyFeatures, SignalKind.ACTIONS: PolicyActions}
