@@ -7,16 +7,13 @@ Writes budget.md, budget.png and traces.png beside the folder `runs/`.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
 
+from craft_experiments.common_utils.drift_runs import DRIFT, LAMBDA, TAIL, read_runs, spread, tail_mean, write_text
 from craft_experiments.common_utils.plots import COLOURS, new_figure, save_figure
-
-TAIL = 0.25
-"""Share of the run, at its end, over which drift is averaged."""
 
 
 def main() -> None:
@@ -25,28 +22,13 @@ def main() -> None:
     runs = load_runs(folder)
     plot_budget(runs, folder / "budget.png")
     plot_traces(runs, folder / "traces.png")
-    temporary = folder / "budget.md.tmp"
-    temporary.write_text(report(runs), encoding="utf-8")
-    temporary.replace(folder / "budget.md")
+    write_text(folder / "budget.md", report(runs))
     print(report(runs))
 
 
 def load_runs(folder: Path) -> list[dict]:
-    """Records of all runs in name order, with `achieved`, `loss` and `open` of their last quarter added."""
-    files = sorted((folder / "runs").glob("*.json"))
-    if not files:
-        raise FileNotFoundError(f"{folder / 'runs'}: no run has been recorded")
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    for run in runs:
-        run["achieved"] = tail_mean(run["CRaFT/Retention Loss"])
-        run["loss"] = tail_mean(run["all_losses"])
-        run["open"] = statistics.fmean(run["CRaFT/Gate Open"])
-    return runs
-
-
-def tail_mean(values: list[float]) -> float:
-    """Mean of the last quarter of the values."""
-    return statistics.fmean(values[-max(1, round(TAIL * len(values))) :])
+    """Records of all runs in name order (see `read_runs`), with `open`, the share of steps with an open gate, added."""
+    return [run | {"open": statistics.fmean(run["CRaFT/Gate Open"])} for run in read_runs(folder)]
 
 
 def by_variant(runs: list[dict]) -> dict[str, dict[float, list[dict]]]:
@@ -106,16 +88,11 @@ def variant_table(variant: str, budgets: dict[float, list[dict]]) -> list[str]:
             f"{statistics.median(deviation(run) for run in runs):.1%}",
             f"{sum(run['achieved'] > budget for run in runs)} of {len(runs)}",
             spread([run["loss"] for run in runs]),
-            spread([tail_mean(run["CRaFT/Lambda"]) for run in runs]),
+            spread([tail_mean(run[LAMBDA]) for run in runs]),
             f"{statistics.fmean(run['open'] for run in runs):.0%}",
         ]
         lines.append(f"| {budget:g} | {' | '.join(cells)} |")
     return [*lines, ""]
-
-
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if values else "not run"
 
 
 def plot_budget(runs: list[dict], path: Path) -> None:
@@ -145,7 +122,7 @@ def plot_traces(runs: list[dict], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     shown = sorted((r for r in runs if r["seed"] == seed and r["budget"] == budget), key=lambda r: r["variant"])
     for position, run in enumerate(shown):
-        for axis, name in ((left, "CRaFT/Retention Loss"), (right, "CRaFT/Lambda")):
+        for axis, name in ((left, DRIFT), (right, LAMBDA)):
             axis.plot(run["measured_steps"], run[name], color=COLOURS[position], linewidth=1, label=run["variant"])
     left.axhline(budget, color="0.3", linestyle="--", linewidth=1)
     left.set(yscale="log", ylabel=f"relative drift (budget {budget:g})", xlabel="optimizer step")

@@ -25,9 +25,11 @@ from prismatic.training.checkpoints import BaseModel, load_checkpoint
 from prismatic.training.config import FinetuneConfig, TuningMode
 from prismatic.training.lora import lora_targets
 from prismatic.training.published import check_exportable
+from prismatic.training.tracking import say
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.registry import expand_data_set_names, get_data_set_config, load_data_set_file
+from prismatic.vla.datasets.replay import ReplayMixture
 from prismatic.vla.images import ImageSpec
 
 
@@ -55,7 +57,7 @@ class TrainingSetup:
 
     model: VLAPolicyModel
     processor: PrismaticProcessor
-    dataset: VLADataset
+    dataset: VLADataset | ReplayMixture
     action_spec: ActionSpec
     image_spec: ImageSpec
     dataset_metadata: dict
@@ -99,23 +101,39 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
         frame_stride=cfg.frame_stride,
         val_fraction=cfg.val_fraction if cfg.use_val_set else 0.0,
     )
-    dataset = VLADataset(cfg.data_root_dir, cfg.dataset_name, settings)
+    new = VLADataset(cfg.data_root_dir, cfg.dataset_name, settings)
+    dataset = new if cfg.replay_data is None else _with_replay(cfg, new, start)
     # Random crops in training go with the centre crop at evaluation: both show 90 % of the image.
-    start.image_spec = replace(start.image_spec, center_crop=cfg.image_aug, **_jpeg_quality(dataset.metadata))
+    start.image_spec = replace(start.image_spec, center_crop=cfg.image_aug, **_jpeg_quality(new.metadata))
     return TrainingSetup(
         model=start.model,
         processor=start.processor,
         dataset=dataset,
         action_spec=start.action_spec,
         image_spec=start.image_spec,
-        dataset_metadata=start.dataset_metadata | dataset.metadata,
+        dataset_metadata=dataset.metadata | start.dataset_metadata | new.metadata,
         # The start model's statistics stay: its own tasks are still evaluated with them.
         statistics=start.statistics | dataset.statistics,
         base=start.base,
         origin=start.origin,
         run_dir=Path(cfg.run_root_dir) / cfg.run_id,
-        val_dataset=_held_out(cfg, dataset) if cfg.use_val_set else None,
+        val_dataset=_held_out(cfg, new) if cfg.use_val_set else None,
     )
+
+
+def _with_replay(cfg: FinetuneConfig, new: VLADataset, start: StartModel) -> ReplayMixture:
+    """The new data with `--replay_data` mixed in. Known names keep the start's statistics; contradictions are said."""
+    settings = replace(new.settings, n_shot_episodes=None, val_fraction=0.0, known_statistics=start.statistics)
+    old = []
+    for folder in cfg.replay_data.split(","):
+        path = Path(folder.strip()).resolve()
+        if not path.is_dir():
+            raise FileNotFoundError(f"--replay_data {folder.strip()}: not a data-set folder")
+        old.append(VLADataset(path.parent, path.name, settings))
+    mixture = ReplayMixture(new, old, cfg.replay_fraction)
+    for line in mixture.warnings:
+        say(f"Warning: --replay_data: {line}")
+    return mixture
 
 
 def _held_out(cfg: FinetuneConfig, training: VLADataset) -> VLADataset:

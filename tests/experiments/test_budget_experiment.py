@@ -9,6 +9,7 @@ from pathlib import Path
 import draccus
 import pytest
 
+from craft_experiments.common_utils.drift_runs import command, record_file
 from prismatic.training.config import FinetuneConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,9 +38,9 @@ def pages():
 def test_cells_are_distinct_training_commands_with_their_budget(driver):
     cfg = driver.BudgetConfig()
     cells = driver.cells(cfg)
-    assert len({driver.result_file(cfg, cell) for cell in cells}) == len(cells) == 3 + 6 * 3 * len(driver.VARIANTS)
+    assert len({record_file(cfg, cell) for cell in cells}) == len(cells) == 3 + 6 * 3 * len(driver.VARIANTS)
     for cell in cells:
-        flags = draccus.parse(FinetuneConfig, args=driver.command(cfg, cell)[1:])
+        flags = draccus.parse(FinetuneConfig, args=command(cfg, cell)[1:])
         assert (flags.craft_retention_budget, flags.seed, flags.use_craft) == (cell.budget, cell.seed, True)
         # One unit of drift for all variants.
         assert flags.craft_retention_metric == "rel_mse"
@@ -84,7 +85,7 @@ def test_the_committed_page_follows_from_the_raw_files(pages):
 def test_the_recorded_commands_are_those_of_the_driver(driver, pages):
     recorded = {tuple(shlex.split(run["command"])) for run in pages.load_runs(RESULTS)}
     cfg = driver.BudgetConfig()
-    planned = {tuple(["python", *driver.command(cfg, cell)]): cell.variant for cell in driver.cells(cfg)}
+    planned = {tuple(["python", *command(cfg, cell)]): cell.variant for cell in driver.cells(cfg)}
     assert recorded <= planned.keys()
     # The cheaper variants were run in part; the page says how many runs a row rests on.
     assert {command for command, variant in planned.items() if variant in ("budget", "original")} <= recorded

@@ -59,7 +59,8 @@ def read_instructions(path: str) -> list[str]:
 
 
 def _trained_on(manifest: dict[str, dict]) -> Iterable[str]:
-    return (sentence for entry in manifest.values() for sentence in entry["episodes"])
+    new = [entry for entry in manifest.values() if not entry.get("replay")]
+    return (sentence for entry in new for sentence in entry["episodes"])
 
 
 def _plain(sentence: str) -> str:

@@ -33,9 +33,10 @@ class VLACollator:
 
         Returns input_ids (B, L) int64 (prompt, Q placeholders, right padding), attention_mask (B, L) bool (prompt and
         placeholders), action_mask (B, L) bool (the Q placeholders of each row), pixel_values
-        (B, 3 * towers * n, H, W) float32, proprio (B, P) and actions (B, K, A) float32, trusted_masks (True: the model
-        need not check the masks), dataset_names, sample_ids and instructions (lists). Raises ValueError for samples
-        with different numbers or sizes of images.
+        (B, 3 * towers * n, H, W) float32, proprio (B, P) and, unless the samples are observations, actions (B, K, A)
+        float32, trusted_masks (True: the model need not check the masks), dataset_names, sample_ids, keys and
+        instructions (lists); of a mixture with replay is_replay (B,) bool. Raises ValueError for samples with different
+        numbers or sizes of images.
         """
         batch = self.tokenize([sample["instruction"] for sample in samples])
         shapes = {sample["images"].shape for sample in samples}
@@ -43,12 +44,16 @@ class VLACollator:
             raise ValueError(f"samples of one batch have images of shapes {sorted(shapes)}, expected one shape")
         images = np.stack([sample["images"] for sample in samples])
         batch["pixel_values"] = self.image_processor.preprocess_batch(images)
-        for name in ("proprio", "actions"):
+        for name in ("proprio", "actions") if "actions" in samples[0] else ("proprio",):
             batch[name] = torch.from_numpy(np.stack([sample[name] for sample in samples]))
         # By construction: Q placeholders per row, padding on the right. A check would wait for the device.
         batch["trusted_masks"] = True
         batch["dataset_names"] = [sample["dataset_name"] for sample in samples]
         batch["sample_ids"] = [sample["sample_id"] for sample in samples]
+        if "key" in samples[0]:
+            batch["keys"] = [sample["key"] for sample in samples]
+        if "is_replay" in samples[0]:
+            batch["is_replay"] = torch.tensor([sample["is_replay"] for sample in samples])
         batch["instructions"] = [sample["instruction"] for sample in samples]
         return batch
 

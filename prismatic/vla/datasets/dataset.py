@@ -38,7 +38,9 @@ class DatasetSettings:
     = `seed`) and the instruction only, and a smaller subset is part of a larger one. val_fraction: share of the
     episodes of each instruction that are held out; `part` says which of the two parts (`train` or `val`) this data set
     is. frame_stride: every n-th window start of an episode. normalizer: statistics to use instead of computing them,
-    one Normalizer or {data set name: Normalizer}.
+    one Normalizer or {data set name: Normalizer}. known_statistics: {data set name: statistics} that are kept where a
+    data set has one of these names (either spelling). observations_only: images, state and instruction of every frame;
+    actions are not read and need not be there.
     """
 
     action_spec: ActionSpec = field(default_factory=ActionSpec)
@@ -55,6 +57,13 @@ class DatasetSettings:
     frame_stride: int = 1
     split: str = "train"
     normalizer: Normalizer | Mapping[str, Normalizer] | None = None
+    known_statistics: Mapping[str, dict] | None = None
+    observations_only: bool = False
+
+    @property
+    def window_length(self) -> int:
+        """Frames that a sample needs: a chunk of actions, or one observation."""
+        return 1 if self.observations_only else self.action_spec.chunk_len
 
     def __post_init__(self) -> None:
         for name in ("num_images", "frame_stride", "n_shot_episodes"):
@@ -79,17 +88,39 @@ class _Part:
     for LIBERO, shared by forked workers. Images stay on disk.
     """
 
-    def __init__(self, name: str, source: EpisodeSource, kept: list[int], config: DataSetConfig) -> None:
+    def __init__(
+        self, name: str, source: EpisodeSource, kept: list[int], config: DataSetConfig, spec: ActionSpec
+    ) -> None:
         self.name, self.source, self.kept = name, source, kept
         self.lengths = source.lengths[kept]
         self.starts = np.cumsum(self.lengths) - self.lengths
         episodes = [_numbers(source, episode, config, name) for episode in kept]
         self.actions = np.concatenate([actions for actions, _ in episodes])
         self.proprio = np.concatenate([proprio for _, proprio in episodes])
+        for what, values, expected in (
+            ("state", self.proprio, spec.proprio_dim),
+            ("actions", self.actions, spec.action_dim),
+        ):
+            if values.shape[1] != expected:
+                raise ValueError(
+                    f"{name}: {what} of {values.shape[1]} numbers per step, expected {expected} as the policy has; "
+                    "register the data set with a standardisation that gives them (docs/datasets.md)"
+                )
 
     def split(self, values: np.ndarray) -> list[np.ndarray]:
         """Rows per episode."""
         return np.split(values, self.starts[1:])
+
+    @property
+    def has_actions(self) -> bool:
+        return self.source.keys.action is not None
+
+    def contradictions(self, statistics: Mapping) -> list[str]:
+        """Where the values do not look like those the statistics were computed from, one line a dimension."""
+        groups = {"state": (self.proprio, statistics["proprio"])}
+        if self.has_actions:
+            groups["action"] = (self.actions, statistics["action"])
+        return [line for what, (values, known) in groups.items() for line in _outside(self.name, what, values, known)]
 
     def normalize(self, normalizer: Normalizer) -> None:
         self.actions = normalizer.normalize_action(self.actions)
@@ -118,6 +149,7 @@ class VLADataset(Dataset):
     def __init__(self, data_root_dir: str | os.PathLike, dataset_name: str, settings: DatasetSettings):
         self.settings = settings
         self.normalizers: dict[str, Normalizer] = {}
+        self.warnings: list[str] = []
         named = expand_data_set_names(dataset_name)
         names = {_existing_name(data_root_dir, name): weight for name, weight in named.items()}
         self.weights: list[float] = list(names.values())
@@ -141,7 +173,12 @@ class VLADataset(Dataset):
 
     @property
     def statistics(self) -> dict[str, dict]:
-        """{data set name: statistics}, the content of `dataset_statistics.json`."""
+        """{data set name: statistics}, the content of `dataset_statistics.json`; {} for observations.
+
+        A set of observations has no statistics of actions, so nobody may act with what it has.
+        """
+        if self.settings.observations_only:
+            return {}
         return {name: normalizer.statistics for name, normalizer in self.normalizers.items()}
 
     @property
@@ -196,19 +233,20 @@ class VLADataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Sample `index` as seen in `epoch`, key = (epoch, index).
 
-        Returns images (n, S, S, 3) uint8, proprio (P,) and actions (K, A) float32 normalised, instruction,
-        dataset_name and sample_id = (episode number in the data set, t).
+        Returns images (n, S, S, 3) uint8, proprio (P,) and actions (K, A) float32 normalised (no actions with
+        `observations_only`), instruction, dataset_name, sample_id = (episode number in the data set, t) and the key.
         """
         part, position, step = self._locate(key[1])
         row = part.starts[position] + step
         episode = part.kept[position]
-        return {
+        actions = {"actions": part.actions[row : row + self.settings.action_spec.chunk_len]}
+        return ({} if self.settings.observations_only else actions) | {
             "images": self._images(part, position, step, key),
             "proprio": np.zeros_like(part.proprio[row]) if self._drops_proprio(key) else part.proprio[row],
-            "actions": part.actions[row : row + self.settings.action_spec.chunk_len],
             "instruction": part.source.instructions[episode],
             "dataset_name": part.name,
             "sample_id": (int(episode), step),
+            "key": (int(key[0]), int(key[1])),
         }
 
     def _drops_proprio(self, key: tuple[int, int]) -> bool:
@@ -236,15 +274,19 @@ class VLADataset(Dataset):
 
     def _load(self, data_root: str | os.PathLike, name: str, normalizer: Normalizer | None) -> _Part:
         settings, config = self.settings, get_data_set_config(name)
-        source = open_data_set(data_root, name, config, settings.split, settings.num_images)
+        source = open_data_set(data_root, name, config, settings.split, settings.num_images, settings.observations_only)
         if not len(source):
             raise DataSetError(f"{source.directory}: split {settings.split!r} has no episodes")
-        part = _Part(name, source, _kept_episodes(source.instructions, settings, name), config)
+        part = _Part(name, source, _kept_episodes(source.instructions, settings, name), config, settings.action_spec)
+        known = None if normalizer is not None else known_key(settings.known_statistics or {}, name)
+        if known is not None:
+            self.warnings += part.contradictions(settings.known_statistics[known])
+            normalizer = Normalizer(settings.known_statistics[known], settings.action_spec, name)
         if normalizer is None:
             statistics = compute_statistics(part.split(part.actions), part.split(part.proprio), config.action_mask)
             normalizer = Normalizer(statistics, settings.action_spec, name)
         for episode, length in zip(part.kept, part.lengths, strict=True):
-            if length < settings.action_spec.chunk_len:
+            if length < settings.window_length:
                 raise ValueError(
                     f"{name}: episode {episode} has {length} steps, "
                     f"expected at least one chunk of {settings.action_spec.chunk_len}"
@@ -333,7 +375,9 @@ def _given_normalizers(settings: DatasetSettings, names: list[str]) -> dict[str,
 def _numbers(source: EpisodeSource, episode: int, config: DataSetConfig, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Standardised actions (T, A) and proprio (T, P) of one episode."""
     where = f"{name}: episode {episode}"
-    actions, state = source.actions(episode), source.state(episode)
+    state = source.state(episode)
+    # A set of observations: the standardisation wants actions, whatever they are.
+    actions = source.actions(episode) if source.keys.action else _no_actions(len(state), config)
     for group, values in (("action", actions), ("state", state)):
         bad = np.argwhere(~np.isfinite(values))
         if bad.size:
@@ -343,7 +387,33 @@ def _numbers(source: EpisodeSource, episode: int, config: DataSetConfig, name: s
     return config.standardize(actions, state)
 
 
+def _no_actions(length: int, config: DataSetConfig) -> np.ndarray:
+    return np.zeros((length, config.action_spec.action_dim), dtype=np.float32)
+
+
+def known_key(statistics: Mapping[str, dict], name: str) -> str | None:
+    """The key of a data set under either spelling of its name, None without one."""
+    return next((key for key in (name, alternative_name(name)) if key in statistics), None)
+
+
+def _outside(name: str, what: str, values: np.ndarray, known: Mapping) -> list[str]:
+    """Dimensions with more than 5 % of their values beyond [q01, q99] widened by half its width to both sides.
+
+    Of the data that the quantiles come from at most 2 % lie beyond them at all. Other scenes of the same robot move the
+    values by parts of the range; another unit or convention moves them out of it.
+    """
+    low, high = np.asarray(known["q01"]), np.asarray(known["q99"])
+    slack = np.maximum(0.5 * (high - low), 1e-6 + 0.01 * np.abs(high))
+    share = ((values < low - slack) | (values > high + slack)).mean(axis=0)
+    return [
+        f"{name}: {what} dimension {d} has values from {values[:, d].min():.3g} to {values[:, d].max():.3g}, "
+        f"{share[d]:.0%} of them far from the start's {low[d]:.3g} to {high[d]:.3g} (q01 to q99): the start's statistics "
+        "are kept, so check units and conventions"
+        for d in np.flatnonzero(share > 0.05)
+    ]
+
+
 def _window_counts(part: _Part, settings: DatasetSettings) -> np.ndarray:
     """(E,) int64: number of windows up to and including each kept episode."""
-    counts = (part.lengths - settings.action_spec.chunk_len) // settings.frame_stride + 1
+    counts = (part.lengths - settings.window_length) // settings.frame_stride + 1
     return np.cumsum(counts)

@@ -33,12 +33,18 @@ def find_format(folder: Path) -> str | None:
 
 
 def open_data_set(
-    data_root: str | os.PathLike, name: str, config: DataSetConfig, split: str = "train", num_images: int | None = None
+    data_root: str | os.PathLike,
+    name: str,
+    config: DataSetConfig,
+    split: str = "train",
+    num_images: int | None = None,
+    observations_only: bool = False,
 ) -> EpisodeSource:
     """Open `<data_root>/<name>` with the first of the configuration's keys that the files have.
 
-    num_images: only this many cameras have to be there. Raises FileNotFoundError for an unknown data set, listing what
-    is there, ValueError for a format without keys or too few cameras, MissingFeatureError when no keys fit.
+    num_images: only this many cameras have to be there. observations_only: nor do actions. Raises FileNotFoundError for
+    an unknown data set, listing what is there, ValueError for a format without keys or too few cameras,
+    MissingFeatureError when no keys fit.
     """
     root = Path(data_root)
     available = list_data_sets(root)
@@ -55,6 +61,7 @@ def open_data_set(
     problems: list[str] = []
     for keys in candidates:
         try:
+            keys = keys.without_action() if observations_only else keys
             return _open(root / name, keys.with_cameras(num_images, name), split)
         except MissingFeatureError as error:
             problems.append(str(error))

@@ -21,7 +21,7 @@ import numpy as np
 
 from prismatic.vla.datasets.index import IndexedSource, IndexWriter, open_index
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
-from prismatic.vla.datasets.source_files import OpenFiles, as_float32, index_label, require_format, turn
+from prismatic.vla.datasets.source_files import OpenFiles, as_float32, content_of, index_label, require_format, turn
 
 SUFFIX = "_demo.hdf5"
 _DEMO = re.compile(r"demo_(\d+)")
@@ -142,18 +142,24 @@ def _add_file(writer: IndexWriter, path: Path, keys: SourceKeys) -> None:
 
 def _read_demo(demo, keys: SourceKeys, where: str) -> tuple[dict[str, np.ndarray], bytes]:
     """Numbers of one demonstration, and what identifies its content."""
-    actions = _numbers(demo, keys.action, where)
-    state = np.concatenate([_numbers(demo, key, where, len(actions)) for key in keys.state], axis=1)
-    digest = hashlib.sha256(repr((actions.shape, state.shape)).encode() + actions.tobytes() + state.tobytes())
+    arrays, length = {}, None
+    if keys.action is not None:
+        arrays["actions"] = _numbers(demo, keys.action, where)
+        length = len(arrays["actions"])
+    states = [_numbers(demo, keys.state[0], where, length)]
+    length = len(states[0])
+    states += [_numbers(demo, key, where, length) for key in keys.state[1:]]
+    arrays["state"] = np.concatenate(states, axis=1)
+    digest = hashlib.sha256(content_of(arrays))
     for camera in keys.cameras:
         images = _dataset(demo, camera, where)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(actions):
-            expected = f"uint8 ({len(actions)}, H, W, 3)"
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != length:
+            expected = f"uint8 ({length}, H, W, 3)"
             raise DataSetError(f"{where}/{camera}: {images.dtype} {images.shape}, expected {expected}")
         digest.update(repr(images.shape).encode())
         for start in range(0, len(images), _BLOCK):
             digest.update(images[start : start + _BLOCK].tobytes())
-    return {"actions": actions, "state": state}, digest.digest()
+    return arrays, digest.digest()
 
 
 def _numbers(demo, key: str, where: str, length: int | None = None) -> np.ndarray:

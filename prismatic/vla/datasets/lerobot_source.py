@@ -30,6 +30,7 @@ from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, Sou
 from prismatic.vla.datasets.source_files import (
     OpenFiles,
     as_float32,
+    content_of,
     index_label,
     require_format,
     turn,
@@ -144,7 +145,7 @@ class _Info:
             raise DataSetError(f"{self.path}: fps is {fps}, expected a positive number")
         self.fps = float(fps)
         self.features = self.field("features", dict)
-        for key in (keys.action, *keys.state, *keys.cameras):
+        for key in (*keys.numbers, *keys.cameras):
             if key not in self.features:
                 raise MissingFeatureError(f"{self.path}: no feature {key!r}, found {sorted(self.features)}")
         self.video_cameras = [camera for camera in keys.cameras if self._camera_kind(camera) == "video"]
@@ -487,7 +488,7 @@ class _Builder:
 
     def __init__(self, info: _Info, tasks: Mapping[int, str]) -> None:
         self._info, self._tasks, self._keys = info, tasks, info.keys
-        self._widths = {key: info.width(key) for key in (info.keys.action, *info.keys.state)}
+        self._widths = {key: info.width(key) for key in info.keys.numbers}
         self._helpers = {name: 1 for name in ("episode_index", "frame_index", "task_index")}
         if info.video_cameras:
             self._helpers["timestamp"] = 1
@@ -511,11 +512,10 @@ class _Builder:
     def _add(self, writer: IndexWriter, place: _Place) -> None:
         where = f"{place.data}: episode {place.number}"
         numbers, images, content = self._read_rows(place, where)
-        actions = as_float32(numbers[self._keys.action])
-        state = np.concatenate([as_float32(numbers[key]) for key in self._keys.state], axis=1)
-        content += repr((actions.shape, state.shape)).encode() + actions.tobytes() + state.tobytes()
+        arrays = {} if self._keys.action is None else {"actions": as_float32(numbers[self._keys.action])}
+        arrays["state"] = np.concatenate([as_float32(numbers[key]) for key in self._keys.state], axis=1)
+        content += content_of(arrays)
         instruction = self._instruction(numbers, place, where)
-        arrays = {"actions": actions, "state": state}
         arrays |= {f"place.{camera}": rows for camera, rows in images.items()}
         for camera, (file, start) in place.videos.items():
             scan = self._scan(camera, file)

@@ -30,7 +30,7 @@ class RLDSSource(IndexedSource):
     def __init__(self, directory: str | os.PathLike, keys: SourceKeys, split: str = "train") -> None:
         self.directory, self.keys = Path(directory), keys
         observations = (_OBSERVATION + key for key in (*keys.cameras, *keys.state))
-        reader = RLDSReader(self.directory, split, (f"steps/{keys.action}", *observations))
+        reader = RLDSReader(self.directory, split, (*_action(keys), *observations))
         _check_kinds(reader, keys)
         files = [self.directory / "features.json", self.directory / "dataset_info.json", *reader.shard_paths]
         self._index = open_index(self.directory, split, files, lambda writer: _build(reader, writer))
@@ -83,8 +83,12 @@ class RLDSSource(IndexedSource):
                 os.close(descriptor)
 
 
+def _action(keys: SourceKeys) -> list[str]:
+    return [] if keys.action is None else [f"steps/{keys.action}"]
+
+
 def _check_kinds(reader: RLDSReader, keys: SourceKeys) -> None:
-    numbers = [f"steps/{keys.action}", *(_OBSERVATION + key for key in keys.state)]
+    numbers = [*_action(keys), *(_OBSERVATION + key for key in keys.state)]
     for name in numbers:
         if not _is_indexed(reader.features[name]):
             raise DataSetError(

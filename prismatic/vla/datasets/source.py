@@ -28,15 +28,16 @@ class SourceKeys:
     """Where one storage format keeps what a policy needs.
 
     format: `rlds`, `lerobot` or `hdf5`. cameras: keys of the images in model order, primary first. state: keys whose
-    values are concatenated along the last axis. action: key of the actions. rotated: frames are stored as the simulator
-    gives them, upside down, and are turned by 180 degrees on reading. Keys are those of the format: RLDS below `steps/`
-    (action) and `steps/observation/` (cameras, state), LeRobot column names, HDF5 below `data/demo_i/`.
+    values are concatenated along the last axis. action: key of the actions, None where only observations are read.
+    rotated: frames are stored as the simulator gives them, upside down, and are turned by 180 degrees on reading. Keys are
+    those of the format: RLDS below `steps/` (action) and `steps/observation/` (cameras, state), LeRobot column names, HDF5
+    below `data/demo_i/`.
     """
 
     format: str
     cameras: tuple[str, ...]
     state: tuple[str, ...]
-    action: str
+    action: str | None
     rotated: bool = False
 
     def __post_init__(self) -> None:
@@ -45,6 +46,15 @@ class SourceKeys:
         for name in ("cameras", "state"):
             if isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"SourceKeys.{name} is {getattr(self, name)!r}, expected a tuple of keys")
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Keys of the number arrays: the action, if it is read, and the state's."""
+        return self.state if self.action is None else (self.action, *self.state)
+
+    def without_action(self) -> SourceKeys:
+        """The keys of the observations alone: actions are not read and need not be there."""
+        return replace(self, action=None)
 
     def with_cameras(self, count: int | None, data_set: str) -> SourceKeys:
         """The keys with the first `count` cameras, all for None; ValueError when there are fewer."""

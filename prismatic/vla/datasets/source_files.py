@@ -56,6 +56,13 @@ class OpenFiles:
         self.__init__(state["limit"])
 
 
+def content_of(arrays: dict[str, np.ndarray]) -> bytes:
+    """What the numbers of an episode add to its content hash: shapes, then values."""
+    return repr(tuple(values.shape for values in arrays.values())).encode() + b"".join(
+        values.tobytes() for values in arrays.values()
+    )
+
+
 def index_label(keys: SourceKeys, split: str) -> str:
     """Folder name of the index of one split read with these keys, e.g. `lerobot-0f3a...`."""
     text = json.dumps([split, list(keys.cameras), list(keys.state), keys.action])

@@ -1,0 +1,183 @@
+"""Training runs whose drift is recorded in every step: how an experiment commands, records and reads them.
+
+One run is one process of `vla-scripts/finetune.py` on one core. Its record is {results_dir}/runs/{cell}.json; a cell
+whose record exists is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+DRIFT, LAMBDA, LOSS = "CRaFT/Retention Loss", "CRaFT/Lambda", "VLA Train/Loss"
+TAIL = 0.25
+"""Share of the run, at its end, over which drift and action loss are averaged."""
+
+
+@dataclass
+class DriftConfig:
+    """What the runs of one experiment share. Steps are optimizer steps; `lr_warmup_steps` below 1 is a share of them."""
+
+    start: str
+    data_root_dir: str
+    dataset_name: str
+    seeds: str  # comma separated
+    max_steps: int
+    batch_size: int
+    learning_rate: float
+    lr_warmup_steps: float
+    slots: int  # runs at the same time, one core each
+    work_dir: str
+    results_dir: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. `budget` infinite is a run without one; `flags` are those that make its variant."""
+
+    variant: str
+    budget: float
+    seed: int
+    flags: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """File-system name."""
+        return f"{self.variant.replace(', ', '_').replace(' ', '_')}--eps_{self.budget}--seed_{self.seed}"
+
+
+def numbers(text: str) -> list[float]:
+    """Comma separated numbers."""
+    return [float(word) for word in text.split(",")]
+
+
+def seeds_of(cfg: DriftConfig) -> list[int]:
+    """The seeds as numbers."""
+    return [int(word) for word in cfg.seeds.split(",")]
+
+
+def record_file(cfg: DriftConfig, cell: Cell) -> Path:
+    """Where the measurements of a cell go."""
+    return Path(cfg.results_dir) / "runs" / f"{cell.name}.json"
+
+
+def command(cfg: DriftConfig, cell: Cell) -> list[str]:
+    """The training command of a cell, without the interpreter, relative to the repository."""
+    flags = {
+        "config_file_path": cfg.start,
+        "data_root_dir": cfg.data_root_dir,
+        "dataset_name": cfg.dataset_name,
+        "run_root_dir": cfg.work_dir,
+        "run_id_override": cell.name,
+        "use_craft": True,
+        "craft_retention_budget": cell.budget,
+        "seed": cell.seed,
+        "max_steps": cfg.max_steps,
+        "batch_size": cfg.batch_size,
+        "learning_rate": cfg.learning_rate,
+        "lr_warmup_steps": f"{cfg.lr_warmup_steps:g}",
+        "max_grad_norm": 1.0,
+        "image_aug": False,
+        "save_freq": cfg.max_steps,
+        "save_training_state": False,
+        "craft_log_freq": 1,
+        "device": "cpu",
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return ["vla-scripts/finetune.py", *words, *cell.flags]
+
+
+def run_missing(cfg: DriftConfig, cells: list[Cell], kept: tuple[str, ...]) -> None:
+    """Run the cells without a record, `slots` at a time, and record the metrics `kept` of the steps that measured.
+
+    Raises:
+        RuntimeError: runs that failed, with the end of their output; the others are finished and recorded first.
+    """
+    missing = [cell for cell in cells if not record_file(cfg, cell).exists()]
+    print(f"{len(missing)} runs to do", flush=True)
+    started, failures = time.monotonic(), []
+    with ThreadPoolExecutor(cfg.slots) as pool:
+        runs = {pool.submit(_run, cfg, cell, kept): cell for cell in missing}
+        try:
+            for count, done in enumerate(as_completed(runs), start=1):
+                error = done.exception()
+                left = (time.monotonic() - started) / count * (len(missing) - count) / 60
+                print(f"{'failed' if error else 'done'}: {runs[done].name}, {left:.0f} min left", flush=True)
+                failures += [str(error)] if error else []
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # else every run that has not begun would still be made
+            raise
+    if failures:
+        raise RuntimeError("\n".join(failures))
+
+
+def _run(cfg: DriftConfig, cell: Cell, kept: tuple[str, ...]) -> None:
+    words = command(cfg, cell)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{cell.name}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    lines = (Path(cfg.work_dir) / cell.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    if len(steps) != cfg.max_steps:
+        raise RuntimeError(f"{cell.name}: metrics.jsonl has {len(steps)} steps, expected {cfg.max_steps}")
+    write_text(record_file(cfg, cell), json.dumps(_record(cell, words, steps, kept)) + "\n")
+
+
+def _record(cell: Cell, words: list[str], steps: list[dict], kept: tuple[str, ...]) -> dict:
+    # Steps between two constrained ones repeat the last measurement: only those that measured are kept.
+    measured = [s for s in steps if s["CRaFT/Measured Step"] == s["step"]]
+    record = {
+        "variant": cell.variant,
+        "budget": None if math.isinf(cell.budget) else cell.budget,
+        "seed": cell.seed,
+        "command": "python " + " ".join(f'"{w}"' if " " in w else w for w in words),
+        "measured_steps": [s["step"] for s in measured],
+        "all_losses": [round(s[LOSS], 6) for s in steps],
+    }
+    return record | {name: [_rounded(s.get(name)) for s in measured] for name in kept}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside the path and rename; its folder is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_runs(folder: Path) -> list[dict]:
+    """Records of all runs in name order, with `achieved` (drift) and `loss`, the means of their last quarter, added.
+
+    Raises FileNotFoundError when there is none.
+    """
+    files = sorted((folder / "runs").glob("*.json"))
+    if not files:
+        raise FileNotFoundError(f"{folder / 'runs'}: no run has been recorded")
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for run in runs:
+        run["achieved"] = tail_mean(run[DRIFT])
+        run["loss"] = tail_mean(run["all_losses"])
+    return runs
+
+
+def tail_mean(values: list[float], share: float = TAIL) -> float:
+    """Mean of the last `share` of the values, at least one."""
+    return statistics.fmean(values[-max(1, round(share * len(values))) :])
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if values else "not run"
