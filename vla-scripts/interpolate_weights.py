@@ -3,9 +3,10 @@
 python vla-scripts/interpolate_weights.py --checkpoint runs/...--20000_chkpt --adapter_scale 0.5 --output runs/half
 
 After training and for free: a smaller scale keeps more of what the start model knew (WiSE-FT, arXiv 2109.01903; RETAIN,
-arXiv 2512.08333). `--parts head --adapter_scale 0` is the trained VLM read by the start model's head: is what that
-head relied on still there? The output is an ordinary checkpoint folder with merged weights, to evaluate or to start
-from. Runs on the CPU with the two models in memory.
+arXiv 2512.08333). `--parts llm` moves the language model alone, as RETAIN's variant for one modality does: vision
+towers and their projector, action queries, head and proprio projector stay as trained. `--parts head --adapter_scale 0`
+is the trained VLM read by the start model's head: is what that head relied on still there? The output is an ordinary
+checkpoint folder with merged weights, to evaluate or to start from. Runs on the CPU with the two models in memory.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ class InterpolateConfig:
     checkpoint: str = ""
     base: str = ""
     adapter_scale: float = 0.5  # 0: start model, 1: trained model, above 1: beyond it
-    parts: str = "all"  # or vlm: head and proprio projector as trained; head: the VLM as trained
+    # all; vlm: head and proprio projector as trained; llm: all but the language model as trained; head: VLM as trained
+    parts: str = "all"
     output: str = ""
 
 

@@ -239,6 +239,7 @@ def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> 
         "legacy_slices": setup.model.legacy_slices,
         "action_head": setup.model.action_head.config,
         "datasets": setup.dataset_metadata,
+        "instructions": setup.instructions,
         "craft": None if state.retention is None else _retention_record(state, base),
         "training": cfg.to_dict(),
         "versions": package_versions(),

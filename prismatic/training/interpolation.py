@@ -2,7 +2,8 @@
 
 WiSE-FT (arXiv 2109.01903), for policies RETAIN (arXiv 2512.08333). scale 0 is the start model, 1 the trained one, above
 1 extrapolates. For LoRA checkpoints it is the scaling of the adapters; what is trained beside them (action queries,
-head, proprio projector) is interpolated as in full tuning, tensor by tensor in fp32.
+head, proprio projector) is interpolated as in full tuning, tensor by tensor in fp32. RETAIN's variant of the language
+model alone is `Parts.LLM`.
 """
 
 from __future__ import annotations
@@ -27,26 +28,39 @@ from prismatic.training.checkpoint_folder import MANIFEST, existing, publish, st
 from prismatic.training.checkpoints import BaseModel, load_checkpoint, load_unmerged
 from prismatic.training.config import TuningMode
 
-_QUERIES, _VLA, _HEAD, _PROPRIO = "vla.action_queries", "vla", "action_head", "proprio_projector"
+_QUERIES, _VLA, _LLM = "vla.action_queries", "vla", "vla.language_model"
+_HEAD, _PROPRIO = "action_head", "proprio_projector"
 _LATEST = "latest_checkpoint"
 
 
 class Parts(str, Enum):
-    """What is interpolated: the VLM with its action queries, the head with the proprio projector, or both."""
+    """What is interpolated; everything else stays as trained.
+
+    `vlm`: the VLM with its action queries; `llm`: the language model alone, with its embeddings; `head`: the head with
+    the proprio projector; `all`: VLM and head.
+    """
 
     VLM = "vlm"
+    LLM = "llm"
     HEAD = "head"
     ALL = "all"
 
     @property
-    def has_vlm(self) -> bool:
-        """Whether the VLM is interpolated; otherwise it stays as trained."""
-        return self is not Parts.HEAD
+    def vlm_component(self) -> str | None:
+        """What of the VLM is interpolated."""
+        return {Parts.LLM: _LLM, Parts.HEAD: None}.get(self, _VLA)
 
     @property
     def has_head(self) -> bool:
-        """Whether head and proprio projector are interpolated; otherwise they stay as trained."""
-        return self is not Parts.VLM
+        """Whether head and proprio projector are interpolated."""
+        return self in (Parts.HEAD, Parts.ALL)
+
+    def components(self, with_adapters: bool) -> list[str]:
+        """Modules of the policy whose tensors are interpolated; `with_adapters`: those beside the scaled adapters."""
+        vlm = self.vlm_component
+        if with_adapters:  # of the VLM only the action queries are trained beside them
+            vlm = _QUERIES if vlm == _VLA else None
+        return [vlm] * (vlm is not None) + [_HEAD, _PROPRIO] * self.has_head
 
 
 @dataclass(frozen=True)
@@ -66,13 +80,13 @@ def check_scale(scale: float) -> float:
     return scale
 
 
-def scale_adapters(vla: PeftModel, scale: float) -> None:
-    """In place: multiply what the adapters add to the base weights; ValueError for a bad scale or without adapters.
+def scale_adapters(model: nn.Module, scale: float) -> None:
+    """In place: multiply what the adapters of a model, or of a part of one, add to the base weights.
 
-    `peft.helpers.rescale_adapter_scale`, for good.
+    `peft.helpers.rescale_adapter_scale`, for good. ValueError for a bad scale or without adapters.
     """
     check_scale(scale)
-    layers = [module for module in vla.modules() if isinstance(module, LoraLayer)]
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise ValueError("--adapter_scale: the model has no LoRA adapters to scale")
     for layer in layers:
@@ -89,9 +103,10 @@ def interpolate_checkpoint(
         scale: of the difference, finite and >= 0.
         base: folder of the start model. None takes, for LoRA, the base recorded in the checkpoint, whose hash is
             checked either way; otherwise the recorded `--config_file_path`, which must still be a folder.
-        parts: `all`; `vlm` keeps head and proprio projector as trained; `head` keeps the VLM, so that at scale 0 the
-            start model's head reads the trained features. Adapters on a native VLM allow `vlm` only and keep the action
-            queries too: nothing of that existed before the training.
+        parts: `all`; `vlm` keeps head and proprio projector as trained; `llm` the vision towers, their projector and
+            the action queries too; `head` keeps the VLM, so that at scale 0 the start model's head reads the trained
+            features. Adapters on a native VLM allow `vlm` and `llm` only, and `vlm` keeps the action queries too:
+            nothing of that existed before the training.
 
     The manifest is that of a full-tuning checkpoint and describes the interpolation. Raises ValueError for a bad scale,
     another hash, or a start model of another shape, naming file, key and shapes; FileNotFoundError for missing files.
@@ -102,7 +117,8 @@ def interpolate_checkpoint(
     if is_lora(checkpoint):
         start = _start_of_adapters(checkpoint, base, parts)
         loaded = load_unmerged(checkpoint, base)
-        scale_adapters(loaded.model.vla, scale if parts.has_vlm else 1.0)
+        if parts.vlm_component is not None:
+            scale_adapters(_adapted(loaded.model.vla, parts.vlm_component), scale)
         loaded.model.vla = loaded.model.vla.merge_and_unload()
     else:
         loaded = load_checkpoint(checkpoint)
@@ -126,6 +142,10 @@ def is_lora(checkpoint: Path) -> bool:
     if not (checkpoint / MANIFEST).exists():  # published folders hold merged models
         return False
     return read_manifest(checkpoint)["tuning"] == TuningMode.LORA.value
+
+
+def _adapted(vla: PeftModel, component: str) -> nn.Module:
+    return vla if component == _VLA else vla.get_base_model().get_submodule(component.removeprefix(f"{_VLA}."))
 
 
 def _parts(value: str | Parts) -> Parts:
@@ -153,10 +173,11 @@ def _start_of_adapters(checkpoint: Path, base: str | Path | None, parts: Parts) 
     if record.kind == "native":
         if parts.has_head:
             raise ValueError(
-                f"{file}: base is the native VLM {path}, which has no action head to interpolate with; use --parts vlm"
+                f"{file}: base is the native VLM {path}, which has no action head to interpolate with; use --parts vlm "
+                "or llm"
             )
         return _Start(path, record.sha256, {}, {})
-    return _describe(_load_start(path, manifest["num_images"]), record.sha256, _QUERIES, parts)
+    return _describe(_load_start(path, manifest["num_images"]), record.sha256, parts.components(with_adapters=True))
 
 
 def _start_of_weights(loaded: LoadedCheckpoint, base: str | Path | None, parts: Parts) -> _Start:
@@ -171,7 +192,7 @@ def _start_of_weights(loaded: LoadedCheckpoint, base: str | Path | None, parts: 
             )
     path = Path(base)
     start = _load_start(path, loaded.model.num_images)
-    return _describe(start, BaseModel.of_checkpoint(path).sha256, _VLA, parts)
+    return _describe(start, BaseModel.of_checkpoint(path).sha256, parts.components(with_adapters=False))
 
 
 def _load_start(path: Path, num_images: int) -> LoadedCheckpoint:
@@ -180,8 +201,7 @@ def _load_start(path: Path, num_images: int) -> LoadedCheckpoint:
     return load_checkpoint(path, num_images)
 
 
-def _describe(start: LoadedCheckpoint, sha256: str, vlm: str, parts: Parts) -> _Start:
-    components = [vlm] * parts.has_vlm + [_HEAD, _PROPRIO] * parts.has_head
+def _describe(start: LoadedCheckpoint, sha256: str, components: list[str]) -> _Start:
     modules = {name: _component(start, name) for name in components}
     tensors = {name: _parameters(module) for name, module in modules.items() if module is not None}
     return _Start(start.path, sha256, tensors, _conventions(start))

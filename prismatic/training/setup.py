@@ -21,8 +21,10 @@ from prismatic.models.presets import (
 )
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.checkpoint_files import has_weights
+from prismatic.training.checkpoint_folder import MANIFEST
 from prismatic.training.checkpoints import BaseModel, load_checkpoint
 from prismatic.training.config import FinetuneConfig, TuningMode
+from prismatic.training.instruction_record import recorded_instructions, with_trained_on
 from prismatic.training.lora import lora_targets
 from prismatic.training.published import check_exportable
 from prismatic.training.tracking import say
@@ -38,7 +40,8 @@ class StartModel:
     """A policy to start from, with the objects that travel with it.
 
     `base` identifies the weights for adapters, None for random ones; `origin` is where the weights came from: `random`,
-    `native` (a Prismatic VLM), `published` or `craft` (a checkpoint of this code).
+    `native` (a Prismatic VLM), `published` or `craft` (a checkpoint of this code). `instructions` are those it was
+    trained on, {data set name: sentences}, as far as they are recorded.
     """
 
     model: VLAPolicyModel
@@ -49,11 +52,12 @@ class StartModel:
     origin: str
     statistics: dict = field(default_factory=dict)
     dataset_metadata: dict = field(default_factory=dict)
+    instructions: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass
 class TrainingSetup:
-    """Everything a run holds fixed."""
+    """Everything a run holds fixed. `start_instructions`: those the start model was trained on, by data set."""
 
     model: VLAPolicyModel
     processor: PrismaticProcessor
@@ -66,11 +70,17 @@ class TrainingSetup:
     origin: str
     run_dir: Path
     val_dataset: VLADataset | None = None
+    start_instructions: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
         """Camera images per sample."""
         return self.model.num_images
+
+    @property
+    def instructions(self) -> dict[str, list[str]]:
+        """What the policy of this run is trained on, the start's training included: {data set name: sentences}."""
+        return with_trained_on(self.start_instructions, self.dataset.manifest())
 
     @property
     def num_action_queries(self) -> int:
@@ -118,6 +128,7 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
         origin=start.origin,
         run_dir=Path(cfg.run_root_dir) / cfg.run_id,
         val_dataset=_held_out(cfg, new) if cfg.use_val_set else None,
+        start_instructions=start.instructions,
     )
 
 
@@ -173,6 +184,7 @@ def load_start_model(cfg: FinetuneConfig) -> StartModel:
         "published" if loaded.manifest.get("origin") == "published" else "craft",
         loaded.statistics,
         loaded.manifest["datasets"],
+        recorded_instructions(loaded.manifest, loaded.path / MANIFEST),
     )
 
 

@@ -132,6 +132,32 @@ def test_parts_vlm_keeps_head_and_proprio_projector_as_trained(start, train, kin
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
+def test_parts_llm_moves_the_language_model_alone(start, train, kind):
+    folder = train(start, kind)
+    found = tensors(interpolate_checkpoint(folder, 0.5, parts="llm"))
+    both, last = tensors(interpolate_checkpoint(folder, 0.5)), tensors(load_checkpoint(folder))
+    for name, value in found.items():
+        moved = name.startswith("vla.language_model.")
+        assert torch.equal(value, both[name] if moved else last[name]), name
+    # The training moved every part, so that keeping one says something.
+    parts = ("vision_backbone.", "projector.", "language_model.", "action_queries.")
+    for prefix in (*(f"vla.{part}" for part in parts), "action_head.", "proprio_projector."):
+        assert any(not torch.equal(both[name], last[name]) for name in last if name.startswith(prefix)), prefix
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_parts_llm_ends_at_the_start_language_model_and_at_the_trained_policy(start, train, kind):
+    folder = train(start, kind)
+    first, last = load_checkpoint(start), load_checkpoint(folder)
+    assert torch.equal(act(interpolate_checkpoint(folder, 1.0, parts="llm")), act(last))
+    policy = interpolate_checkpoint(folder, 0.0, parts="llm")
+    assert policy.manifest["interpolation"]["parts"] == "llm"
+    last.model.vla.language_model.load_state_dict(first.model.vla.language_model.state_dict())
+    assert torch.equal(act(policy), act(last))
+    assert not torch.equal(act(policy), act(first))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
 def test_parts_head_at_scale_zero_is_the_start_head_on_the_trained_vlm(start, train, kind):
     folder = train(start, kind)
     policy = interpolate_checkpoint(folder, 0.0, parts=Parts.HEAD)
@@ -173,12 +199,14 @@ def test_adapters_on_a_native_model_move_alone(start, train, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "load_native_weights", load_native)
     for parts in (Parts.ALL, Parts.HEAD):
-        with pytest.raises(ValueError, match="native VLM.*--parts vlm"):
+        with pytest.raises(ValueError, match="native VLM.*--parts vlm or llm"):
             interpolate_checkpoint(folder, 0.5, parts=parts)
     policy = tensors(interpolate_checkpoint(folder, 0.0, parts="vlm"))
     first, last = tensors(load_checkpoint(start)), tensors(load_checkpoint(folder))
     for name, value in policy.items():
         assert torch.equal(value, last[name] if name.startswith(LEARNED_BESIDE_ADAPTERS) else first[name]), name
+    for name, value in tensors(interpolate_checkpoint(folder, 0.0, parts="llm")).items():
+        assert torch.equal(value, first[name] if name.startswith("vla.language_model.") else last[name]), name
 
 
 # ------------------------------------------------------------------------------------------------ the scripts
@@ -268,7 +296,7 @@ def test_flags_that_are_missing_or_unknown_are_named(start, tmp_path, monkeypatc
         interpolate(monkeypatch, f"--output {out}")
     with pytest.raises(ValueError, match="--output is missing"):
         interpolate(monkeypatch, f"--checkpoint {start}")
-    with pytest.raises(ValueError, match="--parts is 'queries', expected one of vlm, head, all"):
+    with pytest.raises(ValueError, match="--parts is 'queries', expected one of vlm, llm, head, all"):
         interpolate(monkeypatch, f"--checkpoint {start} --output {out} --parts queries")
     with pytest.raises(ValueError, match="--base is missing.*config_file_path is 'tiny'"):
         interpolate(monkeypatch, f"--checkpoint {start} --output {out}")
