@@ -17,14 +17,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-DRIFT, LAMBDA, LOSS = "CRaFT/Retention Loss", "CRaFT/Lambda", "VLA Train/Loss"
+DRIFT, LAMBDA, OUT_OF_REACH = "CRaFT/Retention Loss", "CRaFT/Lambda", "CRaFT/Out Of Reach"
 TAIL = 0.25
 """Share of the run, at its end, over which drift and action loss are averaged."""
 
 
 @dataclass
 class DriftConfig:
-    """What the runs of one experiment share. Steps are optimizer steps; `lr_warmup_steps` below 1 is a share of them."""
+    """What the runs of one experiment share. Steps are optimizer steps; a warm-up below 1 is a share of them."""
 
     start: str
     data_root_dir: str
@@ -141,7 +141,7 @@ def _record(cell: Cell, words: list[str], steps: list[dict], kept: tuple[str, ..
         "seed": cell.seed,
         "command": "python " + " ".join(f'"{w}"' if " " in w else w for w in words),
         "measured_steps": [s["step"] for s in measured],
-        "all_losses": [round(s[LOSS], 6) for s in steps],
+        "all_losses": [round(s["VLA Train/Loss"], 6) for s in steps],
     }
     return record | {name: [_rounded(s.get(name)) for s in measured] for name in kept}
 
@@ -178,6 +178,9 @@ def tail_mean(values: list[float], share: float = TAIL) -> float:
     return statistics.fmean(values[-max(1, round(share * len(values))) :])
 
 
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})" if values else "not run"
+def spread(values: list[float], digits: int = 3) -> str:
+    """Median and range, with this many significant digits."""
+    if not values:
+        return "not run"
+    median, low, high = (f"{value:.{digits}g}" for value in (statistics.median(values), min(values), max(values)))
+    return f"{median} ({low} to {high})"

@@ -88,4 +88,4 @@ def test_the_recorded_commands_are_those_of_the_driver(driver, pages):
     planned = {tuple(["python", *command(cfg, cell)]): cell.variant for cell in driver.cells(cfg)}
     assert recorded <= planned.keys()
     # The cheaper variants were run in part; the page says how many runs a row rests on.
-    assert {command for command, variant in planned.items() if variant in ("budget", "original")} <= recorded
+    assert {words for words, variant in planned.items() if variant in ("budget", "original")} <= recorded

@@ -1,0 +1,86 @@
+"""Does one run with the controller find what a sweep of fixed multipliers would find?
+
+    python craft_experiments/05_controller/run_controller.py
+
+Two controllers on three budgets, and eight fixed multipliers that serve all budgets, on three seeds: 42 runs, each
+about ten minutes on an idle core. Every cell is one run of `vla-scripts/finetune.py`; its measurements go to
+{results_dir}/runs/{cell}.json, and a cell whose file exists is skipped. Then `make_report.py` writes the page and the
+figure from these files.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import draccus
+
+from craft_experiments.common_utils.drift_runs import (
+    DRIFT,
+    LAMBDA,
+    OUT_OF_REACH,
+    Cell,
+    DriftConfig,
+    numbers,
+    run_missing,
+    seeds_of,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMON = ("--lr_schedule", "cosine", "--craft_preset", "budget")
+NO_PROJECTION = ("--craft_enable_projection", "False")
+CONTROLLERS = {"pi": (), "share": ("--craft_dual", "share", *NO_PROJECTION)}
+KEPT = (DRIFT, LAMBDA, OUT_OF_REACH)
+
+
+@dataclass
+class ControllerConfig(DriftConfig):
+    """Sizes of the experiment."""
+
+    start: str = "pretrained_models/tiny-libero-displaced"
+    data_root_dir: str = "datasets/rlds"
+    dataset_name: str = "libero_spatial_scripted_no_noops"
+    seeds: str = "0,1,2"
+    max_steps: int = 800
+    batch_size: int = 8
+    learning_rate: float = 7e-4
+    lr_warmup_steps: float = 0.05
+    slots: int = 2
+    work_dir: str = "runs/controller"
+    results_dir: str = "results/controller"
+    budgets: str = "0.01,0.003,0.001"  # relative squared drift of the features
+    lambdas: str = "0,0.3,1,3,10,30,100,300"  # 0 only measures
+
+
+def main() -> None:
+    """Run what is missing, then write the report."""
+    cfg = draccus.parse(ControllerConfig)
+    os.chdir(ROOT)
+    run_missing(cfg, cells(cfg), KEPT)
+    subprocess.run([sys.executable, str(Path(__file__).with_name("make_report.py")), cfg.results_dir], check=True)
+
+
+def cells(cfg: ControllerConfig) -> list[Cell]:
+    """All runs, the first seed of everything before the second."""
+    return [cell for seed in seeds_of(cfg) for cell in [*_controlled(cfg, seed), *_fixed(cfg, seed)]]
+
+
+def _controlled(cfg: ControllerConfig, seed: int) -> list[Cell]:
+    return [
+        Cell(name, budget, seed, (*COMMON, *flags))
+        for name, flags in CONTROLLERS.items()
+        for budget in numbers(cfg.budgets)
+    ]
+
+
+def _fixed(cfg: ControllerConfig, seed: int) -> list[Cell]:
+    """A multiplier that nothing moves knows no budget."""
+    constant = (*COMMON, *NO_PROJECTION, "--craft_enable_dual", "False", "--craft_fixed_lambda")
+    return [Cell(f"fixed {value:g}", float("inf"), seed, (*constant, f"{value:g}")) for value in numbers(cfg.lambdas)]
+
+
+if __name__ == "__main__":
+    main()
