@@ -1,16 +1,21 @@
-# make demo   set up, fine-tune (plain and CRaFT), evaluate in LIBERO, write results/demo/report.md
-# make test   set up, run all tests, JOBS (2) at a time
-# make lint   style and complexity limits
+# make demo         set up, fine-tune in five ways, evaluate old and new tasks in LIBERO, write runs/demo/report.md
+# make demo-quick   the same stages at a tenth of the size or less: too small to judge by
+# make test         set up, run all tests, JOBS (2) at a time
+# make lint         style and complexity limits
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 export MUJOCO_GL ?= osmesa
 
-.PHONY: demo test lint setup clean
+.PHONY: demo demo-quick test lint setup clean
 
 demo: setup
 	$(BIN)/python craft_experiments/00_demo/run_demo.py
+
+demo-quick: setup
+	$(BIN)/python craft_experiments/00_demo/run_demo.py --max_steps 80 --batch_size 8 --trials 1 --sentence_trials 1 \
+		--work_dir runs/demo_quick
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not alone"

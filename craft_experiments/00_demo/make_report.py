@@ -1,15 +1,15 @@
-"""Writes the demo's report from its raw result files: tables, figures, comparisons, commands, versions.
+"""Writes the demo's report from its raw result files: table, comparisons, trainings, figures, commands, versions.
 
     python craft_experiments/00_demo/make_report.py results/demo
 
 `results/demo/manifest.json` names the files; paths in it are relative to its folder::
 
-    {"runs": [{"name": "plain", "metrics": "metrics/plain.jsonl", "wall_s": 310.2}, ...],
-     "evaluations": [{"row": "craft", "column": "target", "results_dir": "evaluations/craft-target"}, ...],
+    {"runs": [{"name": "keep", "metrics": "metrics/keep.jsonl", "checkpoint": "metrics/keep.json"}, ...],
+     "evaluations": [{"row": "keep", "column": "target", "results_dir": "evaluations/keep-target"}, ...],
      "settings": {...}, "commands": {"train-plain": "python ..."}, "seconds": {"train-plain": 310.2}}
 
-Only `runs` and `evaluations` are required; `title` replaces the demo's. Every number of the report is computed here
-from the raw files.
+Only `runs` and `evaluations` are required; `title` replaces the demo's. A run's `checkpoint` is the description in its
+last checkpoint (`craft_checkpoint.json`). Every number of the report is computed here from the raw files.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
+from craft_experiments.common_utils.job_slots import duration
 from craft_experiments.common_utils.log_parser import write_text_atomic
-from craft_experiments.common_utils.plots import COLOURS, plot_success_bars, plot_training_curves
+from craft_experiments.common_utils.plots import COLOURS, DRIFT, plot_drift, plot_success_bars
 from craft_experiments.common_utils.results import (
     Evaluation,
     TrainingMetrics,
@@ -35,21 +36,56 @@ from craft_experiments.common_utils.results import (
 from craft_experiments.common_utils.statistics import intervals_overlap
 
 ROW_LABELS = {
-    "start": "start checkpoint",
-    "plain": "plain fine-tuning",
-    "craft": "CRaFT",
-    "replay": "control: open-loop replay",
-    "grey": "control: grey images",
+    "start": "start",
+    "plain": "plain",
+    "replay": "replay",
+    "keep": "CRaFT keep, no old data",
+    "keep_data": "CRaFT keep, one old demonstration",
+    "features": "CRaFT on features",
+    "playback": "control: playback of a demonstration",
+    "grey": "control: plain, grey images",
 }
-COLUMN_LABELS = {"target": "fine-tuned task", "retention": "retention task"}
-COMPARISONS = (("plain", "craft"), ("start", "plain"), ("start", "craft"), ("plain", "grey"), ("plain", "replay"))
-TRAINING_COLUMNS = (
-    ("VLA Train/Curr Action L1 Loss", "action L1"),
-    ("CRaFT/Retention Loss", "retention loss"),
-    ("CRaFT/Lambda", "lambda"),
-    ("CRaFT/Conflict Ratio", "conflict ratio"),
-    ("VLA Train/Gradient Norm", "gradient norm"),
-)
+TRAINED = ("plain", "replay", "keep", "keep_data", "features")
+COLUMN_LABELS = {"target": "new task", "memory": "old task in memory", "sentence": "old task known by its sentence"}
+OLD = ("memory", "sentence")
+COMPARISONS = {
+    "target": [("start", "plain"), *(("plain", row) for row in (*TRAINED[1:], "grey", "playback"))],
+    **dict.fromkeys(
+        OLD,
+        [
+            *(("start", row) for row in TRAINED),
+            *(("plain", row) for row in TRAINED[1:]),
+            ("replay", "keep"),
+            ("replay", "keep_data"),
+        ],
+    ),
+}
+ACTION_LOSS, LAMBDA, OUT_OF_REACH = "VLA Train/Curr Action L1 Loss", "CRaFT/Lambda", "CRaFT/Out Of Reach"
+MET = 1.1
+"""A budget is met when the drift at the end is at most this multiple of it."""
+SMALLEST_TRIALS, SMALLEST_STEPS = 10, 400
+"""Below these the figures say that the stages work, and nothing about the methods."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run: its row, metrics, and the flags its checkpoint records ({} where the manifest names no checkpoint)."""
+
+    row: str
+    metrics: TrainingMetrics
+    flags: dict[str, Any]
+
+    @property
+    def budget(self) -> float | None:
+        """eps in the unit of the logged drift; None for a run without a constraint."""
+        return self.flags.get("craft_retention_budget") if self.flags.get("use_craft") else None
+
+    @property
+    def unit(self) -> str:
+        """Unit of drift and budget."""
+        if self.flags.get("craft_signal") == "actions":
+            return "RMS of normalised actions"
+        return f"{self.flags.get('craft_retention_metric', 'mse')} of features"
 
 
 @dataclass(frozen=True)
@@ -58,7 +94,7 @@ class DemoResults:
 
     folder: Path
     manifest: dict[str, Any]
-    runs: list[TrainingMetrics]
+    runs: list[Training]
     table: dict[str, dict[str, Evaluation]]
 
     def seconds(self, job: str) -> float | None:
@@ -87,7 +123,7 @@ def load_results(folder: str | os.PathLike) -> DemoResults:
             missing = [name for name in names if name not in entry]
             if missing:
                 raise KeyError(f"{path}: {entries}[{index}]: missing {missing}")
-    runs = [read_metrics(run_label(e["name"]), folder / e["metrics"]) for e in manifest["runs"]]
+    runs = [read_training(folder, entry) for entry in manifest["runs"]]
     table: dict[str, dict[str, Evaluation]] = {}
     for entry in manifest["evaluations"]:
         cells = table.setdefault(entry["column"], {})
@@ -97,14 +133,20 @@ def load_results(folder: str | os.PathLike) -> DemoResults:
     return DemoResults(folder, manifest, runs, table)
 
 
+def read_training(folder: Path, entry: dict[str, Any]) -> Training:
+    """The run of a manifest entry. Raises what `read_metrics` raises, and KeyError for a checkpoint without flags."""
+    flags = {}
+    if "checkpoint" in entry:
+        record = json.loads((folder / entry["checkpoint"]).read_text(encoding="utf-8"))
+        if "training" not in record:
+            raise KeyError(f"{folder / entry['checkpoint']}: training: missing, expected the flags of the run")
+        flags = record["training"]
+    return Training(entry["name"], read_metrics(row_label(entry["name"]), folder / entry["metrics"]), flags)
+
+
 def row_label(row: str) -> str:
-    """Reader's name of a row of the table."""
+    """Reader's name of a row of the table or of its run."""
     return ROW_LABELS.get(row, row)
-
-
-def run_label(name: str) -> str:
-    """Reader's name of a training run."""
-    return ROW_LABELS.get(name, name)
 
 
 def column_label(column: str, cells: dict[str, Evaluation]) -> str:
@@ -140,75 +182,125 @@ def success_table(results: DemoResults) -> str:
     return "\n".join(lines)
 
 
-def describe_comparison(first: str, second: str, cells: dict[str, Evaluation]) -> str:
-    """One sentence: what the two rows of a column show about each other."""
+def comparison_cells(first: str, second: str, cells: dict[str, Evaluation]) -> list[str]:
+    """A line of the comparison table: what two rows of a column show about each other."""
     a, b = cells[first], cells[second]
-    head = f"{row_label(second)} against {row_label(first)}: {b.rate - a.rate:+.2f}"
-    if intervals_overlap(a.interval, b.interval):
-        verdict = "no difference shown (the 95 % intervals overlap)"
-    else:
-        verdict = f"{'higher' if b.rate > a.rate else 'lower'} (the 95 % intervals do not overlap)"
     paired = compare_paired(a, b)
+    names = [row_label(second), row_label(first), f"{b.rate - a.rate:+.2f}", verdict(a, b)]
     if paired is None:
-        return f"{head}, {verdict}; no common initial states"
-    return (
-        f"{head}, {verdict}; of {paired.pairs} common initial states {paired.only_second} succeed only with "
-        f"{row_label(second)}, {paired.only_first} only with {row_label(first)}, exact McNemar p = {paired.p_value:.3f}"
-    )
+        return [*names, "0", "-", "-", "-"]
+    p_value = "< 0.001" if paired.p_value < 0.001 else f"{paired.p_value:.3f}"
+    return [*names, str(paired.pairs), str(paired.only_second), str(paired.only_first), p_value]
 
 
-def comparison_list(results: DemoResults) -> str:
-    """Markdown list of the comparisons whose rows exist, per column."""
+def summary_list(results: DemoResults) -> str:
+    """Markdown list: a sentence per trained row, the new task against plain and the old ones against the start."""
+    lines = []
+    for row in TRAINED:
+        parts = []
+        for column, cells in results.table.items():
+            other = "plain" if column == "target" else "start"
+            if row in cells:
+                text = f"{COLUMN_LABELS.get(column, column)} {count(cells[row])}"
+                if other in cells and other != row:
+                    text += f" ({row_label(other)} {count(cells[other])}: {verdict(cells[other], cells[row])})"
+                parts.append(text)
+        if parts:
+            lines.append(f"- **{row_label(row)}**: {', '.join(parts)}.")
+    return "\n".join(lines)
+
+
+def count(evaluation: Evaluation) -> str:
+    """``8 of 10``."""
+    return f"{evaluation.successes} of {evaluation.trials}"
+
+
+def verdict(first: Evaluation, second: Evaluation) -> str:
+    """What the 95 % intervals of two evaluations show about the second."""
+    if intervals_overlap(first.interval, second.interval):
+        return "no difference shown"
+    return "higher" if second.rate > first.rate else "lower"
+
+
+def comparison_tables(results: DemoResults) -> str:
+    """Markdown: per column a table of the comparisons whose rows exist."""
+    heads = ["policy", "against", "difference", "intervals", "common states", "only the policy", "only the other", "p"]
     lines = []
     for column, cells in results.table.items():
-        pairs = [pair for pair in COMPARISONS if pair[0] in cells and pair[1] in cells]
+        pairs = [pair for pair in COMPARISONS.get(column, []) if pair[0] in cells and pair[1] in cells]
         if pairs:
             lines += ["", f"**{column_label(column, cells)}**", ""]
-            lines += [f"- {describe_comparison(first, second, cells)}." for first, second in pairs]
+            lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+            lines += ["| " + " | ".join(comparison_cells(*pair, cells)) + " |" for pair in pairs]
     return "\n".join(lines).strip()
 
 
 def training_table(results: DemoResults) -> str:
     """Markdown table: a row per run; metrics are means over the last tenth of the logged values."""
-    heads = ["run", "steps", "samples", *(label for _, label in TRAINING_COLUMNS), "wall time"]
+    heads = ["run", "steps", "samples", "action L1", "drift", "budget", "unit", "lambda", "out of reach", "wall time"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for entry, run in zip(results.manifest["runs"], results.runs, strict=True):
-        last = run.rows[-1]
-        seconds = entry.get("wall_s", results.seconds(f"train-{entry['name']}"))
-        cells = [run.name, str(last["step"] + 1), f"{last['samples_seen']:,}" if "samples_seen" in last else "-"]
-        for key, _ in TRAINING_COLUMNS:
-            value = run.tail_mean(key)
-            cells.append("-" if value is None else f"{value:.4g}")
-        lines.append("| " + " | ".join([*cells, format_seconds(seconds)]) + " |")
+    plain = results.seconds("train-plain")
+    for run in results.runs:
+        last, metrics = run.metrics.rows[-1], run.metrics
+        seconds = results.seconds(f"train-{run.row}")
+        cells = [
+            row_label(run.row),
+            str(last["step"] + 1),
+            f"{last['samples_seen']:,}" if "samples_seen" in last else "-",
+            number(metrics.tail_mean(ACTION_LOSS)),
+            number(metrics.tail_mean(DRIFT)),
+            number(run.budget),
+            "-" if run.budget is None else run.unit,
+            number(metrics.tail_mean(LAMBDA)),
+            out_of_reach(metrics),
+            "-" if seconds is None else duration(seconds) + (f" ({seconds / plain:.2f} x plain)" if plain else ""),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def format_seconds(seconds: float | None) -> str:
-    """``5 min 10 s``; ``-`` for None."""
-    if seconds is None:
+def number(value: float | None) -> str:
+    """Four digits; ``-`` for None."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def out_of_reach(metrics: TrainingMetrics) -> str:
+    """How often and whether at the end the controller said that its budget is out of reach; ``-`` where none says."""
+    _, values = metrics.series(OUT_OF_REACH)
+    if not values:
         return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    share = sum(value > 0 for value in values) / len(values)
+    at_the_end = "also" if values[-1] > 0 else "not"
+    return "never" if share == 0 else f"{share:.0%} of the logged steps, {at_the_end} at the end"
 
 
-def evaluation_seconds(results: DemoResults) -> float | None:
-    """Sum of the evaluations' wall times as their results.json state them; None when none does."""
-    times = [e.facts["wall_s"] for cells in results.table.values() for e in cells.values() if "wall_s" in e.facts]
-    return sum(times) if times else None
+def budget_list(results: DemoResults) -> str:
+    """Markdown list: a sentence per constrained run, its drift at the end against its budget."""
+    lines = []
+    for run in results.runs:
+        drift = run.metrics.tail_mean(DRIFT)
+        if run.budget and drift is not None:
+            state = "meets" if drift <= MET * run.budget else "exceeds"
+            lines.append(
+                f"- {row_label(run.row)} {state} its budget: drift {drift:.3g}, budget {run.budget:.3g} ({run.unit})."
+            )
+    return "\n".join(lines)
+
+
+def evaluation_seconds(results: DemoResults) -> float:
+    """Sum of the evaluations' wall times as their results.json state them."""
+    return sum(e.facts.get("wall_s", 0.0) for cells in results.table.values() for e in cells.values())
 
 
 def video_links(results: DemoResults) -> str:
-    """Markdown list of the rollout videos below the results folder, and of `video` in the manifest."""
+    """Markdown list of the rollout videos below the results folder."""
     found = sorted(path.relative_to(results.folder).as_posix() for path in results.folder.rglob("*.mp4"))
-    named = results.manifest.get("video")
-    if named is not None and named not in found:
-        found.insert(0, named)
     return "\n".join(f"- [{Path(name).name}]({name})" for name in found) or "No video was recorded."
 
 
 def versions_table(results: DemoResults) -> str:
     """Markdown table of the package versions the evaluations report; a package with several shows all."""
-    versions: dict[str, set[str]] = {k: {str(v)} for k, v in results.manifest.get("versions", {}).items()}
+    versions: dict[str, set[str]] = {}
     for cells in results.table.values():
         for evaluation in cells.values():
             for name, version in evaluation.facts.get("versions", {}).items():
@@ -221,75 +313,106 @@ def versions_table(results: DemoResults) -> str:
 
 def command_list(results: DemoResults) -> str:
     """The command lines as one shell block."""
-    commands = results.manifest.get("commands", {})
-    if isinstance(commands, list):
-        commands = {str(index): command for index, command in enumerate(commands, start=1)}
-    lines = [f"# {name}\n{command}" for name, command in commands.items()]
+    lines = [f"# {name}\n{command}" for name, command in results.manifest.get("commands", {}).items()]
     return "```bash\n" + "\n".join(lines) + "\n```" if lines else "No command lines were recorded."
-
-
-def retention_budget(results: DemoResults) -> float | None:
-    """eps of the CRaFT run where the manifest records it."""
-    found = [entry["retention_budget"] for entry in results.manifest["runs"] if "retention_budget" in entry]
-    return float(found[0]) if found else None
 
 
 def draw_figures(results: DemoResults) -> list[str]:
     """Write the PNG files; returns their names relative to the results folder."""
     names = []
-    colours = dict(zip(ROW_LABELS.values(), COLOURS, strict=False))  # one colour per policy in every figure
-    if results.runs:
-        plot_training_curves(results.runs, results.folder / "training_curves.png", retention_budget(results), colours)
-        names.append("training_curves.png")
+    colours = dict(zip((row_label(row) for row in ("start", *TRAINED)), COLOURS, strict=True))
+    colours |= {row_label("playback"): "0.75", row_label("grey"): "0.55"}  # one colour per row in every figure
     if results.table:
         bars = {
-            column_label(column, cells): {row_label(row): evaluation for row, evaluation in cells.items()}
+            column_label(column, cells).replace(" (", "\n("): {row_label(row): found for row, found in cells.items()}
             for column, cells in results.table.items()
         }
         plot_success_bars(bars, results.folder / "success_rates.png", colours)
         names.append("success_rates.png")
+    constrained = [(run.metrics, run.budget) for run in results.runs if run.budget and run.metrics.series(DRIFT)[0]]
+    if constrained:
+        plot_drift(constrained, results.folder / "drift.png", colours)
+        names.append("drift.png")
     return names
+
+
+def too_small(results: DemoResults) -> str | None:
+    """One line when the demo was too small to judge a method by; None otherwise."""
+    trials = min((e.trials for cells in results.table.values() for e in cells.values()), default=0)
+    steps = min((run.metrics.rows[-1]["step"] + 1 for run in results.runs), default=SMALLEST_STEPS)
+    if trials >= SMALLEST_TRIALS and steps >= SMALLEST_STEPS:
+        return None
+    return (
+        f"Too small to judge the methods by: {steps} training steps and {trials} trials in the smallest cell, expected "
+        f"at least {SMALLEST_STEPS} and {SMALLEST_TRIALS}. It shows that every stage works."
+    )
+
+
+def conditions(results: DemoResults) -> str:
+    """How large the comparison is, and what its intervals do not cover."""
+    trials = sorted({e.trials for cells in results.table.values() for e in cells.values()})
+    per_cell = " to ".join(str(n) for n in dict.fromkeys((trials[0], trials[-1]))) if trials else "No"
+    noise = results.manifest.get("settings", {}).get("old_init_noise_mm")
+    displaced = f" In the old tasks every object is displaced by up to {noise:g} mm." if noise else ""
+    return (
+        f"{per_cell} trials per cell and one training seed per method: the intervals cover the choice of initial "
+        "states, not the variation between trainings. The p values are not corrected for the number of comparisons."
+        f"{displaced}"
+    )
 
 
 def compose_report(results: DemoResults, figures: list[str]) -> str:
     """The report's Markdown text."""
-    trials = sorted({e.trials for cells in results.table.values() for e in cells.values()})
-    per_cell = " to ".join(str(n) for n in dict.fromkeys((trials[0], trials[-1]))) if trials else "no"
+    warning = too_small(results)
+    total = results.seconds("all")
     sections = [
-        f"# {results.manifest.get('title', 'Demo: plain fine-tuning and CRaFT')}",
-        "Each cell: successes/trials = rate [95 % Wilson interval]. The controls do not see the scene; where they "
-        "succeed as often as a policy, its rate says nothing about seeing.",
+        f"# {results.manifest.get('title', 'Demo: what fine-tuning forgets, and what keeps it')}",
+        *([f"**{warning}**"] if warning else []),
         success_table(results) if results.table else "No evaluation was recorded.",
+        "Each cell: successes/trials = rate [95 % Wilson interval]. The controls do not see the scene; where they "
+        "succeed as often as a policy, its rate says nothing about seeing. Replay mixes old demonstrations into the "
+        "batches; playback repeats a recorded one, open loop.",
         "## What it shows",
-        comparison_list(results) or "There are no two rows to compare.",
-        f"{per_cell} trials per cell and one training seed per method: the intervals cover the choice of initial "
-        "states, not the variation between trainings. The p values are not corrected for the number of comparisons.",
+        summary_list(results),
+        "Higher and lower: the 95 % intervals do not overlap. Below, pairwise: on the initial states that both rows were "
+        "given, how many only one of them solves, with the exact two-sided McNemar p.",
+        comparison_tables(results) or "There are no two rows to compare.",
+        conditions(results),
         "## Training",
         training_table(results) if results.runs else "No run was recorded.",
         "Metrics: mean over the last tenth of the logged steps.",
+        budget_list(results),
         *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures),
         "## Videos",
         video_links(results),
         "## How it was made",
-        f"Wall time of all evaluations together: {format_seconds(evaluation_seconds(results))}.",
+        *([f"From the first job to the last: {duration(total)}."] if total is not None else []),
+        f"Wall time of all evaluations together: {duration(evaluation_seconds(results))}.",
         command_list(results),
         versions_table(results),
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def make_report(folder: str | os.PathLike) -> Path:
-    """Write `report.md` and its figures into the results folder; returns the report's path.
+def make_report(folder: str | os.PathLike) -> DemoResults:
+    """Write `report.md` and its figures into the results folder; returns what it was made of.
 
     Raises the errors of :func:`load_results`.
     """
     results = load_results(folder)
     figures = draw_figures(results)
     write_text_atomic(results.folder / "report.md", compose_report(results, figures))
-    return results.folder / "report.md"
+    return results
+
+
+def main() -> None:
+    """Write the report of a folder, print its table and where the rest is."""
+    if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
+        sys.exit("usage: make_report.py [RESULTS_DIR]   (default: runs/demo)")
+    results = make_report(sys.argv[1] if len(sys.argv) == 2 else "runs/demo")
+    print(success_table(results), f"report: {results.folder / 'report.md'}", sep="\n\n")
+    print(too_small(results) or "")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
-        sys.exit("usage: make_report.py [RESULTS_DIR]   (default: results/demo)")
-    print(make_report(sys.argv[1] if len(sys.argv) == 2 else "results/demo"))
+    main()

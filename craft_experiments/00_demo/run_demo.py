@@ -1,118 +1,157 @@
-"""The whole loop on a laptop CPU: fine-tune plain and with CRaFT, evaluate both in LIBERO, write the report.
+"""The whole story on a laptop CPU: fine-tune a policy in five ways, ask in LIBERO what each can do, write the report.
 
-Jobs run two at a time, one core each. A job whose result file exists is skipped, so an interrupted demo continues.
-With other settings, name other folders as well:
-`--max_steps 3000 --work_dir runs/demo_3000 --results_dir results/demo_3000`.
+Everything is written below `--work_dir`. A job whose result exists is skipped, so an interrupted demo continues.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import draccus
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
+
+from craft_experiments.common_utils.job_slots import Job, run_jobs, say
+from craft_experiments.common_utils.log_parser import write_text_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT_SCRIPT = Path(__file__).with_name("make_report.py")
+COLUMNS = ("target", "memory", "sentence")
+START = "start"
+# Trained rows and their seconds per step relative to plain, for the first estimate of the time left.
+TRAINED = {"plain": 1.0, "replay": 1.0, "keep": 1.3, "keep_data": 1.6, "features": 1.4}
+# Flags by which the demo finds its results again.
+_OWN_FLAGS = ("--max_steps", "--run_root_dir", "--run_id_override", "--save_freq", "--resume", "--config_file_path")
+_STEP_S, _EPISODE_S, _START_UP_S = 0.4, 3.5, 10.0  # on an idle core of a laptop
 
 
 @dataclass
 class DemoConfig:
-    """Sizes of the demo. The defaults fit in half an hour on two cores."""
+    """What the demo compares and how large it is. The defaults are the demo's."""
 
     start: str = "pretrained_models/tiny-libero-object"
+    start_statistics: str = "libero_object_scripted_no_noops"  # normalisation the start checkpoint was trained with
     data_root_dir: str = "datasets/rlds"
     dataset_name: str = "libero_spatial_scripted_no_noops"
+    old_data: str = "datasets/rlds/libero_object_scripted_no_noops"  # for replay and memory: a demonstration of task 3
     suite: str = "libero_spatial"
-    task_id: int = 9
-    start_statistics: str = "libero_object_scripted_no_noops"  # normalisation the start checkpoint was trained with
-    retention_suite: str = "libero_object"
-    retention_task_id: int = 3
-    max_steps: int = 1500
+    task_id: int = 9  # the new task
+    old_suite: str = "libero_object"
+    memory_task_id: int = 3  # an old task that is in memory
+    sentence_task_id: int = 7  # an old task of which only the sentence is known
+    old_init_noise_mm: float = 0.0  # old tasks start with every object displaced by up to this
+    max_steps: int = 800
     batch_size: int = 16
     learning_rate: float = 7e-4
-    # The original defaults (0.1 and 0.01) are inert at this model's scale: its features drift by a few 1e-3.
-    retention_budget: float = 1e-3
-    dual_lr: float = 20.0
-    craft_every: int = 2  # constrain every second step: about 1.4 instead of 1.9 times the plain step
-    trials: int = 20
+    action_budget: float = 0.03  # of `keep`: root mean square of normalised actions
+    feature_budget: float = 1e-3  # of `features`: mean square
+    trials: int = 20  # of the new task and of the old one in memory
+    sentence_trials: int = 10
     first_initial_state: int = 0
-    seed: int = 7
+    seed: int = 7  # of the trainings
+    evaluation_seed: int = 7  # of the displacements, the same for all rows
+    rows: str = ",".join([START, *TRAINED])
+    train_flags: str = ""  # for all trainings: "--image_aug False"
+    row_flags: str = ""  # for some: "keep: --craft_every 2; replay: --replay_fraction 0.1"
     work_dir: str = "runs/demo"
-    results_dir: str = "results/demo"
+    record_dir: str = ""  # copy what the report is made of to this folder
 
+    @property
+    def selected(self) -> list[str]:
+        """The chosen rows in the table's order. Raises ValueError for an unknown one."""
+        known = [START, *TRAINED]
+        chosen = [row.strip() for row in self.rows.split(",")]
+        unknown = [row for row in chosen if row not in known]
+        if unknown:
+            raise ValueError(f"--rows: found {unknown}, expected some of {known}")
+        return [row for row in known if row in chosen]
 
-@dataclass
-class Job:
-    """A command, the file that shows it is done, and the jobs it waits for."""
+    def flags_of(self, row: str) -> list[str]:
+        """What was asked for in addition for a trained row.
 
-    name: str
-    command: list[str]
-    result: Path
-    after: list[str] = field(default_factory=list)
-
-    def is_done(self) -> bool:
-        """The result is there; an evaluation's must be complete and without errors."""
-        if not self.result.exists():
-            return False
-        if self.result.name != "results.json":
-            return True
-        outcome = json.loads(self.result.read_text(encoding="utf-8"))
-        return bool(outcome["complete"] and outcome["valid"])
+        Raises ValueError for an entry that is not `row: flags`, an unknown row or a flag that the demo sets itself.
+        """
+        words = shlex.split(self.train_flags)
+        for entry in filter(str.strip, self.row_flags.split(";")):
+            name, colon, flags = entry.partition(":")
+            if not colon or name.strip() not in TRAINED:
+                raise ValueError(f"--row_flags: found {entry.strip()!r}, expected ROW: FLAGS with one of {[*TRAINED]}")
+            words += shlex.split(flags) if name.strip() == row else []
+        own = [word for word in words if word.partition("=")[0] in _OWN_FLAGS]
+        if own:
+            raise ValueError(f"--train_flags, --row_flags: found {own}, which the demo sets itself; leave them out")
+        return words
 
 
 def main() -> None:
     """Plan, run, report; exits with an error when a job failed."""
-    cfg = draccus.parse(DemoConfig)
+    cfg = parse(sys.argv[1:])
     os.chdir(ROOT)
-    jobs = plan(cfg)
-    run_jobs(jobs, Path(cfg.work_dir) / "logs", slots=2)
-    publish(cfg, jobs)
-    subprocess.run([sys.executable, str(REPORT_SCRIPT), cfg.results_dir], check=True)
+    try:
+        jobs = plan(cfg)
+    except ValueError as error:
+        sys.exit(f"run_demo.py: {error}")
+    say(f"{len(jobs)} jobs, two at a time; everything is written below {cfg.work_dir}")
+    work = Path(cfg.work_dir)
+    run_jobs(jobs, work / "logs", slots=2)
+    write_manifest(cfg, jobs)
+    subprocess.run([sys.executable, str(REPORT_SCRIPT), cfg.work_dir], check=True)
+    if cfg.record_dir:
+        copy_record(work, Path(cfg.record_dir))
+
+
+def parse(arguments: list[str]) -> DemoConfig:
+    """The command line: a flag per field. (draccus would read `row: flags` as YAML.)"""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for entry in fields(DemoConfig):
+        parser.add_argument(f"--{entry.name}", type=type(entry.default), default=entry.default, help=" ")
+    return DemoConfig(**vars(parser.parse_args(arguments)))
 
 
 def plan(cfg: DemoConfig) -> list[Job]:
-    """All jobs of the demo: two runs, six evaluations, two controls."""
-    craft = {
-        "use_craft": True,
-        "craft_retention_budget": cfg.retention_budget,
-        "craft_dual_lr": cfg.dual_lr,
-        "craft_every": cfg.craft_every,
-    }
-    runs = {"plain": [], "craft": as_flags(craft)}
-    jobs = [training_job(cfg, name, flags) for name, flags in runs.items()]
-    for name in ("start", "plain", "craft"):
-        checkpoint = cfg.start if name == "start" else str(final_checkpoint(cfg, name))
-        after = [] if name == "start" else [f"train-{name}"]
-        for column in ("target", "retention"):
-            jobs.append(evaluation_job(cfg, f"{name}-{column}", checkpoint, column, after))
-    grey = ["--control", "grey_images"]
-    jobs.append(
-        evaluation_job(cfg, "grey-target", str(final_checkpoint(cfg, "plain")), "target", ["train-plain"], grey)
-    )
-    dataset = next(Path(cfg.data_root_dir, cfg.dataset_name).glob("[0-9]*"))
-    replay = ["--control", "replay", "--replay_dataset", str(dataset)]
-    jobs.append(evaluation_job(cfg, "replay-target", "", "target", [], replay))
+    """All jobs, trainings first: they are the longest. The controls come with the plain row."""
+    rows = cfg.selected
+    trained = [row for row in rows if row != START]
+    jobs = [training_job(cfg, row) for row in trained]
+    jobs += [evaluation_job(cfg, row, column) for row in rows for column in COLUMNS]
+    if "plain" in rows:
+        jobs.append(evaluation_job(cfg, "grey", "target", ["--control", "grey_images"]))
+        dataset = next(iter(sorted(Path(cfg.data_root_dir, cfg.dataset_name).glob("[0-9]*"))), None)
+        if dataset is None:
+            raise ValueError(f"--data_root_dir: no data set in {cfg.data_root_dir}/{cfg.dataset_name}")
+        playback = ["--control", "replay", "--replay_dataset", str(dataset)]
+        jobs.append(evaluation_job(cfg, "playback", "target", playback))
     return jobs
 
 
-def training_job(cfg: DemoConfig, name: str, flags: list[str]) -> Job:
-    """Fine-tuning of the start checkpoint on the target task."""
+def method_flags(cfg: DemoConfig, row: str) -> list[str]:
+    """The flags that make a trained row."""
+    keep = as_flags({"use_craft": True, "craft_preset": "keep", "craft_retention_budget": cfg.action_budget})
+    # The original default budget and dual rate (0.1 and 0.01) are inert here: these features drift by a few 1e-3.
+    features = {"use_craft": True, "craft_retention_budget": cfg.feature_budget, "craft_dual_lr": 20, "craft_every": 2}
+    return {
+        "plain": [],
+        "replay": as_flags({"replay_data": cfg.old_data, "replay_fraction": 0.2}),
+        "keep": keep,
+        "keep_data": [*keep, "--craft_memory_data", cfg.old_data],
+        "features": as_flags(features),
+    }[row]
+
+
+def training_job(cfg: DemoConfig, row: str) -> Job:
+    """Fine-tuning of the start checkpoint on the new task."""
     settings = {
         "config_file_path": cfg.start,
         "data_root_dir": cfg.data_root_dir,
         "dataset_name": cfg.dataset_name,
         "run_root_dir": cfg.work_dir,
-        "run_id_override": name,
+        "run_id_override": row,
         "batch_size": cfg.batch_size,
         "learning_rate": cfg.learning_rate,
         "max_steps": cfg.max_steps,
@@ -122,39 +161,59 @@ def training_job(cfg: DemoConfig, name: str, flags: list[str]) -> Job:
         "max_grad_norm": 1.0,
         "seed": cfg.seed,
     }
-    command = [sys.executable, "vla-scripts/finetune.py", *as_flags(settings), *flags]
-    return Job(f"train-{name}", command, final_checkpoint(cfg, name) / "craft_checkpoint.json")
+    flags = [*as_flags(settings), *method_flags(cfg, row), *cfg.flags_of(row)]
+    return Job(
+        f"train-{row}",
+        [sys.executable, "vla-scripts/finetune.py", *flags],
+        final_checkpoint(cfg, row) / "craft_checkpoint.json",
+        progress=Path(cfg.work_dir) / row / "metrics.jsonl",
+        units=cfg.max_steps,
+        unit="steps",
+        start_up_s=_START_UP_S,
+        unit_s=_STEP_S * TRAINED[row] * cfg.batch_size / 16,
+        resume=["--resume", "auto"],
+    )
 
 
-def evaluation_job(
-    cfg: DemoConfig, name: str, checkpoint: str, column: str, after: list[str], flags: list[str] | None = None
-) -> Job:
-    """Evaluation on initial states that no demonstration used."""
-    target = column == "target"
-    folder = Path(cfg.work_dir) / "evaluations" / name
+def evaluation_job(cfg: DemoConfig, row: str, column: str, control: list[str] | None = None) -> Job:
+    """Evaluation on initial states that no demonstration used; the control with grey images is of the plain policy."""
+    folder = Path(cfg.work_dir) / "evaluations" / f"{row}-{column}"
+    policy = "plain" if row == "grey" else row
+    is_new = column == "target"
+    trials = cfg.sentence_trials if column == "sentence" else cfg.trials
     settings = {
-        "pretrained_checkpoint": checkpoint,
-        "task_suite_name": cfg.suite if target else cfg.retention_suite,
-        "task_ids": cfg.task_id if target else cfg.retention_task_id,
-        "num_trials_per_task": cfg.trials,
+        "task_suite_name": cfg.suite if is_new else cfg.old_suite,
+        "task_ids": {"target": cfg.task_id, "memory": cfg.memory_task_id, "sentence": cfg.sentence_task_id}[column],
+        "num_trials_per_task": trials,
         "initial_state_offset": cfg.first_initial_state,
-        # A policy that never saw the target task acts in the units it was trained with.
-        "unnorm_key": cfg.dataset_name if target and checkpoint != cfg.start else cfg.start_statistics,
-        "reset_mode": "soft",  # keeps the compiled scene between episodes
-        "save_videos": "FIRST" if name == "craft-target" else "NONE",
+        "init_noise_mm": 0.0 if is_new else cfg.old_init_noise_mm,
+        "seed": cfg.evaluation_seed,
+        # A policy that never saw the new task acts in the units it was trained with.
+        "unnorm_key": cfg.dataset_name if is_new and row != START else cfg.start_statistics,
+        "save_videos": "FIRST" if (row, column) == ("keep", "memory") else "NONE",
         "rollout_dir": str(Path(cfg.work_dir) / "videos"),
         "local_log_dir": str(folder),
         "results_dir": str(folder),
-        "resume": (folder / "episodes.jsonl").exists(),
     }
-    settings = {k: v for k, v in settings.items() if v != ""}
-    command = [sys.executable, "experiments/robot/libero/run_libero_eval.py", *as_flags(settings), *(flags or [])]
-    return Job(f"eval-{name}", command, folder / "results.json", after)
+    if row != "playback":
+        settings["pretrained_checkpoint"] = cfg.start if row == START else str(final_checkpoint(cfg, policy))
+    return Job(
+        f"eval-{row}-{column}",
+        [sys.executable, "experiments/robot/libero/run_libero_eval.py", *as_flags(settings), *(control or [])],
+        folder / "results.json",
+        [f"train-{policy}"] if policy in TRAINED else [],
+        progress=folder / "episodes.jsonl",
+        units=trials,
+        unit="episodes",
+        start_up_s=_START_UP_S,
+        unit_s=_EPISODE_S,
+        resume=["--resume", "True"],
+    )
 
 
-def final_checkpoint(cfg: DemoConfig, run: str) -> Path:
-    """Folder of the last checkpoint of a run."""
-    return Path(cfg.work_dir) / f"{run}--{cfg.max_steps}_chkpt"
+def final_checkpoint(cfg: DemoConfig, row: str) -> Path:
+    """Folder of the last checkpoint of a training."""
+    return Path(cfg.work_dir) / f"{row}--{cfg.max_steps}_chkpt"
 
 
 def as_flags(settings: dict) -> list[str]:
@@ -162,92 +221,50 @@ def as_flags(settings: dict) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-def run_jobs(jobs: list[Job], log_dir: Path, slots: int) -> None:
-    """Run every job once its predecessors are done, `slots` at a time; `{log_dir}/{job}.seconds` keeps its duration.
-
-    A failed job stops the demo after the running ones ended; its log's last lines are shown.
-    """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    waiting, done, running = list(jobs), set(), {}
-    stop = threading.Event()
-    with ThreadPoolExecutor(slots) as pool:
-        while waiting or running:
-            ready = [j for j in waiting if set(j.after) <= done] if not stop.is_set() else []
-            for job in ready[: slots - len(running)]:
-                waiting.remove(job)
-                running[pool.submit(run_job, job, log_dir)] = job
-            if not running:
-                break
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                job = running.pop(future)
-                collect(job, future, done, stop)
-    if stop.is_set():
-        sys.exit(1)
-
-
-def collect(job: Job, future: Future, done: set[str], stop: threading.Event) -> None:
-    """Note a finished job, or stop the demo when it failed."""
-    error = future.exception()
-    if error is not None:
-        print(f"FAILED {job.name}: {error}", file=sys.stderr)
-        stop.set()
-        return
-    done.add(job.name)
-
-
-def run_job(job: Job, log_dir: Path) -> None:
-    """Run one command with one thread unless it is done already. RuntimeError with the log's tail when it fails."""
-    if job.is_done():
-        print(f"[{time.strftime('%H:%M:%S')}] {job.name}: already done", flush=True)
-        return
-    log = log_dir / f"{job.name}.log"
-    print(f"[{time.strftime('%H:%M:%S')}] {job.name}: {shlex.join(job.command)}\n    log: {log}", flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    started = time.time()
-    with log.open("w", encoding="utf-8") as stream:
-        code = subprocess.run(job.command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
-    if code != 0 or not job.is_done():
-        tail = "\n    ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"exit code {code}, see {log}:\n    {tail}")
-    seconds = time.time() - started
-    (log_dir / f"{job.name}.seconds").write_text(f"{seconds:.1f}\n", encoding="utf-8")
-    print(f"[{time.strftime('%H:%M:%S')}] {job.name}: done in {seconds:.0f} s", flush=True)
-
-
-def publish(cfg: DemoConfig, jobs: list[Job]) -> None:
-    """Replace the raw files below `results_dir` by those of this demo, and write the manifest the report is made of.
-
-    Nothing of an earlier demo stays: the repository ships one, and a report must not mix two.
-    """
-    work, results = Path(cfg.work_dir), Path(cfg.results_dir)
-    for name in ("evaluations", "videos", "metrics"):
-        shutil.rmtree(results / name, ignore_errors=True)
-    for name in ("evaluations", "videos"):
-        shutil.copytree(work / name, results / name)
-    (results / "metrics").mkdir()
-    runs = []
-    for name in ("plain", "craft"):
-        metrics = results / "metrics" / f"{name}.jsonl"
-        metrics.write_bytes((Path(cfg.work_dir) / name / "metrics.jsonl").read_bytes())
-        budget = {"retention_budget": cfg.retention_budget} if name == "craft" else {}
-        runs.append({"name": name, "metrics": f"metrics/{name}.jsonl", **budget})
-    evaluations = []
+def write_manifest(cfg: DemoConfig, jobs: list[Job]) -> None:
+    """Put what the report is made of below {work_dir}: the trainings' metrics and settings, and the manifest."""
+    work = Path(cfg.work_dir)
+    runs, evaluations = [], []
     for job in jobs:
-        if job.name.startswith("eval-"):
+        if job.kind == "train":
+            row = job.name.removeprefix("train-")
+            entry = {"name": row, "metrics": f"metrics/{row}.jsonl", "checkpoint": f"metrics/{row}.json"}
+            write_text_atomic(work / entry["metrics"], job.progress.read_text(encoding="utf-8"))
+            write_text_atomic(work / entry["checkpoint"], job.result.read_text(encoding="utf-8"))
+            runs.append(entry)
+        else:
             row, column = job.name.removeprefix("eval-").rsplit("-", 1)
             evaluations.append({"row": row, "column": column, "results_dir": f"evaluations/{row}-{column}"})
-    durations = {job.name: work / "logs" / f"{job.name}.seconds" for job in jobs}
+    times = {name: work / "logs" / f"{name}.seconds" for name in [*(job.name for job in jobs), "all"]}
     manifest = {
-        "settings": cfg.__dict__,
+        "settings": asdict(cfg),
         "runs": runs,
         "evaluations": evaluations,
-        "seconds": {name: float(file.read_text(encoding="utf-8")) for name, file in durations.items()},
-        "commands": {job.name: shlex.join(["python", *job.command[1:]]) for job in jobs},
+        "seconds": {name: float(file.read_text(encoding="utf-8")) for name, file in times.items() if file.exists()},
+        "commands": {job.name: job.portable_command for job in jobs},
     }
-    temporary = results / "manifest.json.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(results / "manifest.json")
+    write_text_atomic(work / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+
+def copy_record(work: Path, record: Path) -> None:
+    """Replace the record by this demo's: manifest, metrics, episodes, results, report, figures, at most one video.
+
+    Of an earlier record nothing stays, or a report could mix two; other files of the folder are left alone.
+    """
+    for name in ("evaluations", "metrics", "videos"):
+        shutil.rmtree(record / name, ignore_errors=True)
+    for old in record.glob("*.png"):
+        old.unlink()
+    manifest = json.loads((work / "manifest.json").read_text(encoding="utf-8"))
+    names = ["manifest.json", "report.md", *(path.name for path in sorted(work.glob("*.png")))]
+    names += [run[key] for run in manifest["runs"] for key in ("metrics", "checkpoint")]
+    for entry in manifest["evaluations"]:
+        names += [f"{entry['results_dir']}/{name}" for name in ("episodes.jsonl", "results.json")]
+    names += [path.relative_to(work).as_posix() for path in sorted(work.glob("videos/**/*.mp4"))[:1]]
+    for name in names:
+        (record / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(work / name, record / name)
+    say(f"the record is in {record}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,7 @@ from typing import Any
 from craft_experiments.common_utils.results import Evaluation, TrainingMetrics
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito, safe for colour blindness
-CURVES = (
-    ("VLA Train/Curr Action L1 Loss", "action L1 loss (current action)"),
-    ("CRaFT/Retention Loss", "retention loss"),
-    ("CRaFT/Lambda", "multiplier lambda"),
-)
+DRIFT = "CRaFT/Retention Loss"
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -48,38 +44,37 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
     return averages
 
 
-def plot_training_curves(
-    runs: Sequence[TrainingMetrics],
-    path: str | os.PathLike,
-    retention_budget: float | None = None,
-    colours: dict[str, str] | None = None,
+def plot_drift(
+    runs: Sequence[tuple[TrainingMetrics, float]], path: str | os.PathLike, colours: dict[str, str] | None = None
 ) -> Path:
-    """Action loss, retention loss and lambda over optimizer steps: one panel each, one colour per run.
+    """Drift as a multiple of its budget over optimizer steps, one colour per run, with the line that it is held to.
 
-    Thin lines are the logged values, thick lines their moving average. A panel no run has values for is left out.
+    Budgets of actions and of features have different units; their multiples can be drawn into one figure. Thin lines
+    are the logged values, thick lines their moving average.
 
     Args:
-        runs: metrics, at least one.
+        runs: (metrics, budget above 0 in the unit of the drift), at least one.
         path: PNG to write.
-        retention_budget: eps, drawn into the retention panel.
         colours: run name -> colour; others are taken from ``COLOURS`` in order.
 
     Returns:
-        The path. Raises ValueError when no run carries any of the three metrics.
+        The path. Raises ValueError when a run logged no drift.
     """
-    panels = [(key, label) for key, label in CURVES if any(run.series(key)[0] for run in runs)]
-    if not panels:
-        raise ValueError(f"runs {[run.name for run in runs]}: found none of the metrics {[key for key, _ in CURVES]}")
-    figure = new_figure(4.6 * len(panels), 3.4)
-    for axis, (key, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for index, run in enumerate(runs):
-            _draw_curve(axis, run, key, _colour(run.name, index, colours))
-        if key == "CRaFT/Retention Loss" and retention_budget is not None:
-            axis.axhline(retention_budget, color="0.4", linestyle="--", linewidth=1, label="budget eps")
-        axis.set(xlabel="optimizer step", ylabel=label)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+    figure = new_figure(6.4, 3.6)
+    axis = figure.subplots()
+    for index, (run, budget) in enumerate(runs):
+        steps, drifts = run.series(DRIFT)
+        if not steps:
+            raise ValueError(f"run {run.name}: found no metric {DRIFT!r}")
+        shares, colour = [drift / budget for drift in drifts], _colour(run.name, index, colours)
+        axis.plot(steps, shares, color=colour, alpha=0.25, linewidth=0.8)
+        smooth = moving_average(shares, max(1, len(shares) // 20))
+        axis.plot(steps, smooth, color=colour, linewidth=1.8, label=run.name)
+    axis.axhline(1.0, color="0.3", linestyle="--", linewidth=1, label="budget")
+    axis.set(xlabel="optimizer step", ylabel="drift / budget")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
     return save_figure(figure, path)
 
 
@@ -87,38 +82,32 @@ def _colour(label: str, index: int, colours: dict[str, str] | None) -> str:
     return (colours or {}).get(label, COLOURS[index % len(COLOURS)])
 
 
-def _draw_curve(axis: Any, run: TrainingMetrics, key: str, colour: str) -> None:
-    steps, values = run.series(key)
-    if not steps:
-        return
-    axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-    axis.plot(steps, moving_average(values, max(1, len(values) // 20)), color=colour, linewidth=1.8, label=run.name)
-
-
 def plot_success_bars(
     columns: dict[str, dict[str, Evaluation]], path: str | os.PathLike, colours: dict[str, str] | None = None
 ) -> Path:
-    """Success rates with 95 % Wilson intervals and k/n: one panel per column, one bar per row.
+    """Success rates with 95 % Wilson intervals and k/n: one panel per column, one horizontal bar per row.
 
     Args:
-        columns: column label -> row label -> evaluation.
+        columns: column label -> row label -> evaluation. A row may be missing in some columns.
         path: PNG to write.
         colours: row label -> colour; others are taken from ``COLOURS`` in order.
     """
-    width = sum(1.2 + 0.95 * len(rows) for rows in columns.values())
-    figure = new_figure(max(4.0, width), 3.8)
-    ratios = [len(rows) for rows in columns.values()]
-    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False, gridspec_kw={"width_ratios": ratios})[0]
+    labels = list(dict.fromkeys(label for rows in columns.values() for label in rows))
+    figure = new_figure(3.0 + 2.9 * len(columns), 1.3 + 0.38 * len(labels))
+    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axis, (title, rows) in zip(axes, columns.items(), strict=True):
-        for position, (label, evaluation) in enumerate(rows.items()):
-            colour = _colour(label, position, colours)
+        for label, evaluation in rows.items():
+            position = labels.index(label)
             low, high = evaluation.interval
             error = [[evaluation.rate - low], [high - evaluation.rate]]
-            axis.bar(position, evaluation.rate, yerr=error, color=colour, capsize=4, width=0.7)
-            axis.text(position, high + 0.02, f"{evaluation.successes}/{evaluation.trials}", ha="center", fontsize=9)
-        axis.set_xticks(range(len(rows)), [label.replace(" ", "\n") for label in rows], fontsize=9)
-        axis.set_title(title, fontsize=10)
-        axis.set_ylim(0, 1.12)
-        axis.grid(axis="y", alpha=0.3)
-    axes[0].set_ylabel("success rate, 95 % interval")
+            colour = _colour(label, position, colours)
+            axis.barh(position, evaluation.rate, xerr=error, color=colour, capsize=3, height=0.7)
+            axis.text(high + 0.03, position, f"{evaluation.successes}/{evaluation.trials}", va="center", fontsize=9)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlim(0, 1.25)
+        axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_xlabel("success rate, 95 % interval", fontsize=9)
+    axes[0].set_yticks(range(len(labels)), labels, fontsize=9)
+    axes[0].invert_yaxis()
     return save_figure(figure, path)

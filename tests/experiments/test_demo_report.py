@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from craft_experiments.common_utils.plots import moving_average, plot_training_curves
+from craft_experiments.common_utils.plots import moving_average, plot_drift
 from craft_experiments.common_utils.results import (
     ResultFormatError,
     TrainingMetrics,
@@ -41,16 +41,20 @@ def write_evaluation(folder, outcomes, suite="libero_spatial", task_id=0, errors
     return folder
 
 
-def write_metrics(path, craft):
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_run(folder, row, budget=None, drift=0.0, steps=800, signal="actions"):
+    folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for step in range(0, 100, 5):
-        row = {"step": step, "VLA Train/Loss": 1 / (1 + step), "VLA Train/Curr Action L1 Loss": 0.5 / (1 + step)}
-        row["samples_seen"] = 16 * (step + 1)
-        if craft:
-            row |= {"CRaFT/Retention Loss": 0.001 * step, "CRaFT/Lambda": 1 - 0.001 * step}
-        lines.append(json.dumps(row))
-    path.write_text("\n".join(lines) + "\n")
+    for step in range(9, steps, 10):
+        line = {"step": step, "VLA Train/Curr Action L1 Loss": 0.5 / (1 + step), "samples_seen": 16 * (step + 1)}
+        if budget is not None:
+            line |= {"CRaFT/Retention Loss": drift, "CRaFT/Lambda": 2.5}
+            line |= {"CRaFT/Out Of Reach": float(step > steps / 2)} if drift > budget else {"CRaFT/Out Of Reach": 0.0}
+        lines.append(json.dumps(line))
+    (folder / f"{row}.jsonl").write_text("\n".join(lines) + "\n")
+    flags = {"use_craft": budget is not None, "craft_retention_budget": 0.1 if budget is None else budget}
+    flags |= {"craft_signal": signal, "craft_retention_metric": "mse"}
+    (folder / f"{row}.json").write_text(json.dumps({"training": flags}))
+    return {"name": row, "metrics": f"metrics/{row}.jsonl", "checkpoint": f"metrics/{row}.json"}
 
 
 @pytest.fixture
@@ -58,12 +62,13 @@ def demo(tmp_path):
     rows = {
         ("start", "target"): [0] * 10,
         ("plain", "target"): [1, 1, 1, 1, 1, 1, 1, 1, 0, 0],
-        ("craft", "target"): [1, 1, 1, 1, 1, 1, 1, 0, 1, 0],
+        ("keep", "target"): [1, 1, 1, 1, 1, 1, 1, 0, 1, 0],
         ("grey", "target"): [0] * 10,
-        ("replay", "target"): [1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
-        ("start", "retention"): [1] * 10,
-        ("plain", "retention"): [0] * 10,
-        ("craft", "retention"): [1] * 10,
+        ("playback", "target"): [1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
+        ("start", "memory"): [1] * 10,
+        ("plain", "memory"): [0] * 10,
+        ("keep", "memory"): [1] * 10,
+        ("features", "memory"): [0] * 10,
     }
     evaluations = []
     for (row, column), outcomes in rows.items():
@@ -71,46 +76,85 @@ def demo(tmp_path):
         facts = {"wall_s": 30.0, "versions": {"mujoco": "3.3.0"}, "overall": {"successes": sum(outcomes), "trials": 10}}
         write_evaluation(tmp_path / "evaluations" / f"{row}-{column}", outcomes, facts=facts, **place)
         evaluations.append({"row": row, "column": column, "results_dir": f"evaluations/{row}-{column}"})
-    for name in ("plain", "craft"):
-        write_metrics(tmp_path / "metrics" / f"{name}.jsonl", craft=name == "craft")
     video = tmp_path / "videos" / "v.mp4"
     video.parent.mkdir()
     video.touch()
     manifest = {
-        "runs": [{"name": n, "metrics": f"metrics/{n}.jsonl"} for n in ("plain", "craft")],
+        "settings": {"old_init_noise_mm": 0.0},
+        "runs": [
+            write_run(tmp_path / "metrics", "plain"),
+            write_run(tmp_path / "metrics", "keep", budget=0.03, drift=0.0321),
+            write_run(tmp_path / "metrics", "features", budget=1e-3, drift=2e-3, signal="features"),
+        ],
         "evaluations": evaluations,
-        "seconds": {"train-plain": 310.2},
-        "commands": {"train-plain": "python vla-scripts/finetune.py --max_steps 100"},
+        "seconds": {"train-plain": 310.2, "train-keep": 372.24, "all": 1200.0},
+        "commands": {"train-plain": "python vla-scripts/finetune.py --max_steps 800"},
     }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     return tmp_path
 
 
-def test_report_has_the_table_the_figures_and_the_sources(demo, report_module):
-    text = report_module.make_report(demo).read_text()
-    assert "| policy | fine-tuned task (libero_spatial task 0) | retention task (libero_object task 3) |" in text
-    assert "| plain fine-tuning | 8/10 = 0.80 [0.49, 0.94] | 0/10 = 0.00 [0.00, 0.28] |" in text
-    assert "| control: open-loop replay | 2/10 = 0.20 [0.06, 0.51] | - |" in text
-    assert "| plain fine-tuning | 96 | 1,536 |" in text and "5 min 10 s" in text
-    assert "Wall time of all evaluations together: 4 min 00 s." in text
-    for piece in ("(videos/v.mp4)", "python vla-scripts/finetune.py --max_steps 100", "| mujoco | 3.3.0 |"):
+def report_of(report_module, folder) -> str:
+    report_module.make_report(folder)
+    return (folder / "report.md").read_text()
+
+
+def test_report_begins_with_the_table_and_has_figures_and_sources(demo, report_module):
+    text = report_of(report_module, demo)
+    assert text.splitlines()[2] == (
+        "| policy | new task (libero_spatial task 0) | old task in memory (libero_object task 3) |"
+    )
+    assert "| plain | 8/10 = 0.80 [0.49, 0.94] | 0/10 = 0.00 [0.00, 0.28] |" in text
+    assert "| control: playback of a demonstration | 2/10 = 0.20 [0.06, 0.51] | - |" in text
+    assert "Wall time of all evaluations together: 4 min 30 s." in text and "the last: 20 min 00 s." in text
+    for piece in ("(videos/v.mp4)", "python vla-scripts/finetune.py --max_steps 800", "| mujoco | 3.3.0 |"):
         assert piece in text
-    for name in ("training_curves.png", "success_rates.png"):
+    for name in ("drift.png", "success_rates.png"):
         assert f"({name})" in text
         assert (demo / name).read_bytes().startswith(PNG_HEAD)
     assert not list(demo.glob(".*.tmp"))
+    assert "Too small" not in text
 
 
-def test_overlapping_intervals_show_no_difference(demo, report_module):
-    text = report_module.make_report(demo).read_text()
-    target, retention = text.split("**retention task")
-    equal = next(line for line in target.splitlines() if line.startswith("- CRaFT against plain"))
-    assert "+0.00, no difference shown" in equal
-    assert "1 succeed only with CRaFT, 1 only with plain fine-tuning, exact McNemar p = 1.000" in equal
-    better = next(line for line in retention.splitlines() if line.startswith("- CRaFT against plain"))
-    assert "+1.00, higher (the 95 % intervals do not overlap)" in better and "p = 0.002" in better
-    worse = next(line for line in retention.splitlines() if line.startswith("- plain fine-tuning against start"))
-    assert "-1.00, lower" in worse
+def test_the_trainings_are_told_with_their_budgets(demo, report_module):
+    text = report_of(report_module, demo)
+    plain, keep, features = (
+        next(line for line in text.splitlines() if line.startswith(f"| {label} | 800 |"))
+        for label in ("plain", "CRaFT keep, no old data", "CRaFT on features")
+    )
+    assert plain.endswith("| - | - | - | - | - | 5 min 10 s (1.00 x plain) |") and "| 12,800 |" in plain
+    assert "| 0.0321 | 0.03 | RMS of normalised actions | 2.5 | 50% of the logged steps, also at the end |" in keep
+    assert keep.endswith("(1.20 x plain) |")
+    assert "| 0.002 | 0.001 | mse of features |" in features
+    assert "- CRaFT keep, no old data meets its budget: drift 0.0321, budget 0.03 (RMS of normalised actions)." in text
+    assert "- CRaFT on features exceeds its budget: drift 0.002, budget 0.001 (mse of features)." in text
+
+
+def test_the_summary_says_what_the_intervals_show(demo, report_module):
+    text = report_of(report_module, demo)
+    assert "- **plain**: new task 8 of 10, old task in memory 0 of 10 (start 10 of 10: lower)." in text
+    assert (
+        "- **CRaFT keep, no old data**: new task 8 of 10 (plain 8 of 10: no difference shown), "
+        "old task in memory 10 of 10 (start 10 of 10: no difference shown)."
+    ) in text
+
+
+def test_pairs_of_rows_are_compared_on_their_common_states(demo, report_module):
+    new, old = report_of(report_module, demo).split("**old task in memory (")
+    assert "| CRaFT keep, no old data | plain | +0.00 | no difference shown | 10 | 1 | 1 | 1.000 |" in new
+    assert "| CRaFT keep, no old data | plain | +1.00 | higher | 10 | 10 | 0 | 0.002 |" in old
+    assert "| plain | start | -1.00 | lower | 10 | 0 | 10 | 0.002 |" in old
+    assert "| control" not in old
+
+
+def test_a_small_demo_says_so_and_a_displaced_one_too(demo, report_module):
+    manifest = json.loads((demo / "manifest.json").read_text())
+    manifest["runs"][0] = write_run(demo / "metrics", "plain", steps=80)
+    manifest["settings"]["old_init_noise_mm"] = 50.0
+    (demo / "manifest.json").write_text(json.dumps(manifest))
+    text = report_of(report_module, demo)
+    assert "Too small to judge the methods by: 80 training steps and 10 trials in the smallest cell" in text
+    assert "every object is displaced by up to 50 mm" in text
 
 
 def test_crashed_episodes_make_a_cell_invalid(demo, report_module, tmp_path):
@@ -193,6 +237,6 @@ def test_moving_average():
     assert moving_average([1, 2], 10) == [1, 1.5]
 
 
-def test_curves_without_any_metric_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match="none of the metrics"):
-        plot_training_curves([TrainingMetrics("r", [{"step": 0}])], tmp_path / "p.png")
+def test_a_drift_that_was_never_logged_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="run r: found no metric"):
+        plot_drift([(TrainingMetrics("r", [{"step": 0}]), 0.1)], tmp_path / "p.png")

@@ -1,4 +1,4 @@
-"""The demo's job runner: order, skipping, failure; and the flags it passes are flags that exist."""
+"""The demo's plan: what each row trains and is asked, and that the flags it passes are flags that exist."""
 
 import importlib.util
 import json
@@ -8,89 +8,147 @@ from pathlib import Path
 import draccus
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "craft_experiments" / "00_demo" / "run_demo.py"
-spec = importlib.util.spec_from_file_location("run_demo", SCRIPT)
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("run_demo", ROOT / "craft_experiments" / "00_demo" / "run_demo.py")
 run_demo = importlib.util.module_from_spec(spec)
 sys.modules["run_demo"] = run_demo
 spec.loader.exec_module(run_demo)
+Config = run_demo.DemoConfig
 
 
-def touch_job(folder: Path, name: str, after=(), code: str = "") -> "run_demo.Job":
-    result = folder / f"{name}.done"
-    program = f"{code}; open({str(result)!r}, 'w').close(); open({str(folder / 'order')!r}, 'a').write({name!r} + ' ')"
-    return run_demo.Job(name, [sys.executable, "-c", program.lstrip("; ")], result, list(after))
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
 
 
-def order(folder: Path) -> list[str]:
-    return (folder / "order").read_text().split()
+def flags(command: list[str]) -> dict[str, str]:
+    """Flag -> the last value given, as the programs read it."""
+    return dict(zip(command[2::2], command[3::2], strict=True))
 
 
-def test_jobs_wait_for_their_predecessors_and_finished_ones_are_skipped(tmp_path):
-    jobs = [touch_job(tmp_path, "c", ["b"]), touch_job(tmp_path, "b", ["a"]), touch_job(tmp_path, "a")]
-    run_demo.run_jobs(jobs, tmp_path / "logs", slots=2)
-    assert order(tmp_path) == ["a", "b", "c"]
-    assert {path.stem for path in (tmp_path / "logs").glob("*.seconds")} == {"a", "b", "c"}
-    run_demo.run_jobs(jobs, tmp_path / "logs", slots=2)
-    assert order(tmp_path) == ["a", "b", "c"]
+def planned(cfg) -> dict[str, dict[str, str]]:
+    return {job.name: flags(job.command) for job in run_demo.plan(cfg)}
 
 
-def test_a_failed_job_stops_the_demo_and_shows_its_log(tmp_path, capsys):
-    bad = touch_job(tmp_path, "bad", code="raise SystemExit('no such data set')")
-    with pytest.raises(SystemExit):
-        run_demo.run_jobs([bad, touch_job(tmp_path, "next", ["bad"])], tmp_path / "logs", slots=1)
-    assert "no such data set" in capsys.readouterr().err
-    assert not (tmp_path / "order").exists()
-
-
-def test_a_job_without_its_result_file_has_failed(tmp_path, capsys):
-    job = run_demo.Job("quiet", [sys.executable, "-c", "pass"], tmp_path / "never")
-    with pytest.raises(SystemExit):
-        run_demo.run_jobs([job], tmp_path / "logs", slots=1)
-    assert "quiet" in capsys.readouterr().err
-
-
-def test_every_planned_command_parses(monkeypatch):
+def test_every_planned_command_parses():
     from experiments.robot.libero.eval_config import EvalConfig
-    from prismatic.training.config import FinetuneConfig
+    from prismatic.training.command_line import parse_flags
 
-    monkeypatch.chdir(SCRIPT.parents[2])
-    jobs = run_demo.plan(run_demo.DemoConfig())
-    names = {job.name for job in jobs}
-    assert {"train-plain", "train-craft", "eval-start-retention", "eval-craft-target", "eval-replay-target"} <= names
+    jobs = run_demo.plan(Config(old_init_noise_mm=50.0))
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names) == 5 + 6 * 3 + 2
     for job in jobs:
-        config = FinetuneConfig if job.name.startswith("train") else EvalConfig
-        monkeypatch.setattr(sys, "argv", job.command[1:])
-        parsed = draccus.parse(config)
-        if config is EvalConfig:
-            parsed.validate()
-        assert set(job.after) <= names
+        assert set(job.after) <= set(names)
+        for words in (job.command[2:], [*job.command[2:], *job.resume]):
+            if job.kind == "train":
+                parse_flags(words)
+            else:
+                draccus.parse(EvalConfig, args=words).validate()
 
 
-@pytest.mark.parametrize(("complete", "valid"), [(False, True), (True, False), (True, True)])
-def test_an_unfinished_or_invalid_evaluation_is_not_done(tmp_path, complete, valid):
-    result = tmp_path / "results.json"
-    job = run_demo.Job("eval", [], result)
-    assert not job.is_done()
-    result.write_text(json.dumps({"complete": complete, "valid": valid}))
-    assert job.is_done() == (complete and valid)
+def test_the_rows_are_the_methods():
+    from prismatic.training.command_line import parse_flags
+
+    cfg = Config()
+    jobs = {job.name: job for job in run_demo.plan(cfg)}
+    found = {row: parse_flags(jobs[f"train-{row}"].command[2:]) for row in run_demo.TRAINED}
+    assert [row for row, run in found.items() if run.use_craft] == ["keep", "keep_data", "features"]
+    assert [row for row, run in found.items() if run.replay_data] == ["replay"]
+    assert {row: run.craft_signal for row, run in found.items() if run.use_craft} == {
+        "keep": "actions",
+        "keep_data": "actions",
+        "features": "features",
+    }
+    assert found["keep"].memories == ["instructions"]
+    assert set(found["keep_data"].memories) == {"instructions", "data"}
+    assert found["keep_data"].craft_memory_data == found["replay"].replay_data == cfg.old_data
+    assert len({run.seed for run in found.values()} | {run.max_steps for run in found.values()}) == 2
 
 
-def test_no_result_of_an_earlier_demo_is_reused_or_kept(tmp_path, monkeypatch):
-    monkeypatch.chdir(SCRIPT.parents[2])
-    cfg = run_demo.DemoConfig(work_dir=str(tmp_path / "work"), results_dir=str(tmp_path / "results"))
+def test_each_column_asks_its_task_in_the_units_of_its_policy():
+    jobs = planned(Config(old_init_noise_mm=50.0, trials=4, sentence_trials=3))
+    new, old = jobs["eval-keep-target"], jobs["eval-keep-memory"]
+    assert (new["--task_suite_name"], new["--task_ids"]) == ("libero_spatial", "9")
+    assert (old["--task_suite_name"], old["--task_ids"]) == ("libero_object", "3")
+    assert jobs["eval-keep-sentence"]["--task_ids"] == "7"
+    assert new["--unnorm_key"] == Config.dataset_name and old["--unnorm_key"] == Config.start_statistics
+    assert jobs["eval-start-target"]["--unnorm_key"] == Config.start_statistics
+    assert float(new["--init_noise_mm"]) == 0 and float(old["--init_noise_mm"]) == 50
+    assert [jobs[f"eval-plain-{column}"]["--num_trials_per_task"] for column in run_demo.COLUMNS] == ["4", "4", "3"]
+    assert jobs["eval-grey-target"]["--pretrained_checkpoint"] == jobs["eval-plain-target"]["--pretrained_checkpoint"]
+    assert jobs["eval-playback-target"]["--control"] == "replay"
+
+
+def test_rows_can_be_chosen_and_given_flags():
+    cfg = run_demo.parse(
+        ["--rows", "keep, start", "--train_flags", "--image_aug False --learning_rate 1e-4", "--row_flags"]
+        + ["keep: --craft_every 2 --learning_rate 2e-4; replay: --replay_fraction 0.5"]
+    )
+    jobs = planned(cfg)
+    assert list(jobs) == ["train-keep"] + [f"eval-{row}-{c}" for row in ("start", "keep") for c in run_demo.COLUMNS]
+    keep = jobs["train-keep"]
+    assert (keep["--image_aug"], keep["--craft_every"], keep["--learning_rate"]) == ("False", "2", "2e-4")
+    assert "--replay_fraction" not in keep
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rows": "start,kept"}, r"--rows: found \['kept'\], expected some of"),
+        ({"row_flags": "kept: --craft_every 1"}, "--row_flags: found 'kept: --craft_every 1', expected ROW: FLAGS"),
+        ({"row_flags": "--craft_every 1"}, "--row_flags: found"),
+        ({"train_flags": "--max_steps=3"}, r"found \['--max_steps=3'\], which the demo sets itself"),
+        ({"data_root_dir": "absent"}, "no data set in absent/"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        run_demo.plan(Config(**settings))
+
+
+def finish(jobs) -> None:
+    """Write what the jobs would have left."""
+    for job in jobs:
+        job.progress.parent.mkdir(parents=True, exist_ok=True)
+        job.result.parent.mkdir(parents=True, exist_ok=True)
+        row = {"suite": "s", "task_id": 0, "init_idx": 0, "status": "success"} if job.kind == "eval" else {"step": 799}
+        job.progress.write_text(json.dumps(row) + "\n")
+        job.result.write_text(json.dumps({"complete": True, "valid": True, "training": {"use_craft": False}}))
+
+
+def test_everything_is_written_below_the_work_folder(tmp_path):
+    for job in run_demo.plan(Config(work_dir=str(tmp_path))):
+        named = flags(job.command)
+        written = [named.get(f"--{name}") for name in ("run_root_dir", "rollout_dir", "local_log_dir", "results_dir")]
+        for path in [job.result, job.progress, *filter(None, written)]:
+            assert Path(path).is_relative_to(tmp_path)
+
+
+def test_the_record_holds_what_the_report_needs_and_nothing_of_an_earlier_one(tmp_path):
+    work, record = tmp_path / "work", tmp_path / "record"
+    cfg = Config(work_dir=str(work), record_dir=str(record), rows="start,keep")
     jobs = run_demo.plan(cfg)
-    assert all(job.result.is_relative_to(tmp_path / "work") for job in jobs)
-    old = tmp_path / "results" / "evaluations" / "plain-target" / "episodes.jsonl"
-    old.parent.mkdir(parents=True)
-    old.write_text("of an earlier demo")
-    for name in ("evaluations/plain-target", "videos", "plain", "craft", "logs"):
-        (tmp_path / "work" / name).mkdir(parents=True)
-    for name in ("plain", "craft"):
-        (tmp_path / "work" / name / "metrics.jsonl").write_text(name)
-    for job in jobs:
-        (tmp_path / "work" / "logs" / f"{job.name}.seconds").write_text("1.5\n")
-    run_demo.publish(cfg, jobs)
-    assert not old.exists()
-    assert (tmp_path / "results" / "metrics" / "craft.jsonl").read_text() == "craft"
-    manifest = json.loads((tmp_path / "results" / "manifest.json").read_text())
-    assert manifest["seconds"] == {job.name: 1.5 for job in jobs}
+    finish(jobs)
+    (work / "logs").mkdir()
+    (work / "logs" / "train-keep.seconds").write_text("1.5\n")
+    for name in ("keep--800_chkpt/model.safetensors", "videos/a/1.mp4", "videos/a/2.mp4", "report.md", "drift.png"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).touch()
+    for name in ("evaluations/plain-target/episodes.jsonl", "videos/old.mp4", "training_curves.png", "README.md"):
+        (record / name).parent.mkdir(parents=True, exist_ok=True)
+        (record / name).touch()
+    run_demo.write_manifest(cfg, jobs)
+    run_demo.copy_record(work, record)
+    names = {path.relative_to(record).as_posix() for path in record.rglob("*") if path.is_file()}
+    evaluations = {
+        f"evaluations/{row}-{column}/{name}"
+        for row in ("start", "keep")
+        for column in run_demo.COLUMNS
+        for name in ("episodes.jsonl", "results.json")
+    }
+    figures = {"manifest.json", "report.md", "drift.png", "README.md", "videos/a/1.mp4"}
+    assert names == evaluations | figures | {"metrics/keep.jsonl", "metrics/keep.json"}
+    manifest = json.loads((record / "manifest.json").read_text())
+    assert manifest["seconds"] == {"train-keep": 1.5}
+    assert set(manifest["commands"]) == {job.name for job in jobs}
+    assert all(str(ROOT) not in command for command in manifest["commands"].values())

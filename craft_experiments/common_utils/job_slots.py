@@ -1,0 +1,318 @@
+"""Runs command lines on a few cores: order, resumption, progress with the time left, one log per job.
+
+A job whose result exists is skipped, so an interrupted run continues. When this program ends, by Ctrl-C or a signal,
+the commands it started are asked to end first: trainings save and go on from there the next time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from craft_experiments.common_utils.log_parser import write_text_atomic
+
+POLL_S = 0.1
+GRACE_S = 30.0
+"""Seconds a command may take to save and end before it is killed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command, the file that shows it is done, and the jobs it waits for.
+
+    Attributes:
+        name: `{kind}-{rest}`; jobs of one kind share their measured speed.
+        result: exists when the job is done; an evaluation's `results.json` must also be complete and without errors.
+        after: names of the jobs whose results the command reads.
+        progress: JSON lines that the command appends: an optimizer step (`step`, from 0) or an episode a line.
+        units: steps or episodes of the whole job, at least 1.
+        unit: their name.
+        start_up_s, unit_s: rough seconds before the first unit and per unit, for the first estimates.
+        resume: flags that make the command go on where `progress` ends.
+    """
+
+    name: str
+    command: list[str]
+    result: Path
+    after: list[str] = field(default_factory=list)
+    progress: Path | None = None
+    units: int = 1
+    unit: str = "parts"
+    start_up_s: float = 0.0
+    unit_s: float = 1.0
+    resume: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """First part of the name."""
+        return self.name.partition("-")[0]
+
+    @property
+    def portable_command(self) -> str:
+        """The command line for people, without the path of this interpreter."""
+        return shlex.join(["python" if self.command[0] == sys.executable else self.command[0], *self.command[1:]])
+
+    def is_done(self) -> bool:
+        """Whether the result is there and sound."""
+        if not self.result.exists():
+            return False
+        if self.result.name != "results.json":
+            return True
+        outcome = json.loads(self.result.read_text(encoding="utf-8"))
+        return bool(outcome["complete"] and outcome["valid"])
+
+    def units_done(self) -> int:
+        """Steps or episodes that `progress` holds, at most `units`."""
+        if self.progress is None or not self.progress.exists():
+            return 0
+        *lines, unfinished = self.progress.read_text(encoding="utf-8").split("\n")
+        rows = [line for line in [*lines, *([unfinished] if unfinished.endswith("}") else [])] if line.strip()]
+        if not rows:
+            return 0
+        done = json.loads(rows[-1]).get("step")
+        return min(self.units, len(rows) if done is None else done + 1)
+
+
+@dataclass
+class Running:
+    """A started command.
+
+    Attributes:
+        units_before: what an earlier run of the command had done.
+        units_done: the last reading.
+        first: (seconds since the start, units) of the first reading with progress: before it the command starts up.
+    """
+
+    job: Job
+    process: subprocess.Popen
+    log: Path
+    units_before: int = 0
+    started: float = field(default_factory=time.monotonic)
+    first: tuple[float, int] | None = None
+    units_done: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.units_done = self.units_before
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    def look(self) -> None:
+        """Read how far the command is."""
+        self.units_done = self.job.units_done()
+        if self.first is None and self.units_done > self.units_before:
+            self.first = (self.elapsed, self.units_done)
+
+    def measured(self) -> tuple[float, int]:
+        """(seconds, units) of the time since the first progress; (0, 0) before."""
+        return (0.0, 0) if self.first is None else (self.elapsed - self.first[0], self.units_done - self.first[1])
+
+
+class Outlook:
+    """How much time is left, from the expected seconds and the measured rates.
+
+    A job under way is taken to go on at its own rate, a waiting one at the speed of its kind: measured over expected
+    seconds of the finished and running jobs of that kind.
+    """
+
+    def __init__(self) -> None:
+        self._finished: dict[str, list[tuple[float, float]]] = {}
+
+    def note(self, run: Running) -> None:
+        """A job ended; what it measured counts from now on."""
+        expected = run.job.start_up_s + (run.job.units - run.units_before) * run.job.unit_s
+        self._finished.setdefault(run.job.kind, []).append((run.elapsed, expected))
+
+    def seconds_left(self, waiting: Sequence[Job], running: Sequence[Running], slots: int) -> float:
+        """Seconds until all is done: the work spread over the slots, but no less than the longest chain of jobs."""
+        speeds = {kind: self._speed(kind, running) for kind in {j.kind for j in [*waiting, *(r.job for r in running)]}}
+        left = {run.job.name: self._remaining(run, speeds[run.job.kind]) for run in running}
+        for job in waiting:
+            left[job.name] = speeds[job.kind] * (job.start_up_s + (job.units - job.units_done()) * job.unit_s)
+        return max(sum(left.values()) / slots, _longest_chain(waiting, left))
+
+    def _speed(self, kind: str, running: Sequence[Running]) -> float:
+        pairs = list(self._finished.get(kind, []))
+        for run in [run for run in running if run.job.kind == kind]:
+            seconds, units = run.measured()
+            pairs.append((seconds if units else 0.0, units * run.job.unit_s))
+        expected = sum(pair[1] for pair in pairs)
+        return sum(pair[0] for pair in pairs) / expected if expected > 0 else 1.0
+
+    def _remaining(self, run: Running, speed: float) -> float:
+        seconds, units = run.measured()
+        rate = seconds / units if units else speed * run.job.unit_s
+        start_up = 0.0 if run.first else max(0.0, speed * run.job.start_up_s - run.elapsed)
+        return start_up + rate * (run.job.units - run.units_done)
+
+
+def _longest_chain(waiting: Sequence[Job], left: dict[str, float]) -> float:
+    ends = dict(left)
+    for _ in waiting:  # jobs may be listed in any order: as many rounds as a chain can be long
+        for job in waiting:
+            ends[job.name] = left[job.name] + max((ends.get(name, 0.0) for name in job.after), default=0.0)
+    return max(ends.values(), default=0.0)
+
+
+def run_jobs(jobs: Sequence[Job], log_dir: Path, slots: int, report_s: float = 20.0) -> None:
+    """Run every job once its predecessors are done, `slots` at a time, each with one thread, from this folder.
+
+    `log_dir` keeps per job `{job}.log`, `{job}.command` and, when it is done, `{job}.seconds`; `all.seconds` when none
+    was done before. A line says when a job starts and ends, and every `report_s` seconds what is running and how much
+    time is left. A failed job ends the program with code 1 after the running ones ended, with the end of its log.
+
+    Raises SystemExit also when a result in place was made by another command than the job's.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    _check_commands(jobs, log_dir)
+    queue = _Queue(list(jobs), log_dir, slots)
+    started = spoken = time.monotonic()
+    with _ended_by_signals():
+        try:
+            while queue.advance():
+                if time.monotonic() - spoken >= report_s:
+                    spoken = time.monotonic()
+                    say(queue.progress_line())
+                time.sleep(POLL_S)
+        finally:
+            _end([run.process for run in queue.running])
+    if queue.has_failed:
+        sys.exit(1)
+    if queue.skipped == 0:
+        write_text_atomic(log_dir / "all.seconds", f"{time.monotonic() - started:.1f}\n")
+
+
+class _Queue:
+    """What waits, runs and is done."""
+
+    def __init__(self, jobs: list[Job], log_dir: Path, slots: int) -> None:
+        self.count, self.log_dir, self.slots = len(jobs), log_dir, slots
+        self.done = {job.name for job in jobs if job.is_done()}
+        self.waiting = [job for job in jobs if job.name not in self.done]
+        self.skipped = len(self.done)
+        self.running: list[Running] = []
+        self.has_failed = False
+        self._outlook = Outlook()
+        if self.done:
+            say(f"{self.skipped} of {self.count} jobs are already done")
+
+    def advance(self) -> bool:
+        """Collect what ended and start what may; False when nothing runs and nothing can start."""
+        for run in [run for run in self.running if run.process.poll() is not None]:
+            self.running.remove(run)
+            self._collect(run)
+        ready = [] if self.has_failed else [job for job in self.waiting if set(job.after) <= self.done]
+        for job in ready[: self.slots - len(self.running)]:
+            self.waiting.remove(job)
+            self.running.append(_start(job, self.log_dir))
+        return bool(self.running)
+
+    def progress_line(self) -> str:
+        """What is done and running, and the time left."""
+        so_far = self._so_far()
+        parts = [f"{r.job.name} {r.units_done}/{r.job.units} {r.job.unit}" for r in self.running]
+        return f"{so_far}; running: {', '.join(parts)}"
+
+    def _so_far(self) -> str:
+        for run in self.running:
+            run.look()
+        left = self._outlook.seconds_left(self.waiting, self.running, self.slots)
+        return f"{len(self.done)} of {self.count} jobs done, about {duration(left)} left"
+
+    def _collect(self, run: Running) -> None:
+        if run.process.returncode != 0 or not run.job.is_done():
+            lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+            head = f"FAILED {run.job.name}: exit code {run.process.returncode}, see {run.log}:"
+            print("\n    ".join([head, *lines]), file=sys.stderr, flush=True)
+            self.has_failed = True
+            return
+        seconds = run.elapsed
+        self._outlook.note(run)
+        self.done.add(run.job.name)
+        write_text_atomic(self.log_dir / f"{run.job.name}.seconds", f"{seconds:.1f}\n")
+        say(f"{run.job.name}: done in {duration(seconds)}{_outcome(run.job)}; {self._so_far()}")
+
+
+def _start(job: Job, log_dir: Path) -> Running:
+    before = job.units_done()
+    command = [*job.command, *(job.resume if before else [])]
+    log = log_dir / f"{job.name}.log"
+    write_text_atomic(log_dir / f"{job.name}.command", job.portable_command + "\n")
+    say(f"{job.name}: {'goes on' if before else 'starts'}, log {log}")
+    with log.open("a" if before else "w", encoding="utf-8") as stream:
+        # A session of its own: Ctrl-C reaches this program alone, which then asks the command to save and end.
+        process = subprocess.Popen(
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+            start_new_session=True,
+        )
+    return Running(job, process, log, units_before=before)
+
+
+def _check_commands(jobs: Sequence[Job], log_dir: Path) -> None:
+    for job in jobs:
+        file = log_dir / f"{job.name}.command"
+        if file.exists() and file.read_text(encoding="utf-8").strip() != job.portable_command:
+            sys.exit(
+                f"{file}: {job.name} was begun with other settings: found\n    "
+                f"{file.read_text(encoding='utf-8').strip()}\nexpected\n    {job.portable_command}\n"
+                "Name another --work_dir, or delete this one."
+            )
+
+
+def _outcome(job: Job) -> str:
+    if job.result.name != "results.json":
+        return ""
+    overall = json.loads(job.result.read_text(encoding="utf-8")).get("overall", {})
+    return f", {overall['successes']} of {overall['trials']} episodes succeed" if overall else ""
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the program as Ctrl-C does: after its commands."""
+
+    def interrupt(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def duration(seconds: float) -> str:
+    """``5 min 10 s``, ``42 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def say(text: str) -> None:
+    """A line with the time of day, at once."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)

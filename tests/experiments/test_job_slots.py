@@ -1,0 +1,152 @@
+"""The runner of the demo's jobs: order, skipping, failure, resumption, the end of its commands, the time left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from craft_experiments.common_utils import job_slots
+from craft_experiments.common_utils.job_slots import Job, Outlook, Running, run_jobs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def touch_job(folder: Path, name: str, after=(), code: str = "") -> Job:
+    result = folder / f"{name}.done"
+    program = f"{code}; open({str(result)!r}, 'w').close(); open({str(folder / 'order')!r}, 'a').write({name!r} + ' ')"
+    return Job(name, [sys.executable, "-c", program.lstrip("; ")], result, list(after))
+
+
+def order(folder: Path) -> list[str]:
+    return (folder / "order").read_text().split()
+
+
+def test_jobs_wait_for_their_predecessors_and_finished_ones_are_skipped(tmp_path):
+    jobs = [touch_job(tmp_path, "c", ["b"]), touch_job(tmp_path, "b", ["a"]), touch_job(tmp_path, "a")]
+    run_jobs(jobs, tmp_path / "logs", slots=2)
+    assert order(tmp_path) == ["a", "b", "c"]
+    assert {path.stem for path in (tmp_path / "logs").glob("*.seconds")} == {"a", "b", "c", "all"}
+    (tmp_path / "b.done").unlink()
+    run_jobs(jobs, tmp_path / "logs", slots=2)
+    assert order(tmp_path) == ["a", "b", "c", "b"]
+
+
+def test_no_more_jobs_than_slots_run_at_a_time(tmp_path):
+    code = "import time, pathlib; p = pathlib.Path({}); n = len(list(p.glob('*.busy'))); b = p / ('{}' + '.busy')"
+    code += "; b.touch(); time.sleep(0.3); b.unlink(); assert n < 2, n"
+    jobs = [touch_job(tmp_path, f"j{i}", code=code.format(repr(str(tmp_path)), f"j{i}")) for i in range(4)]
+    run_jobs(jobs, tmp_path / "logs", slots=2)
+    assert sorted(order(tmp_path)) == ["j0", "j1", "j2", "j3"]
+
+
+def test_a_failed_job_stops_the_run_and_shows_the_end_of_its_log(tmp_path, capsys):
+    bad = touch_job(tmp_path, "bad", code="raise SystemExit('no such data set')")
+    with pytest.raises(SystemExit, match="1"):
+        run_jobs([bad, touch_job(tmp_path, "next", ["bad"])], tmp_path / "logs", slots=1)
+    assert "no such data set" in capsys.readouterr().err
+    assert not (tmp_path / "order").exists()
+
+
+def test_a_job_without_its_result_has_failed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_jobs([Job("quiet", [sys.executable, "-c", "pass"], tmp_path / "never")], tmp_path / "logs", slots=1)
+    assert "quiet" in capsys.readouterr().err
+
+
+def test_a_result_of_another_command_is_refused(tmp_path):
+    run_jobs([touch_job(tmp_path, "a")], tmp_path / "logs", slots=1)
+    with pytest.raises(SystemExit, match="a was begun with other settings"):
+        run_jobs([touch_job(tmp_path, "a", code="x = 2")], tmp_path / "logs", slots=1)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_begun_job_goes_on(tmp_path, begun):
+    progress, seen = tmp_path / "episodes.jsonl", tmp_path / "seen"
+    if begun:
+        progress.write_text('{"init_idx": 0}\n')
+    program = f"import sys; open({str(seen)!r}, 'w').write(' '.join(sys.argv[1:]))"
+    job = Job("e", [sys.executable, "-c", program], seen, progress=progress, units=2, resume=["--resume", "True"])
+    run_jobs([job], tmp_path / "logs", slots=1)
+    assert seen.read_text() == ("--resume True" if begun else "")
+
+
+@pytest.mark.parametrize(("complete", "valid"), [(False, True), (True, False), (True, True)])
+def test_an_unfinished_or_invalid_evaluation_is_not_done(tmp_path, complete, valid):
+    job = Job("eval", [], tmp_path / "results.json")
+    assert not job.is_done()
+    job.result.write_text(json.dumps({"complete": complete, "valid": valid}))
+    assert job.is_done() == (complete and valid)
+
+
+@pytest.mark.parametrize(
+    ("text", "done"),
+    [
+        ("", 0),
+        ('{"step": 0}\n{"step": 9}\n', 10),
+        ('{"step": 9}\n{"st', 10),
+        ('{"init_idx": 4}\n' * 3, 3),
+        ("{}\n" * 99, 40),
+    ],
+)
+def test_progress_counts_steps_or_episodes(tmp_path, text, done):
+    (tmp_path / "p.jsonl").write_text(text)
+    assert Job("x", [], tmp_path / "r", progress=tmp_path / "p.jsonl", units=40).units_done() == done
+
+
+def running(job: Job, started: float, first: tuple[float, int], done: int) -> Running:
+    run = Running(job, process=None, log=None, started=started, first=first)
+    run.units_done = done
+    return run
+
+
+def test_the_time_left_follows_the_measured_rates(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_slots.time, "monotonic", lambda: 100.0)
+    train = Job("train-a", [], tmp_path / "a", units=100, unit_s=1.0)
+    later = [Job(f"train-{name}", [], tmp_path / name, units=100, unit_s=1.0) for name in "bc"]
+    # 20 units in 40 s after 10 s of start-up: 2 s a unit, so 60 units take 120 s, and a whole job 200 s.
+    run = running(train, started=50.0, first=(10.0, 20), done=40)
+    assert Outlook().seconds_left([], [run], slots=2) == pytest.approx(120)
+    assert Outlook().seconds_left(later, [run], slots=2) == pytest.approx((120 + 200 + 200) / 2)
+    assert Outlook().seconds_left(later, [], slots=1) == pytest.approx(200)  # nothing measured: as expected
+
+
+def test_the_time_left_is_no_shorter_than_the_longest_chain(tmp_path):
+    chain = [Job("z", [], tmp_path / "z", ["y"], units=5), Job("y", [], tmp_path / "y", ["x"], units=4)]
+    chain.append(Job("x", [], tmp_path / "x", units=3))
+    assert Outlook().seconds_left(chain, [], slots=2) == pytest.approx(12)
+
+
+def test_progress_is_told_while_a_job_runs(tmp_path, capsys):
+    progress, result = tmp_path / "metrics.jsonl", tmp_path / "done"
+    program = (
+        f"import time; open({str(progress)!r}, 'w').write('{{\"step\": 6}}\\n'); time.sleep(1); "
+        f"open({str(result)!r}, 'w')"
+    )
+    job = Job("train-a", [sys.executable, "-c", program], result, progress=progress, units=20, unit="steps")
+    run_jobs([job], tmp_path / "logs", slots=1, report_s=0.2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "train-a 7/20 steps" in line]
+    assert lines and all("0 of 1 jobs done, about" in line for line in lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ending_the_run_ends_its_commands(tmp_path, number):
+    pid_file = tmp_path / "pid"
+    child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib import Path\n"
+        "from craft_experiments.common_utils.job_slots import Job, run_jobs\n"
+        f"run_jobs([Job('a', [sys.executable, '-c', {child!r}], Path('never'))], Path({str(tmp_path)!r}), slots=1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
