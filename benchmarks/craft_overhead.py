@@ -33,8 +33,8 @@ from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.models.presets import build_policy_parts, build_vla
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.config import FinetuneConfig
-from prismatic.training.craft_utils import CRaFTConfig, CRaFTConstraint, CRaFTFeatureExtractor, Plan
-from prismatic.training.craft_utils.features import retention_loss
+from prismatic.craft import CRaFTConfig, CRaFTConstraint, CRaFTFeatureExtractor, Plan
+from prismatic.craft.distances import retention_loss
 from prismatic.training.lora import fixed_batch
 from prismatic.training.retention import reaches_features
 from prismatic.training.setup import apply_tuning

@@ -22,7 +22,7 @@ from torch import nn
 from prismatic.models.presets import build_vla
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.config import FinetuneConfig
-from prismatic.training.craft_utils import CRaFTConfig, CRaFTConstraint
+from prismatic.craft import CRaFTConfig, CRaFTConstraint
 from prismatic.training.lora import fixed_batch
 from prismatic.training.setup import apply_tuning
 from prismatic.training.step import StepContext, craft_request, optimizer_step

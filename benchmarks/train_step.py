@@ -28,7 +28,7 @@ from craft_overhead import ROWS, constraint, paired_ratio
 from torch.utils.data import DataLoader
 
 from prismatic.training.config import FinetuneConfig
-from prismatic.training.craft_utils import CRaFTConfig
+from prismatic.craft import CRaFTConfig
 from prismatic.training.retention import to_device
 from prismatic.training.setup import TrainingSetup, apply_tuning, build_setup
 from prismatic.training.step import StepContext, optimizer_step

@@ -37,9 +37,10 @@ def make_trainer(tmp_path):
             "max_steps": 3,
             "learning_rate": 1e-3,
             "wandb_log_freq": 1,
-            "craft_log_freq": 1,
             "device": "cpu",
         }
+        if flags.get("use_craft") or flags.get("retention_method") in ("craft", "feature_penalty"):
+            defaults["craft_log_freq"] = 1
         cfg = FinetuneConfig(**(defaults | flags))
         seed_everything(cfg.seed)
         return Trainer(cfg, build_setup(cfg), Accelerator(cpu=True))

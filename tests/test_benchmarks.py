@@ -9,7 +9,7 @@ import torch
 import train_step
 from benchmark_page import put_section
 
-from prismatic.training.craft_utils import CRaFTConfig, Plan
+from prismatic.craft import CRaFTConfig, Plan
 
 
 @pytest.fixture(scope="module")

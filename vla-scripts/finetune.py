@@ -6,24 +6,26 @@ torchrun --standalone --nproc-per-node N vla-scripts/finetune.py ...
 
 from datetime import timedelta
 
-import draccus
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from transformers.utils import logging as transformers_logging
 
+from prismatic.training.command_line import bad_input_in_one_line, parse_flags
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.loop import Trainer, seed_everything
 from prismatic.training.setup import build_setup
 
 
-@draccus.wrap()
-def finetune(cfg: FinetuneConfig) -> None:
-    """Parse, build, fit."""
+def finetune() -> None:
+    """Parse, build, fit. Bad input ends it before anything is written."""
     transformers_logging.set_verbosity_error()
-    accelerator = build_accelerator(cfg)
-    seed_everything(cfg.seed)
-    Trainer(cfg, build_setup(cfg), accelerator).fit()
+    with bad_input_in_one_line("finetune.py"):
+        cfg = parse_flags()
+        accelerator = build_accelerator(cfg)
+        seed_everything(cfg.seed)
+        trainer = Trainer(cfg, build_setup(cfg), accelerator)
+    trainer.fit()
 
 
 def build_accelerator(cfg: FinetuneConfig) -> Accelerator:

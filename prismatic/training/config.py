@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 
@@ -214,6 +214,7 @@ class FinetuneConfig:
         if not self.use_minivlm:
             raise ValueError("--use_minivlm False: only the Qwen chat prompt is implemented")
         self._resolve_retention_method()
+        self.check_switches({f.name for f in fields(self) if getattr(self, f.name) != f.default})
         if self.use_lora and self.tuning_mode is not TuningMode.LORA:
             raise ValueError("--use_lora True excludes --use_fz True and --retention_method frozen")
         for name in (
@@ -239,6 +240,22 @@ class FinetuneConfig:
         self._check_replay_flags()
         self._resolve_craft_flags()
         self._check_saving_flags()
+
+    def check_switches(self, given: Iterable[str]) -> None:
+        """ValueError for the first of these flags that nothing reads without another flag."""
+        measures, l2sp = self.retention.measures_drift, self.retention is RetentionMethod.L2SP
+        switches = {  # flags by name or prefix: (their switch is on, the switch)
+            "craft_": (measures, "--use_craft True (or --retention_method feature_penalty)"),
+            "l2sp_weight": (l2sp, "--retention_method l2sp"),
+            "lora_": (self.use_lora, "--use_lora True; without it all weights are trained"),
+            "merge_lora_during_training": (self.use_lora, "--use_lora True"),
+            "replay_fraction": (self.replay_data is not None, "--replay_data FOLDER"),
+            "replay_labels": (self.replay_data is not None, "--replay_data FOLDER"),
+        }
+        for name in sorted(given):
+            for prefix, (is_on, switch) in switches.items():
+                if name.startswith(prefix) and not is_on:
+                    raise ValueError(f"--{name} {getattr(self, name, '')} has no effect: it needs {switch}")
 
     def _check_saving_flags(self) -> None:
         if not isinstance(self.resume, bool) and self.resume != "auto":
@@ -282,14 +299,13 @@ class FinetuneConfig:
             raise ValueError(f"--replay_fraction is {self.replay_fraction}, expected more than 0 and less than 1")
         if self.replay_labels == "start" and self.retention is not RetentionMethod.NONE:
             raise ValueError(
-                f"--replay_labels start excludes --retention_method {self.retention_method}: both need the start weights; "
-                "use --replay_labels data"
+                f"--replay_labels start excludes --retention_method {self.retention_method}: both need the start "
+                "weights; use --replay_labels data"
             )
 
     def _resolve_craft_flags(self) -> None:
         """Give the flags that were left to the preset their values, and check that they fit each other."""
         if not self.retention.measures_drift:
-            self.craft_every = 1
             return
         config = self.craft_config()
         for name in PRESET_FIELDS:
@@ -311,6 +327,15 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} is {value}, expected at least 1")
+        self._check_memories()
+        if self.craft_land and self.ema_decay is not None:
+            raise ValueError("--craft_land True excludes --ema_decay: both decide what the last checkpoint holds")
+        if self.craft_land and math.isinf(config.retention_budget):
+            raise ValueError("--craft_land True needs a finite --craft_retention_budget to land at")
+        if config.signal is SignalKind.ACTIONS:
+            self._check_features_are_not_asked_for()
+
+    def _check_memories(self) -> None:
         for name in self.memories:
             _check_choice("craft_memory", name, MEMORIES)
         if len(set(self.memories)) != len(self.memories):
@@ -321,14 +346,6 @@ class FinetuneConfig:
                 raise ValueError(f"--{flag} {value} needs --craft_memory {name}, found {self.craft_memory}")
         if "data" in self.memories and self.craft_memory_data is None:
             raise ValueError(f"--craft_memory {self.craft_memory} needs --craft_memory_data FOLDER")
-        if self.craft_land and self.ema_decay is not None:
-            raise ValueError(
-                "--craft_land True excludes --ema_decay: both decide which weights the last checkpoint holds"
-            )
-        if self.craft_land and math.isinf(config.retention_budget):
-            raise ValueError("--craft_land True needs a finite --craft_retention_budget to land at")
-        if config.signal is SignalKind.ACTIONS:
-            self._check_features_are_not_asked_for()
 
     def _check_features_are_not_asked_for(self) -> None:
         defaults = CRaFTConfig()

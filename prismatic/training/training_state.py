@@ -59,7 +59,7 @@ class TrainingState:
         return None if self.retention is None else self.retention.weights
 
     def policy_weights(self) -> AbstractContextManager:
-        """Context in which the model holds the weights of the policy: the averaged or the landed ones, if there are any."""
+        """Context in which the model holds the weights of the policy: averaged or landed ones, if there are any."""
         if self.landing is not None:
             return self.landing.policy_weights()
         return nullcontext() if self.ema is None else self.ema.averaged_weights()

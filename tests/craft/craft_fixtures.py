@@ -143,7 +143,7 @@ def on_backbone(name: str) -> bool:
     return name.startswith("vla.")
 
 
-def make_constraint(module: nn.Module, config: CRaFTConfig | None = None, keep=on_backbone, **kwargs) -> CRaFTConstraint:
+def make_constraint(module: nn.Module, config: CRaFTConfig | None = None, keep=on_backbone, **kwargs):
     """A constraint on the features of a `Policy`; `kwargs`: settings, when no config is given."""
     config = config or CRaFTConfig(**kwargs)
     return CRaFTConstraint(module, config, FeatureSignal(config, lambda bare, batch: bare.anchor_features(batch)), keep)

@@ -11,10 +11,10 @@ from torch import nn
 from torchjd.aggregation import PCGrad
 
 from prismatic.craft import CRaFTConfig, CRaFTGradientProjector
-from prismatic.craft.settings import Granularity
 from prismatic.craft.gradients import adam_scaling, adam_updates, inner_products
 from prismatic.craft.projection import Groups, group_label, part_label, threshold
 from prismatic.craft.rules import Price, kappa
+from prismatic.craft.settings import Granularity
 
 LAYER = "vla.base_model.model.language_model.model.layers.3"
 NAMES = [

@@ -15,10 +15,10 @@ from parity_fixtures import (
     tensors,
 )
 
+from prismatic.craft import CRaFTConfig, CRaFTFeatureExtractor, compute_retention_loss
 from prismatic.extern.hf.modeling_prismatic import resolve_craft_layer
 from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor
 from prismatic.models.vla_policy import CraftRequest, VLAPolicyModel
-from prismatic.training.craft_utils import CRaFTConfig, CRaFTFeatureExtractor, compute_retention_loss
 from prismatic.training.step import action_loss
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.normalization import Normalizer, load_statistics

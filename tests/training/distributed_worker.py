@@ -69,10 +69,10 @@ def train(scenario: dict) -> dict:
     return {
         "weights": {name: p.detach() for name, p in trainer.bare_model.named_parameters()},
         "metrics": [{k: v for k, v in line.items() if k in keep} for line in steps],
-        "dual": trainer.craft.dual.state_dict(),
+        "dual": trainer.retention.constraint.dual.state_dict(),
         "collectives": len(collectives),
         "steps": len(steps),
-        "constrained_steps": trainer.craft.statistics["constrained_steps"],
+        "constrained_steps": trainer.retention.constraint.statistics["constrained_steps"],
     }
 
 

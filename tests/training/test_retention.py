@@ -12,10 +12,11 @@ import torch
 from accelerate.state import AcceleratorState
 from peft.tuners.lora import LoraLayer
 
+from prismatic.craft import retention_loss
 from prismatic.models.vla_policy import CraftRequest, VLAPolicyModel
 from prismatic.training.config import FinetuneConfig, RetentionMethod, TuningMode
-from prismatic.training.craft_utils import retention_loss
-from prismatic.training.retention import ProbeData
+from prismatic.training.retention.memory import take_rows
+from prismatic.training.retention.methods import monitored_batches
 from prismatic.training.step import optimizer_step
 
 PROBE = Path(__file__).parents[1] / "golden" / "rlds_mini" / "libero_mini_no_noops"
@@ -91,7 +92,7 @@ def test_the_method_is_resolved_and_only_craft_uses_craft(method):
     cfg = FinetuneConfig(retention_method=method)
     assert cfg.retention.value == method
     assert cfg.use_craft is (method == "craft")
-    assert cfg.retention.constrains_features is (method in ("craft", "feature_penalty"))
+    assert cfg.retention.measures_drift is (method in ("craft", "feature_penalty"))
     assert cfg.tuning_mode is (TuningMode.FROZEN if method == "frozen" else TuningMode.FULL)
 
 
@@ -167,14 +168,18 @@ def l2sp_by_autograd(trainer, start: dict[str, torch.Tensor], weight: float) -> 
     return dict(zip(named, gradients, strict=True))
 
 
+def l2sp_weight(method: str, weight: float) -> dict:
+    return {"l2sp_weight": weight} if method == "l2sp" else {}
+
+
 @pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
 def test_l2sp_gradient_equals_autograd_and_leaves_the_head_alone(make_trainer, lora, tuning):
     flags = {"full": {}, "lora": lora, "frozen": {"use_fz": True}}[tuning]
     trainer = make_trainer("l2sp", retention_method="l2sp", l2sp_weight=0.3, **flags)
     start = weights(trainer)
     perturb(trainer)
-    trainer.penalty.add_gradient()
-    trainer.penalty.add_gradient()  # adds to what is there
+    trainer.retention.add_gradient()
+    trainer.retention.add_gradient()  # adds to what is there
     for name, expected in l2sp_by_autograd(trainer, start, 0.6).items():
         found = trainer.bare_model.get_parameter(name).grad
         if name.startswith(("action_head.", "proprio_projector.")):
@@ -191,7 +196,7 @@ def test_l2sp_gradient_equals_autograd_and_leaves_the_head_alone(make_trainer, l
 def test_l2sp_adds_its_gradient_to_that_of_the_action_loss(make_trainer, lora, monkeypatch, tuning):
     flags, results = lora if tuning == "lora" else {}, {}
     for method in ("none", "l2sp"):
-        trainer = make_trainer(method, retention_method=method, **({"l2sp_weight": 0.3} | flags))
+        trainer = make_trainer(method, retention_method=method, **flags, **l2sp_weight(method, 0.3))
         start = weights(trainer)
         perturb(trainer)
         results[method] = step_gradients(trainer, next(trainer.batches()), monkeypatch)[0]
@@ -207,7 +212,7 @@ def test_l2sp_adds_its_gradient_to_that_of_the_action_loss(make_trainer, lora, m
 def test_l2sp_is_zero_at_the_start(make_trainer, lora, tuning):
     flags, results = lora if tuning == "lora" else {}, []
     for method in ("none", "l2sp"):
-        trainer = make_trainer(method, retention_method=method, max_steps=1, **({"l2sp_weight": 100.0} | flags))
+        trainer = make_trainer(method, retention_method=method, max_steps=1, **flags, **l2sp_weight(method, 100.0))
         trainer.fit()
         results.append(weights(trainer))
     assert_same_weights(*results)
@@ -234,7 +239,7 @@ def test_l2sp_resumed_equals_uninterrupted_and_keeps_the_anchor(make_trainer, lo
     whole.fit()
     expected, expected_metrics = weights(whole), metrics(whole)
     resumed = make_trainer("run", **flags, resume=True, resume_step=2)
-    anchor = resumed.penalty.weights.state_dict()
+    anchor = resumed.retention.weights.state_dict()
     assert all(torch.equal(tensor, start[name]) for name, tensor in anchor.items())
     assert any(not torch.equal(tensor, weights(resumed)[name]) for name, tensor in anchor.items())
     if tuning == "lora":  # adapters need none: they start at the product zero
@@ -273,9 +278,9 @@ def test_feature_penalty_has_the_gradient_of_the_weighted_sum(make_trainer, monk
     trainer = make_trainer("penalty", retention_method="feature_penalty", craft_fixed_lambda=0.7)
     perturb(trainer)
     batch = next(trainer.batches())
-    anchor = trainer.craft.anchor_features(batch)
+    anchor = trainer.retention.constraint.reference(batch)
     loss = (trainer.bare_model(batch).actions - batch["actions"]).abs().mean()
-    loss = loss + 0.7 * retention_loss(trainer.craft.current_features(batch), anchor, trainer.craft.config)
+    loss = loss + 0.7 * retention_loss(trainer.retention.constraint.current(batch), anchor, trainer.retention.config)
     named = {n: p for n, p in trainer.bare_model.named_parameters() if p.requires_grad}
     expected = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
     found, _ = step_gradients(trainer, batch, monkeypatch)
@@ -288,8 +293,8 @@ def test_feature_penalty_has_the_gradient_of_the_weighted_sum(make_trainer, monk
 
 @torch.no_grad()
 def drift(trainer, batch) -> float:
-    craft = trainer.craft
-    return float(retention_loss(craft.current_features(batch), craft.anchor_features(batch), craft.config))
+    craft = trainer.retention.constraint
+    return float(retention_loss(craft.current(batch), craft.reference(batch), craft.config))
 
 
 def test_the_probe_metric_is_logged_and_changes_nothing(make_trainer, lora):
@@ -309,54 +314,20 @@ def test_the_probe_metric_is_logged_and_changes_nothing(make_trainer, lora):
 
 def test_the_probe_metric_is_the_mean_drift_of_the_fixed_samples(make_trainer):
     trainer = make_trainer("run", **CONSTRAINT, craft_probe_data=str(PROBE), craft_probe_size=3)
-    assert all(value == 0.0 for value in trainer.probe.measure().values())
+    assert all(value == 0.0 for value in trainer.monitor.measure().values())
     perturb(trainer)
-    batches = ProbeData(str(PROBE), trainer.setup, trainer.cfg.seed).fixed(3, 1, torch.device("cpu"))
-    losses = [drift(trainer, batch) for batch in batches]
+    batches = monitored_batches(trainer.cfg, trainer.setup, trainer._collator(), trainer.accelerator)
+    losses = [drift(trainer, take_rows(batch, [row])) for batch in batches for row in range(len(batch["input_ids"]))]
     assert len(losses) == 3
-    assert trainer.probe.measure()["CRaFT/Probe/Retention Loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
-
-
-@pytest.mark.parametrize("method", ["craft", "feature_penalty"])
-def test_the_probe_as_anchor_is_what_is_constrained(make_trainer, monkeypatch, method):
-    flags = {"craft_probe_data": str(PROBE), "craft_probe_use": "anchor", "craft_probe_size": 2, "max_steps": 2}
-    # One demonstration per instruction, so that the probe's samples are not those of the training batch.
-    trainer = make_trainer("run", retention_method=method, craft_fixed_lambda=0.7, n_shot_episodes=1, **flags)
-    batches = trainer.batches()
-    optimizer_step(trainer.step_context(), [next(batches)], 0)
-    trainer.step += 1
-    stream = ProbeData(str(PROBE), trainer.setup, trainer.cfg.seed).stream(2, trainer.accelerator, 1)
-    batch, probe = next(batches), next(stream)
-    assert batch["sample_ids"] != probe["sample_ids"]
-    expected, other = drift(trainer, probe), drift(trainer, batch)
-    _, found = step_gradients(trainer, batch, monkeypatch)
-    assert found["CRaFT/Retention Loss"] == pytest.approx(expected, rel=1e-5)
-    assert found["CRaFT/Retention Loss"] != pytest.approx(other, rel=1e-3)
-
-
-def test_the_probe_as_anchor_resumes_bit_for_bit(make_trainer, lora):
-    flags = {"max_steps": 5, "save_freq": 3, "craft_every": 2, "grad_accumulation_steps": 2, "lora_dropout": 0.2}
-    flags |= {"craft_probe_data": str(PROBE), "craft_probe_use": "anchor", "craft_probe_size": 2}
-    whole = make_trainer("run", **CONSTRAINT, **lora, **flags)
-    whole.fit()
-    expected, expected_metrics = weights(whole), metrics(whole)
-    resumed = make_trainer("run", **CONSTRAINT, **lora, **flags, resume=True, resume_step=3)
-    resumed.fit()
-    assert_same_weights(weights(resumed), expected)
-    # A plain step repeats the last measurement of the constraint, also the first one after a resume.
-    assert metrics(resumed) == expected_metrics and "CRaFT/Lambda" in expected_metrics[3]
+    assert trainer.monitor.measure()["CRaFT/Probe/Retention Loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
 
 
 def test_a_probe_that_cannot_be_used_is_an_error(make_trainer):
     with pytest.raises(FileNotFoundError, match="--craft_probe_data no/such/folder: not a data-set folder"):
         make_trainer("x", use_craft=True, craft_probe_data="no/such/folder")
     for method in ("none", "l2sp", "frozen"):
-        with pytest.raises(ValueError, match=f"--craft_probe_data needs a method that measures features, not {method}"):
+        with pytest.raises(ValueError, match="--craft_probe_data .* has no effect: it needs --use_craft True"):
             make_trainer("x", retention_method=method, craft_probe_data=str(PROBE))
-    with pytest.raises(ValueError, match="--craft_probe_use anchor needs --craft_probe_data"):
-        FinetuneConfig(use_craft=True, craft_probe_use="anchor")
-    with pytest.raises(ValueError, match="craft_probe_use is 'loss', expected one of metric, anchor"):
-        FinetuneConfig(use_craft=True, craft_probe_use="loss")
 
 
 # ------------------------------------------------------------------------------------------------ precision

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments.robot.policy import VLAPolicy
+from prismatic.craft import CRaFTConstraint
 from prismatic.training import loop
 from prismatic.training.checkpoint_files import tensors_hash
 from prismatic.training.checkpoint_folder import LISTING, CheckpointError
 from prismatic.training.checkpoints import load_checkpoint
-from prismatic.training.craft_utils import CRaFTConstraint
 from prismatic.training.step import NonFiniteLossError, optimizer_step
 from prismatic.vla.datasets.sampler import EpochSampler
 
@@ -95,8 +95,9 @@ def test_without_craft_nothing_of_it_is_reached(make_trainer, monkeypatch):
 
 def test_only_every_nth_step_is_constrained(make_trainer, monkeypatch):
     trainer = make_trainer("run", use_craft=True, craft_every=3, max_steps=7)
-    asked, measure = [], trainer.craft.anchor_features
-    monkeypatch.setattr(trainer.craft, "anchor_features", lambda batch: asked.append(trainer.step) or measure(batch))
+    asked, measure = [], trainer.retention.constraint.reference
+    record = lambda batch: asked.append(trainer.step) or measure(batch)  # noqa: E731
+    monkeypatch.setattr(trainer.retention.constraint, "reference", record)
     trainer.fit()
     assert asked == [0, 3, 6]
     lambdas = [line["CRaFT/Lambda"] for line in metrics(trainer)]
@@ -130,7 +131,7 @@ def test_weights_are_current_after_an_exception_in_the_anchor_pass(make_trainer,
     with pytest.raises(KeyError, match="in the anchor pass"):
         optimizer_step(context, [other], 1)
     assert_same_weights(weights(trainer), current)
-    assert not trainer.craft.weights.is_swapped
+    assert not trainer.retention.weights.is_swapped
 
 
 # A tiny budget: lambda, its memory and the gate have all moved when the run is interrupted.
@@ -263,10 +264,10 @@ def test_resume_takes_the_anchor_of_the_interrupted_run(make_trainer):
     trainer = make_trainer("run", use_craft=True, max_steps=1)
     trainer.fit()
     resumed = make_trainer("run", use_craft=True, max_steps=2, resume=True)
-    kept, current = resumed.craft.weights.state_dict(), weights(resumed)
-    assert all(torch.equal(kept[name], tensor) for name, tensor in trainer.craft.weights.state_dict().items())
+    kept, current = resumed.retention.weights.state_dict(), weights(resumed)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in trainer.retention.weights.state_dict().items())
     assert not all(torch.equal(kept[name], current[name]) for name in kept)  # a new snapshot would equal them
-    assert tensors_hash(kept) == tensors_hash(trainer.craft.weights.state_dict())
+    assert tensors_hash(kept) == tensors_hash(trainer.retention.weights.state_dict())
 
 
 def test_a_changed_anchor_file_is_refused(make_trainer):

@@ -141,7 +141,7 @@ class CRaFT(Retention):
         return (
             f"the retention budget {self.config.retention_budget:g} ({self.unit}) is out of reach: the drift stays at "
             f"{self.drift:.3g} although the retention gradient is at its largest share. A lower learning rate, a "
-            "constraint in every step (--craft_every 1), a larger --craft_memory_batch_size or old data in memory may help"
+            "constraint in every step (--craft_every 1) or a larger --craft_memory_batch_size may help"
         )
 
     def memory_batches(self, training: Iterator[dict], count: int) -> list[dict]:

@@ -61,8 +61,8 @@ def build_retention(
     config = cfg.craft_config()
     if config.signal is SignalKind.ACTIONS and setup.origin in _NEW_HEADS:
         raise ValueError(
-            f"--craft_signal actions: the start {cfg.config_file_path} has a new action head, which has no skill to keep; "
-            "start from a trained policy, or hold the features (--craft_signal features)"
+            f"--craft_signal actions: the start {cfg.config_file_path} has a new action head, which has no skill to "
+            "keep; start from a trained policy, or hold the features (--craft_signal features)"
         )
     return CRaFT(model, config, build_memories(cfg, setup, accelerator, collate), accelerator, cfg.craft_every)
 

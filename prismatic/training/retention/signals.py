@@ -61,7 +61,7 @@ class PolicyFeatures:
 
 
 class PolicyActions:
-    """The normalised action chunk (B, K, A) of the whole policy, without start noise of the head and without dropout."""
+    """The normalised action chunk (B, K, A) of the whole policy, without start noise of the head or dropout."""
 
     request: CraftRequest | None = None
 

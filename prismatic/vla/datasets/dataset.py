@@ -407,8 +407,8 @@ def _outside(name: str, what: str, values: np.ndarray, known: Mapping) -> list[s
     share = ((values < low - slack) | (values > high + slack)).mean(axis=0)
     return [
         f"{name}: {what} dimension {d} has values from {values[:, d].min():.3g} to {values[:, d].max():.3g}, "
-        f"{share[d]:.0%} of them far from the start's {low[d]:.3g} to {high[d]:.3g} (q01 to q99): the start's statistics "
-        "are kept, so check units and conventions"
+        f"{share[d]:.0%} of them far from the start's {low[d]:.3g} to {high[d]:.3g} (q01 to q99): its statistics are "
+        "kept, so check units and conventions"
         for d in np.flatnonzero(share > 0.05)
     ]
 

@@ -29,9 +29,9 @@ class SourceKeys:
 
     format: `rlds`, `lerobot` or `hdf5`. cameras: keys of the images in model order, primary first. state: keys whose
     values are concatenated along the last axis. action: key of the actions, None where only observations are read.
-    rotated: frames are stored as the simulator gives them, upside down, and are turned by 180 degrees on reading. Keys are
-    those of the format: RLDS below `steps/` (action) and `steps/observation/` (cameras, state), LeRobot column names, HDF5
-    below `data/demo_i/`.
+    rotated: frames are stored as the simulator gives them, upside down, and are turned by 180 degrees on reading. Keys
+    are those of the format: RLDS below `steps/` (action) and `steps/observation/` (cameras, state), LeRobot column
+    names, HDF5 below `data/demo_i/`.
     """
 
     format: str
