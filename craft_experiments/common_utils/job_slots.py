@@ -168,8 +168,8 @@ def _longest_chain(waiting: Sequence[Job], left: dict[str, float]) -> float:
 def run_jobs(jobs: Sequence[Job], log_dir: Path, slots: int, report_s: float = 20.0) -> None:
     """Run every job once its predecessors are done, `slots` at a time, each with one thread, from this folder.
 
-    `log_dir` keeps per job `{job}.log`, `{job}.command` and, when it is done, `{job}.seconds`; `all.seconds` when none
-    was done before. A line says when a job starts and ends, and every `report_s` seconds what is running and how much
+    `log_dir` keeps per job `{job}.log`, `{job}.command` and, when it is done without a break, `{job}.seconds`, and
+    `all.seconds` when this call did everything. A line says when a job starts and ends, and every `report_s` seconds what is running and how much
     time is left. A failed job ends the program with code 1 after the running ones ended, with the end of its log.
 
     Raises SystemExit also when a result in place was made by another command than the job's.
@@ -189,7 +189,7 @@ def run_jobs(jobs: Sequence[Job], log_dir: Path, slots: int, report_s: float = 2
             _end([run.process for run in queue.running])
     if queue.has_failed:
         sys.exit(1)
-    if queue.skipped == 0:
+    if not queue.is_continued:
         write_text_atomic(log_dir / "all.seconds", f"{time.monotonic() - started:.1f}\n")
 
 
@@ -200,12 +200,12 @@ class _Queue:
         self.count, self.log_dir, self.slots = len(jobs), log_dir, slots
         self.done = {job.name for job in jobs if job.is_done()}
         self.waiting = [job for job in jobs if job.name not in self.done]
-        self.skipped = len(self.done)
+        self.is_continued = bool(self.done) or any(job.units_done() for job in jobs)
         self.running: list[Running] = []
         self.has_failed = False
         self._outlook = Outlook()
         if self.done:
-            say(f"{self.skipped} of {self.count} jobs are already done")
+            say(f"{len(self.done)} of {self.count} jobs are already done")
 
     def advance(self) -> bool:
         """Collect what ended and start what may; False when nothing runs and nothing can start."""
@@ -237,11 +237,11 @@ class _Queue:
             print("\n    ".join([head, *lines]), file=sys.stderr, flush=True)
             self.has_failed = True
             return
-        seconds = run.elapsed
         self._outlook.note(run)
         self.done.add(run.job.name)
-        write_text_atomic(self.log_dir / f"{run.job.name}.seconds", f"{seconds:.1f}\n")
-        say(f"{run.job.name}: done in {duration(seconds)}{_outcome(run.job)}; {self._so_far()}")
+        if not run.units_before:  # the last part of a job is not its duration
+            write_text_atomic(self.log_dir / f"{run.job.name}.seconds", f"{run.elapsed:.1f}\n")
+        say(f"{run.job.name}: done in {duration(run.elapsed)}{_outcome(run.job)}; {self._so_far()}")
 
 
 def _start(job: Job, log_dir: Path) -> Running:
@@ -282,12 +282,14 @@ def _outcome(job: Job) -> str:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the program as Ctrl-C does: after its commands."""
+    """Ctrl-C, SIGTERM and SIGHUP end the program in one line, after its commands."""
 
     def interrupt(number: int, _frame: object) -> None:
+        say("asked to stop: the running jobs save and end; the same command continues")
         raise SystemExit(128 + number)
 
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
