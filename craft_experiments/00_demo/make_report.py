@@ -374,8 +374,8 @@ def compose_report(results: DemoResults, figures: list[str]) -> str:
         "batches; playback repeats a recorded one, open loop.",
         "## What it shows",
         summary_list(results),
-        "Higher and lower: the 95 % intervals do not overlap. Below, in pairs: how many of the initial states that both "
-        "rows were given only one of them solves, with the exact two-sided McNemar p.",
+        "Higher and lower: the 95 % intervals do not overlap. Below, in pairs: how many of the initial states that "
+        "both rows were given only one of them solves, with the exact two-sided McNemar p.",
         comparison_tables(results) or "There are no two rows to compare.",
         conditions(results),
         "## Training",

@@ -169,8 +169,9 @@ def run_jobs(jobs: Sequence[Job], log_dir: Path, slots: int, report_s: float = 2
     """Run every job once its predecessors are done, `slots` at a time, each with one thread, from this folder.
 
     `log_dir` keeps per job `{job}.log`, `{job}.command` and, when it is done without a break, `{job}.seconds`, and
-    `all.seconds` when this call did everything. A line says when a job starts and ends, and every `report_s` seconds what is running and how much
-    time is left. A failed job ends the program with code 1 after the running ones ended, with the end of its log.
+    `all.seconds` when this call did everything. A line says when a job starts and ends, and every `report_s` seconds
+    what is running and how much time is left. A failed job ends the program with code 1 after the running ones ended,
+    with the end of its log.
 
     Raises SystemExit also when a result in place was made by another command than the job's.
     """
