@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from collections import defaultdict
@@ -19,7 +20,7 @@ from prismatic.vla.datasets.registry import (
     expand_data_set_names,
     get_data_set_config,
 )
-from prismatic.vla.datasets.source import DataSetError, EpisodeSource
+from prismatic.vla.datasets.source import DataSetError, EpisodeSource, MissingFeatureError
 from prismatic.vla.images import AugmentSettings, ImageSpec, frame_pixels, grey_images, prepare_train_images
 from prismatic.vla.normalization import Normalizer, compute_statistics
 
@@ -84,8 +85,8 @@ class DatasetSettings:
 class _Part:
     """The kept episodes of one data set: where their frames are, and their numbers, ready for the model.
 
-    actions (F, A) and proprio (F, P) float32, normalised, of the kept episodes one after another: 60 bytes per frame
-    for LIBERO, shared by forked workers. Images stay on disk.
+    actions (F, A), None without, and proprio (F, P) float32, normalised, of the kept episodes one after another: 60
+    bytes per frame for LIBERO, shared by forked workers. Images stay on disk.
     """
 
     def __init__(
@@ -95,15 +96,15 @@ class _Part:
         self.lengths = source.lengths[kept]
         self.starts = np.cumsum(self.lengths) - self.lengths
         episodes = [_numbers(source, episode, config, name) for episode in kept]
-        self.actions = np.concatenate([actions for actions, _ in episodes])
+        self.actions = None if source.keys.action is None else np.concatenate([actions for actions, _ in episodes])
         self.proprio = np.concatenate([proprio for _, proprio in episodes])
-        for what, values, expected in (
-            ("state", self.proprio, spec.proprio_dim),
-            ("actions", self.actions, spec.action_dim),
-        ):
-            if values.shape[1] != expected:
-                raise ValueError(
-                    f"{name}: {what} of {values.shape[1]} numbers per step, expected {expected} as the policy has; "
+        # Actions that are not read have the size that the data set is registered with.
+        action_shape = (config.action_spec.action_dim,) if self.actions is None else self.actions.shape[1:]
+        sizes = {"state": (self.proprio.shape[1:], spec.proprio_dim), "actions": (action_shape, spec.action_dim)}
+        for what, (found, expected) in sizes.items():
+            if found != (expected,):
+                raise DataSetError(
+                    f"{name}: {what} of {math.prod(found)} numbers per step, expected {expected} as the policy has; "
                     "register the data set with a standardisation that gives them (docs/datasets.md)"
                 )
 
@@ -111,19 +112,26 @@ class _Part:
         """Rows per episode."""
         return np.split(values, self.starts[1:])
 
-    @property
-    def has_actions(self) -> bool:
-        return self.source.keys.action is not None
-
-    def contradictions(self, statistics: Mapping) -> list[str]:
-        """Where the values do not look like those the statistics were computed from, one line a dimension."""
+    def contradiction(self, statistics: Mapping) -> list[str]:
+        """One line when the values do not look like those the statistics were computed from, none otherwise."""
         groups = {"state": (self.proprio, statistics["proprio"])}
-        if self.has_actions:
+        if self.actions is not None:
             groups["action"] = (self.actions, statistics["action"])
-        return [line for what, (values, known) in groups.items() for line in _outside(self.name, what, values, known)]
+        found = [entry for what, (values, known) in groups.items() for entry in _outside(what, values, known)]
+        if not found:
+            return []
+        _, worst = max(found)
+        others = f" (and {len(found) - 1} more dimensions)" if len(found) > 1 else ""
+        return [f"{self.name}: {worst}{others}: the statistics are kept, so check units and conventions of the data"]
+
+    def own_normalizer(self, config: DataSetConfig, spec: ActionSpec) -> Normalizer:
+        """With the statistics of these values. Without actions it is good for the state alone: zeros stand for them."""
+        actions = np.zeros((len(self.proprio), spec.action_dim)) if self.actions is None else self.actions
+        statistics = compute_statistics(self.split(actions), self.split(self.proprio), config.action_mask)
+        return Normalizer(statistics, spec, self.name)
 
     def normalize(self, normalizer: Normalizer) -> None:
-        self.actions = normalizer.normalize_action(self.actions)
+        self.actions = None if self.actions is None else normalizer.normalize_action(self.actions)
         self.proprio = normalizer.normalize_proprio(self.proprio)
 
     def frame(self, position: int, camera: int, step: int) -> np.ndarray:
@@ -142,8 +150,12 @@ class VLADataset(Dataset):
     (`a,b:0.5`); `libero_x` and `libero_x_no_noops` stand for each other when only one is there. Several data sets are
     concatenated, each with its own statistics (of the episodes kept); `group_sizes` and `weights` are for the sampler.
 
+    normalizers: {data set name: Normalizer}, without data sets whose actions have no statistics (`observations_only`
+    and not known). warnings: one line for each data set that contradicts its known statistics.
+
     Raises FileNotFoundError (data root, data set), ValueError (split, NaN, too few demonstrations, statistics that do
-    not fit, episodes shorter than a chunk), MissingFeatureError (camera), DataSetError (damaged files).
+    not fit, episodes shorter than a chunk), MissingFeatureError (camera, actions), DataSetError (damaged files, another
+    number of state or action values than `action_spec` says).
     """
 
     def __init__(self, data_root_dir: str | os.PathLike, dataset_name: str, settings: DatasetSettings):
@@ -162,23 +174,20 @@ class VLADataset(Dataset):
     @property
     def data_set_names(self) -> list[str]:
         """Folder names of the data sets, in order."""
-        return list(self.normalizers)
+        return [part.name for part in self._parts]
 
     @property
     def normalizer(self) -> Normalizer:
-        """The normalizer of the only data set; ValueError when there are several (use `normalizers`)."""
+        """The normalizer of the only data set; ValueError when there are several (use `normalizers`) or it has none."""
+        if not self.normalizers:
+            raise ValueError(f"{self.data_set_names}: observations without known statistics have no normalizer")
         if len(self.normalizers) != 1:
             raise ValueError(f"several data sets {self.data_set_names}: use normalizers[name]")
         return next(iter(self.normalizers.values()))
 
     @property
     def statistics(self) -> dict[str, dict]:
-        """{data set name: statistics}, the content of `dataset_statistics.json`; {} for observations.
-
-        A set of observations has no statistics of actions, so nobody may act with what it has.
-        """
-        if self.settings.observations_only:
-            return {}
+        """{data set name: statistics}, the content of `dataset_statistics.json`; of the sets in `normalizers`."""
         return {name: normalizer.statistics for name, normalizer in self.normalizers.items()}
 
     @property
@@ -239,8 +248,8 @@ class VLADataset(Dataset):
         part, position, step = self._locate(key[1])
         row = part.starts[position] + step
         episode = part.kept[position]
-        actions = {"actions": part.actions[row : row + self.settings.action_spec.chunk_len]}
-        return ({} if self.settings.observations_only else actions) | {
+        chunk = slice(row, row + self.settings.action_spec.chunk_len)
+        return ({} if part.actions is None else {"actions": part.actions[chunk]}) | {
             "images": self._images(part, position, step, key),
             "proprio": np.zeros_like(part.proprio[row]) if self._drops_proprio(key) else part.proprio[row],
             "instruction": part.source.instructions[episode],
@@ -277,22 +286,25 @@ class VLADataset(Dataset):
         source = open_data_set(data_root, name, config, settings.split, settings.num_images, settings.observations_only)
         if not len(source):
             raise DataSetError(f"{source.directory}: split {settings.split!r} has no episodes")
+        if source.keys.action is None and not settings.observations_only:
+            raise MissingFeatureError(f"{name}: its configuration names no actions, so only observations_only opens it")
         part = _Part(name, source, _kept_episodes(source.instructions, settings, name), config, settings.action_spec)
         known = None if normalizer is not None else known_key(settings.known_statistics or {}, name)
         if known is not None:
-            self.warnings += part.contradictions(settings.known_statistics[known])
             normalizer = Normalizer(settings.known_statistics[known], settings.action_spec, name)
-        if normalizer is None:
-            statistics = compute_statistics(part.split(part.actions), part.split(part.proprio), config.action_mask)
-            normalizer = Normalizer(statistics, settings.action_spec, name)
+            self.warnings += part.contradiction(normalizer.statistics)
         for episode, length in zip(part.kept, part.lengths, strict=True):
             if length < settings.window_length:
                 raise ValueError(
                     f"{name}: episode {episode} has {length} steps, "
                     f"expected at least one chunk of {settings.action_spec.chunk_len}"
                 )
+        given = normalizer is not None
+        normalizer = normalizer if given else part.own_normalizer(config, settings.action_spec)
+        # Statistics of actions that were not read are made up: nobody may act with them.
+        if given or part.actions is not None:
+            self.normalizers[name] = normalizer
         part.normalize(normalizer)
-        self.normalizers[name] = normalizer
         return part
 
 
@@ -376,7 +388,7 @@ def _numbers(source: EpisodeSource, episode: int, config: DataSetConfig, name: s
     """Standardised actions (T, A) and proprio (T, P) of one episode."""
     where = f"{name}: episode {episode}"
     state = source.state(episode)
-    # A set of observations: the standardisation wants actions, whatever they are.
+    # Of observations: the standardisation wants actions, whatever they are.
     actions = source.actions(episode) if source.keys.action else _no_actions(len(state), config)
     for group, values in (("action", actions), ("state", state)):
         bad = np.argwhere(~np.isfinite(values))
@@ -384,7 +396,10 @@ def _numbers(source: EpisodeSource, episode: int, config: DataSetConfig, name: s
             raise DataSetError(f"{where}: {group} is not finite at (step, dim) {tuple(bad[0].tolist())}")
     if not source.instructions[episode].strip():
         raise DataSetError(f"{where}: the language instruction is empty")
-    return config.standardize(actions, state)
+    try:
+        return config.standardize(actions, state)
+    except ValueError as error:
+        raise DataSetError(f"{where}: {error}") from error
 
 
 def _no_actions(length: int, config: DataSetConfig) -> np.ndarray:
@@ -396,19 +411,22 @@ def known_key(statistics: Mapping[str, dict], name: str) -> str | None:
     return next((key for key in (name, alternative_name(name)) if key in statistics), None)
 
 
-def _outside(name: str, what: str, values: np.ndarray, known: Mapping) -> list[str]:
-    """Dimensions with more than 5 % of their values beyond [q01, q99] widened by half its width to both sides.
+def _outside(what: str, values: np.ndarray, known: Mapping) -> list[tuple[float, str]]:
+    """(share, text) of the dimensions with more than 5 % of their values beyond [q01, q99] widened by half its width.
 
-    Of the data that the quantiles come from at most 2 % lie beyond them at all. Other scenes of the same robot move the
-    values by parts of the range; another unit or convention moves them out of it.
+    Of the data that the quantiles come from no more are: 2 % lie beyond them at all, or one value at each end of fewer
+    than 100, and of fewer than 40 values not both are that far out. Other scenes of the same robot move the values by
+    parts of the range; another unit or convention moves them out of it. A constant has no width: it may be off by 1 %.
     """
     low, high = np.asarray(known["q01"]), np.asarray(known["q99"])
     slack = np.maximum(0.5 * (high - low), 1e-6 + 0.01 * np.abs(high))
     share = ((values < low - slack) | (values > high + slack)).mean(axis=0)
     return [
-        f"{name}: {what} dimension {d} has values from {values[:, d].min():.3g} to {values[:, d].max():.3g}, "
-        f"{share[d]:.0%} of them far from the start's {low[d]:.3g} to {high[d]:.3g} (q01 to q99): its statistics are "
-        "kept, so check units and conventions"
+        (
+            float(share[d]),
+            f"{what} dimension {d} has values from {values[:, d].min():.3g} to {values[:, d].max():.3g}, "
+            f"{share[d]:.0%} of them far from the {low[d]:.3g} to {high[d]:.3g} (q01 to q99) of its known statistics",
+        )
         for d in np.flatnonzero(share > 0.05)
     ]
 

@@ -93,12 +93,18 @@ class IndexedSource(EpisodeSource):
         return self._index.fingerprint
 
     def actions(self, episode: int) -> np.ndarray:
-        """Actions as stored, (T, A) float32."""
+        """Actions as stored, (T, A) float32; MissingFeatureError when opened without actions."""
+        self.require_actions()
         return self._index.rows("actions", episode)
 
     def state(self, episode: int) -> np.ndarray:
         """State as stored, (T, S) float32, the keys' values side by side."""
         return self._index.rows("state", episode)
+
+    def require_actions(self) -> None:
+        """MissingFeatureError when the source was opened without actions."""
+        if self.keys.action is None:
+            raise MissingFeatureError(f"{self.directory}: opened without actions, only its observations can be read")
 
     def require_frame(self, camera: str, episode: int, step: int) -> None:
         """MissingFeatureError for a camera that was not opened, IndexError for a step outside the episode."""

@@ -33,6 +33,7 @@ class RLDSSource(IndexedSource):
         reader = RLDSReader(self.directory, split, (*_action(keys), *observations))
         _check_kinds(reader, keys)
         files = [self.directory / "features.json", self.directory / "dataset_info.json", *reader.shard_paths]
+        # The index holds all numbers that features.json declares, so it serves with and without actions.
         self._index = open_index(self.directory, split, files, lambda writer: _build(reader, writer))
         self._shards = reader.shard_paths
         self._metadata = reader.metadata
@@ -44,6 +45,7 @@ class RLDSSource(IndexedSource):
         return self._metadata
 
     def actions(self, episode: int) -> np.ndarray:
+        self.require_actions()
         return self._numbers(f"steps/{self.keys.action}", episode)
 
     def state(self, episode: int) -> np.ndarray:

@@ -97,7 +97,7 @@ class EpisodeSource(ABC):
 
     @abstractmethod
     def actions(self, episode: int) -> np.ndarray:
-        """Actions as stored, (T, A) float32."""
+        """Actions as stored, (T, A) float32; MissingFeatureError when opened without actions."""
 
     @abstractmethod
     def state(self, episode: int) -> np.ndarray:
