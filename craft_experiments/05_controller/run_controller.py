@@ -31,8 +31,7 @@ from craft_experiments.common_utils.drift_runs import (
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = ("--lr_schedule", "cosine", "--craft_preset", "budget")
-NO_PROJECTION = ("--craft_enable_projection", "False")
-CONTROLLERS = {"pi": (), "share": ("--craft_dual", "share", *NO_PROJECTION)}
+CONTROLLERS = {"share": ("--craft_dual", "share", "--craft_projection_rule", "off"), "pi": ()}
 KEPT = (DRIFT, LAMBDA, OUT_OF_REACH)
 
 
@@ -59,12 +58,12 @@ def main() -> None:
     """Run what is missing, then write the report."""
     cfg = draccus.parse(ControllerConfig)
     os.chdir(ROOT)
-    run_missing(cfg, cells(cfg), KEPT)
+    run_missing(cfg, cells(cfg), KEPT, compact=True)
     subprocess.run([sys.executable, str(Path(__file__).with_name("make_report.py")), cfg.results_dir], check=True)
 
 
 def cells(cfg: ControllerConfig) -> list[Cell]:
-    """All runs, the first seed of everything before the second."""
+    """All runs in the order in which they begin: the first seed of everything before the second."""
     return [cell for seed in seeds_of(cfg) for cell in [*_controlled(cfg, seed), *_fixed(cfg, seed)]]
 
 
@@ -77,8 +76,9 @@ def _controlled(cfg: ControllerConfig, seed: int) -> list[Cell]:
 
 
 def _fixed(cfg: ControllerConfig, seed: int) -> list[Cell]:
-    """A multiplier that nothing moves knows no budget."""
-    constant = (*COMMON, *NO_PROJECTION, "--craft_enable_dual", "False", "--craft_fixed_lambda")
+    """A multiplier that nothing moves knows no budget: one run serves them all."""
+    still = ("--craft_enable_dual", "False", "--craft_enable_projection", "False")
+    constant = (*COMMON, *still, "--craft_fixed_lambda")
     return [Cell(f"fixed {value:g}", float("inf"), seed, (*constant, f"{value:g}")) for value in numbers(cfg.lambdas)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from pathlib import Path
 DRIFT, LAMBDA, OUT_OF_REACH = "CRaFT/Retention Loss", "CRaFT/Lambda", "CRaFT/Out Of Reach"
 TAIL = 0.25
 """Share of the run, at its end, over which drift and action loss are averaged."""
+HEAD, GROUP, DIGITS = 100, 4, 4
+"""A compact record holds the first 100 steps as they are, then means of 4 steps, all with 4 significant digits."""
 
 
 @dataclass
@@ -95,8 +98,10 @@ def command(cfg: DriftConfig, cell: Cell) -> list[str]:
     return ["vla-scripts/finetune.py", *words, *cell.flags]
 
 
-def run_missing(cfg: DriftConfig, cells: list[Cell], kept: tuple[str, ...]) -> None:
+def run_missing(cfg: DriftConfig, cells: list[Cell], kept: tuple[str, ...], compact: bool = False) -> None:
     """Run the cells without a record, `slots` at a time, and record the metrics `kept` of the steps that measured.
+
+    The checkpoint of a run is deleted once its record is written: the weights are not judged here.
 
     Raises:
         RuntimeError: runs that failed, with the end of their output; the others are finished and recorded first.
@@ -105,7 +110,7 @@ def run_missing(cfg: DriftConfig, cells: list[Cell], kept: tuple[str, ...]) -> N
     print(f"{len(missing)} runs to do", flush=True)
     started, failures = time.monotonic(), []
     with ThreadPoolExecutor(cfg.slots) as pool:
-        runs = {pool.submit(_run, cfg, cell, kept): cell for cell in missing}
+        runs = {pool.submit(_run, cfg, cell, kept, compact): cell for cell in missing}
         try:
             for count, done in enumerate(as_completed(runs), start=1):
                 error = done.exception()
@@ -119,7 +124,7 @@ def run_missing(cfg: DriftConfig, cells: list[Cell], kept: tuple[str, ...]) -> N
         raise RuntimeError("\n".join(failures))
 
 
-def _run(cfg: DriftConfig, cell: Cell, kept: tuple[str, ...]) -> None:
+def _run(cfg: DriftConfig, cell: Cell, kept: tuple[str, ...], compact: bool) -> None:
     words = command(cfg, cell)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
@@ -129,7 +134,9 @@ def _run(cfg: DriftConfig, cell: Cell, kept: tuple[str, ...]) -> None:
     steps = [json.loads(line) for line in lines]
     if len(steps) != cfg.max_steps:
         raise RuntimeError(f"{cell.name}: metrics.jsonl has {len(steps)} steps, expected {cfg.max_steps}")
-    write_text(record_file(cfg, cell), json.dumps(_record(cell, words, steps, kept)) + "\n")
+    record = _record(cell, words, steps, kept)
+    write_text(record_file(cfg, cell), json.dumps(compacted(record) if compact else record) + "\n")
+    shutil.rmtree(Path(cfg.work_dir) / f"{cell.name}--{cfg.max_steps}_chkpt", ignore_errors=True)
 
 
 def _record(cell: Cell, words: list[str], steps: list[dict], kept: tuple[str, ...]) -> dict:
@@ -146,8 +153,38 @@ def _record(cell: Cell, words: list[str], steps: list[dict], kept: tuple[str, ..
     return record | {name: [_rounded(s.get(name)) for s in measured] for name in kept}
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.5g}")
+def _rounded(value: float | None, digits: int = 5) -> float | None:
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def compacted(record: dict) -> dict:
+    """The record with fewer values and digits (see `HEAD`); every step must have measured. `expanded` reads it.
+
+    Raises ValueError for a record of steps without a measurement.
+    """
+    steps = len(record["all_losses"])
+    if len(record["measured_steps"]) != steps:
+        found = len(record["measured_steps"])
+        raise ValueError(f"a compact record needs a measurement in every step, found {found} in {steps} steps")
+    series = {name: _grouped(v) for name, v in record.items() if isinstance(v, list) and name != "measured_steps"}
+    rest = {name: value for name, value in record.items() if not isinstance(value, list)}
+    return rest | {"steps": steps, "averaged": {"after": HEAD, "over": GROUP}} | series
+
+
+def _grouped(values: list[float | None]) -> list[float | None]:
+    groups = [[value] for value in values[:HEAD]]
+    groups += [values[i : i + GROUP] for i in range(HEAD, len(values), GROUP)]
+    return [None if None in group else _rounded(statistics.fmean(group), DIGITS) for group in groups]
+
+
+def expanded(record: dict) -> dict:
+    """A compact record with one value per step again, a mean standing for each of its steps; others as they are."""
+    if "averaged" not in record:
+        return record
+    steps, after, over = record["steps"], record["averaged"]["after"], record["averaged"]["over"]
+    places = [step if step < after else after + (step - after) // over for step in range(steps)]
+    series = {name: [values[i] for i in places] for name, values in record.items() if isinstance(values, list)}
+    return record | series | {"measured_steps": list(range(steps))}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -166,7 +203,7 @@ def read_runs(folder: Path) -> list[dict]:
     files = sorted((folder / "runs").glob("*.json"))
     if not files:
         raise FileNotFoundError(f"{folder / 'runs'}: no run has been recorded")
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    runs = [expanded(json.loads(file.read_text(encoding="utf-8"))) for file in files]
     for run in runs:
         run["achieved"] = tail_mean(run[DRIFT])
         run["loss"] = tail_mean(run["all_losses"])
