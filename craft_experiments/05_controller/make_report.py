@@ -16,6 +16,8 @@ from typing import Any
 
 from craft_experiments.common_utils.drift_runs import (
     DRIFT,
+    GROUP,
+    HEAD,
     LAMBDA,
     OUT_OF_REACH,
     TAIL,
@@ -29,6 +31,10 @@ from craft_experiments.common_utils.statistics import mean_and_half_width
 
 SLACK = 1.1
 """A run meets its budget when its drift is at most this multiple of it."""
+SEEDS = (0, 1, 2)
+PLAN = [(controller, budget) for controller in ("share", "pi") for budget in (0.01, 0.003, 0.001)]
+PLAN += [(f"fixed {value:g}", None) for value in (0, 0.3, 1, 3, 10, 30, 100, 300)]
+"""Variant and budget of the runs that the answer is to rest on, for every seed."""
 LATE = 0.1
 """The shorter of the two ends over which drift is reported."""
 WINDOW = 20  # steps of the moving average in the figure
@@ -147,7 +153,8 @@ def report(runs: list[dict]) -> str:
         "",
         *duel_table(runs, found),
         "",
-        "Cells are median (smallest to largest) over the seeds. Largest lambda: of the whole run.",
+        "Cells are median (smallest to largest) over the seeds. Largest lambda: of the whole run; a record holds means",
+        f"of {GROUP} steps after the first {HEAD}.",
         "",
         "![drift over steps, and action loss against drift](controller.png)",
         "",
@@ -158,12 +165,21 @@ def report(runs: list[dict]) -> str:
 
 
 def gaps(runs: list[dict]) -> list[str]:
-    """A warning when runs are missing: a lambda that was not run reads like one that does not meet the budget."""
-    settings, seeds = {(run["variant"], run["budget"]) for run in runs}, {run["seed"] for run in runs}
-    missing = len(settings) * len(seeds) - len(runs)
-    if not sweep(runs):
-        return ["**Not finished: no fixed lambda has been run.**", ""]
-    return [f"**Not finished: {missing} runs that other seeds have are missing.**", ""] if missing else []
+    """What has not been run: a lambda that was not run reads like one that does not meet the budget."""
+    there = {(run["seed"], run["variant"], run["budget"]) for run in runs}
+    said = []
+    for seed in SEEDS:
+        missing = [setting for setting in PLAN if (seed, *setting) not in there]
+        if len(missing) == len(PLAN):
+            said.append(f"seed {seed} has not been run")
+        elif missing:
+            said.append(f"seed {seed} lacks {', '.join(setting_name(*setting) for setting in missing)}")
+    return [f"**Not finished: {'; '.join(said)}.**", ""] if said else []
+
+
+def setting_name(variant: str, budget: float | None) -> str:
+    """Words for a variant and its budget."""
+    return variant if budget is None else f"{variant} at eps {budget:g}"
 
 
 def verdict(found: list[Duel]) -> list[str]:
@@ -180,7 +196,9 @@ def headline(controller: str, own: list[Duel]) -> str:
     reachable = [duel for duel in own if duel.differences]
     found = [duel for duel in reachable if duel.found]
     if not reachable:
-        return f"`{controller}`: no fixed lambda meets any budget, so that there is nothing to compare with."
+        return (
+            f"`{controller}`: no fixed lambda that was run meets any budget, so that there is nothing to compare with."
+        )
     if not found:
         return f"One run with `{controller}` finds what the sweep finds at none of the budgets {listed(reachable)}."
     missed = [duel for duel in reachable if not duel.found]
@@ -202,7 +220,7 @@ def sentence(duel: Duel) -> str:
         words += f"; action loss against the best fixed lambda {difference(duel)}: {resolution(duel)}"
     missing = duel.rivals.count(None)
     if missing:
-        words += f"; out of the sweep's reach in {missing} of {count} seeds"
+        words += f"; no fixed lambda that was run meets it in {missing} of {count} seeds (out of reach)"
     said = warnings(duel)
     return words + (f"; the run said so in {sum(said)} of {count}" if missing and said else "") + "."
 

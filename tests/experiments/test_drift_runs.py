@@ -8,7 +8,18 @@ from subprocess import CompletedProcess
 import pytest
 
 from craft_experiments.common_utils import drift_runs
-from craft_experiments.common_utils.drift_runs import DRIFT, Cell, DriftConfig, read_runs, run_missing, tail_mean
+from craft_experiments.common_utils.drift_runs import (
+    DRIFT,
+    GROUP,
+    HEAD,
+    Cell,
+    DriftConfig,
+    compacted,
+    expanded,
+    read_runs,
+    run_missing,
+    tail_mean,
+)
 
 
 @pytest.fixture
@@ -76,6 +87,57 @@ def test_a_run_that_stopped_early_is_not_recorded(cfg, trained):
         run_missing(cfg, [cell], (DRIFT,))
     with pytest.raises(FileNotFoundError, match="no run has been recorded"):
         read_runs(Path(cfg.results_dir))
+
+
+def test_the_checkpoint_goes_once_the_record_is_there_and_stays_when_the_run_fails(cfg, trained):
+    folders = [Path(cfg.work_dir) / f"a--eps_0.1--seed_{seed}--8_chkpt" for seed in (0, 13)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    with pytest.raises(RuntimeError, match="seed_13"):
+        run_missing(cfg, [Cell("a", 0.1, seed) for seed in (0, 13)], (DRIFT,))
+    assert [folder.exists() for folder in folders] == [False, True]
+    assert (Path(cfg.work_dir) / "a--eps_0.1--seed_0" / "metrics.jsonl").exists()
+
+
+def long_record(steps):
+    drift = [0.012345678 / (step + 1) + 1e-4 * (step % 7) for step in range(steps)]
+    return {
+        "variant": "a", "budget": 0.1, "seed": 0, "command": "python x", "measured_steps": list(range(steps)),
+        "all_losses": [0.1 + value for value in drift], DRIFT: drift, "CRaFT/Out Of Reach": [None] * steps,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [800, 400, 10])
+@pytest.mark.parametrize("share", [0.25, 0.1])
+def test_a_compact_record_keeps_the_means_over_the_end_and_the_first_steps(steps, share):
+    record = long_record(steps)
+    again = expanded(compacted(record))
+    assert again["measured_steps"] == record["measured_steps"]
+    for name in (DRIFT, "all_losses"):
+        assert len(again[name]) == steps
+        assert again[name][:HEAD] == pytest.approx(record[name][:HEAD], rel=1e-3)
+        assert tail_mean(again[name], share) == pytest.approx(tail_mean(record[name], share), rel=1e-3)
+    assert again["CRaFT/Out Of Reach"] == [None] * steps
+
+
+@pytest.mark.parametrize("rest", [1, GROUP - 1, GROUP, GROUP + 1])
+def test_the_last_mean_of_a_compact_record_may_stand_for_fewer_steps(rest):
+    again = expanded(compacted(long_record(HEAD + rest)))
+    assert len(again[DRIFT]) == HEAD + rest
+    assert again[DRIFT][-1] == pytest.approx(
+        sum(values := long_record(HEAD + rest)[DRIFT][HEAD + (rest - 1) // GROUP * GROUP :]) / len(values), rel=1e-3
+    )
+
+
+def test_a_compact_record_of_800_steps_is_small_and_others_are_read_as_they_are():
+    record = long_record(800)
+    assert len(json.dumps(compacted(record | {"CRaFT/Lambda": [123.456789] * 800}))) < 30_000
+    assert expanded(record) == record
+
+
+def test_a_compact_record_needs_a_measurement_in_every_step():
+    with pytest.raises(ValueError, match="found 2 in 8 steps"):
+        compacted(long_record(8) | {"measured_steps": [0, 4]})
 
 
 @pytest.mark.parametrize(("count", "share", "kept"), [(8, 0.25, 2), (800, 0.1, 80), (3, 0.1, 1), (1, 0.25, 1)])
