@@ -18,6 +18,7 @@ from experiments.robot.libero.evaluation import checkpoint_fingerprint, evaluate
 from experiments.robot.libero.scheduler import WorkerFailedError
 from experiments.robot.libero.simulator import RenderMode
 from experiments.robot.libero.video import SaveVideos
+from prismatic.training.checkpoint_folder import MANIFEST, write_json
 
 
 def test_complete_run(cfg, capsys):
@@ -105,6 +106,20 @@ def test_changed_checkpoint_changes_the_fingerprint(cfg):
     assert checkpoint_fingerprint(cfg.pretrained_checkpoint) != before
     with pytest.raises(EvalInputError, match="no such directory"):
         checkpoint_fingerprint("no/where")
+
+
+def test_recorded_instructions_do_not_change_the_fingerprint(cfg):
+    folder, manifest = Path(cfg.pretrained_checkpoint), {"step": 3, "datasets": {}, "versions": {}}
+    write_json(folder / MANIFEST, manifest)
+    before = checkpoint_fingerprint(str(folder))
+    for entry in ({"a": ["open the drawer"]}, {}):
+        write_json(folder / MANIFEST, manifest | {"instructions": entry})
+        assert checkpoint_fingerprint(str(folder)) == before
+    write_json(folder / MANIFEST, manifest | {"instructions": {}, "step": 4})
+    assert checkpoint_fingerprint(str(folder)) != before
+    for damaged in ("[]", "{"):  # loading says what is wrong with them
+        (folder / MANIFEST).write_text(damaged)
+        assert checkpoint_fingerprint(str(folder)) != before
 
 
 def test_videos(cfg, tmp_path):

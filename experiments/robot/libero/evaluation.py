@@ -33,6 +33,7 @@ from experiments.robot.libero.scheduler import CrashReport, Report, SessionRepor
 from experiments.robot.libero.suites import language_warnings, with_language
 from experiments.robot.libero.tracking import make_tracker
 from experiments.robot.libero.video import SaveVideos, require_encoder
+from prismatic.training.checkpoint_folder import MANIFEST
 
 PINNED_VERSIONS = {"mujoco": "3.3.0", "robosuite": "1.4.0"}
 """Simulator versions behind the published numbers; others change success rates by up to 86 points on single tasks."""
@@ -146,6 +147,8 @@ def shard_plans(plans: Iterable[TaskPlan], part: int, parts: int) -> list[TaskPl
 def checkpoint_fingerprint(path: str) -> str:
     """Hash of a checkpoint directory's files: names, sizes and contents (of files above 16 MB, the first and last MB).
 
+    The instructions that `craft_checkpoint.json` records do not count: they decide nothing that the policy does.
+
     Raises:
         EvalInputError: the directory does not exist or is empty.
     """
@@ -156,6 +159,10 @@ def checkpoint_fingerprint(path: str) -> str:
         raise EvalInputError(f"--pretrained_checkpoint {path}: expected a checkpoint directory, found {found}")
     digest = hashlib.sha256()
     for item in files:
+        if item == root / MANIFEST:
+            content = _without_instructions(item.read_bytes())
+            digest.update(f"{MANIFEST}:{len(content)}\n".encode() + content)
+            continue
         size = item.stat().st_size
         digest.update(f"{item.relative_to(root).as_posix()}:{size}\n".encode())
         with open(item, "rb") as file:
@@ -166,6 +173,18 @@ def checkpoint_fingerprint(path: str) -> str:
             file.seek(-_HASH_EDGE, os.SEEK_END)
             digest.update(file.read())
     return digest.hexdigest()[:16]
+
+
+def _without_instructions(manifest: bytes) -> bytes:
+    """The file as it was before the entry came: records of those checkpoints stay those of the same policy."""
+    try:
+        values = json.loads(manifest)
+    except ValueError:
+        return manifest
+    if not isinstance(values, dict) or "instructions" not in values:
+        return manifest
+    del values["instructions"]
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def run_fingerprint(cfg: EvalConfig) -> tuple[str, str]:
