@@ -1,4 +1,4 @@
-"""Conflict of the two gradients per group of parameters, and the projection that removes it (A-GEM, arXiv 1812.00420)."""
+"""Conflict of the two gradients per group, and the projection that removes it (A-GEM, arXiv 1812.00420)."""
 
 from __future__ import annotations
 

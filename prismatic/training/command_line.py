@@ -23,7 +23,12 @@ def parse_flags(args: Sequence[str] | None = None) -> FinetuneConfig:
     `FinetuneConfig` refuses.
     """
     words = list(sys.argv[1:] if args is None else args)
-    cfg = draccus.parse(FinetuneConfig, args=as_typed(words))
+    try:
+        cfg = draccus.parse(FinetuneConfig, args=as_typed(words))
+    except ParsingError as error:
+        if isinstance(error.__cause__, ValueError):  # what `FinetuneConfig` says, without the parser's wrapping
+            raise error.__cause__ from None
+        raise
     cfg.check_switches({word[2:].partition("=")[0] for word in words if word.startswith("--")})
     return cfg
 

@@ -32,7 +32,7 @@ from prismatic.craft.reference import quiet_pass
 from prismatic.craft.settings import FeatureSource, RetentionMetric
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.checkpoint_files import LoadedCheckpoint, package_versions, tensors_hash
-from prismatic.training.retention import to_device
+from prismatic.training.retention.memory import to_device
 from prismatic.training.retention.signals import craft_request
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.collator import VLACollator

@@ -21,10 +21,12 @@ from prismatic.craft.settings import (
     Guard,
     RetentionMetric,
     Rule,
+    SignalKind,
     When,
 )
 
 CHOICES = {
+    "signal": SignalKind,
     "anchor_type": AnchorType,
     "feature_source": FeatureSource,
     "retention_metric": RetentionMetric,

@@ -12,7 +12,7 @@ import torch
 from experiments.robot.libero.controls import Control, PolicyActor
 from prismatic.models.presets import PRESETS, build_processor
 from prismatic.training.config import FinetuneConfig
-from prismatic.training.retention import ProbeData
+from prismatic.training.retention.methods import observations
 from prismatic.vla.datasets import dataset as dataset_module
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
@@ -108,9 +108,9 @@ def test_no_frame_is_read(two_data_sets, monkeypatch):
 def test_a_run_is_blind_everywhere_and_says_so(micro_trainer, tmp_path):
     probe = str(micro.DATA / "libero_mini_no_noops")
     trainer = micro_trainer(blind_images=True, use_val_set=True, val_fraction=0.5, val_batches=1, max_steps=1)
-    batches = ProbeData(probe, trainer.setup, 7).fixed(2, 1, torch.device("cpu"))
-    grey = batches[0]["pixel_values"]
-    assert torch.equal(grey, batches[1]["pixel_values"])
+    memory = observations("--craft_memory_data", probe, trainer.setup, trainer.cfg)
+    grey, other = (trainer._collator()([memory[(0, index)]])["pixel_values"] for index in (0, 1))
+    assert torch.equal(grey, other)
     for data in (trainer.setup.dataset, trainer.setup.val_dataset):
         assert torch.equal(trainer._collator()([data[(0, 0)]])["pixel_values"], grey)
     trainer.fit()

@@ -86,7 +86,7 @@ def test_without_craft_nothing_of_it_is_reached(make_trainer, monkeypatch):
     def forbidden(*_args, **_kwargs):
         raise AssertionError("CRaFT code was reached")
 
-    for name in ("__init__", "anchor_features", "accumulate", "combine_"):
+    for name in ("__init__", "reference", "hold", "accumulate", "combine_"):
         monkeypatch.setattr(CRaFTConstraint, name, forbidden)
     trainer = make_trainer("plain", max_steps=2)
     trainer.fit()

@@ -62,7 +62,8 @@ class Share(Dual):
         if not is_finite(budget):
             return
         self.drift = loss if self.drift is None else _LOSS_MEMORY * self.drift + (1 - _LOSS_MEMORY) * loss
-        error = min(max(math.log(self.drift / budget), -1.0), 1.0) if self.drift > 0 else -1.0
+        # Logarithms apart: the quotient of a tiny drift may be zero.
+        error = min(max(math.log(self.drift) - math.log(budget), -1.0), 1.0) if self.drift > 0 else -1.0
         self.z = min(max(self.z + _INTEGRAL * error, _LOW), self.limit)
         self._u = min(max(self.z + _PROPORTIONAL * error, _LOW), self.limit)
         self.stuck = self.stuck + 1 if self.z >= self.limit and self.drift > budget else 0
