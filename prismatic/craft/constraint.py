@@ -124,12 +124,16 @@ class CRaFTConstraint:
         with self.weights.live_graph():
             yield
 
-    def hold(self, batch: Any, share: float, loss_scale: float = 1.0, name: str = "") -> None:
+    def hold(self, batch: Any, share: float = 1.0, loss_scale: float = 1.0, name: str = "") -> None:
         """Add `share` of the retention loss of one memory's batch and its gradient, by passes of their own.
 
         Must run before the forward pass of the action loss: the graph is gone when it begins. `name` tells this
         memory's drift from that of others in the log.
         """
+        if not self._memories:
+            raise ValueError(
+                "CRaFTConstraint has memories 0, expected the number of memories that `hold` gets: 1 for one"
+            )
         reference = self.reference(batch)
         if self.plan is Plan.MEASURE:
             with quiet_pass(self.module):
