@@ -3,10 +3,10 @@
     python benchmarks/craft_overhead.py --size tiny --tuning lora
     python benchmarks/craft_overhead.py --report_only True
 
-Random weights and one random batch. Writes raw times to results/craft_overhead/{size}_{tuning}.json and its section of
-docs/performance.md, made from all files there. All rows share one model and one optimizer; a row sets which weights are
-trained and runs its steps. The order of the rows is shuffled in each round, and a row is compared with the plain step
-of the same round.
+Random weights and one random batch. Writes raw times to results/craft_overhead/{size}_{tuning}.json (with `--rounds 0`
+FLOPs alone, to {size}_{tuning}_flops.json) and its section of docs/performance.md, made from all files there. All rows
+share one model and one optimizer; a row sets which weights are trained and runs its steps. The order of the rows is
+shuffled in each round, and a row is compared with the plain step of the same round.
 """
 
 from __future__ import annotations
@@ -18,29 +18,32 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import draccus
 import torch
+from accelerate import Accelerator
 from benchmark_page import write, write_section
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils import flop_counter
+from torch.utils.module_tracker import ModuleTracker
 
+from prismatic.craft import CRaFTConfig, CRaFTFeatureExtractor, Plan, SignalKind
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.models.presets import build_policy_parts, build_vla
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.config import FinetuneConfig
-from prismatic.craft import CRaFTConfig, CRaFTConstraint, CRaFTFeatureExtractor, Plan
-from prismatic.craft.distances import retention_loss
 from prismatic.training.lora import fixed_batch
-from prismatic.training.retention import reaches_features
+from prismatic.training.retention.craft import CRaFT
+from prismatic.training.retention.memory import InstructionMemory, Memory
+from prismatic.training.retention.signals import reaches
 from prismatic.training.setup import apply_tuning
-from prismatic.training.step import StepContext, action_loss, craft_request, optimizer_step
+from prismatic.training.step import StepContext, action_loss, optimizer_step
+from prismatic.vla.datasets.collator import VLACollator
 
-RESULTS = Path("results/craft_overhead")
 SIZES = ("tiny", "mid", "full")
 GIB = 2**30
 
@@ -51,7 +54,7 @@ class OverheadConfig:
 
     size: str = "tiny"  # tiny, mid (about 60 M parameters) or full (the published size)
     tuning: str = "lora"  # or full
-    rounds: int = 20
+    rounds: int = 20  # 0 counts FLOPs and times nothing
     warmup: int = 2  # rounds that are run and not counted
     batch_size: int = 4
     threads: int = 2
@@ -59,7 +62,7 @@ class OverheadConfig:
     seed: int = 0
     rows: str = ""  # names separated by commas; empty: all
     memory_rows: str = "all"  # names separated by commas, all or none
-    output: str = "results/craft_overhead/{size}_{tuning}.json"
+    output: str = "results/craft_overhead/{size}_{tuning}{only}.json"  # only: "_flops" without rounds, else nothing
     report: str = "docs/performance.md"
     count_executed: bool = True  # also count the FLOPs each row executes: one more run of every row
     report_only: bool = False
@@ -68,7 +71,10 @@ class OverheadConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """One setting. `plan` is what its constrained steps must do; `craft` are overrides of the preset."""
+    """One setting. `plan` is what its constrained steps must do; `craft` are overrides of the preset.
+
+    `instructions` is the size of the memory `instructions`, as a share of the batch; 0: the memory is the batch itself.
+    """
 
     label: str
     method: str = "craft"
@@ -77,6 +83,17 @@ class Row:
     plan: Plan | None = None
     preset: str = "budget"
     craft: dict = field(default_factory=dict)
+    instructions: float = 0.0
+
+    @property
+    def config(self) -> CRaFTConfig:
+        """Settings of the constraint."""
+        return CRaFTConfig.from_preset(self.preset, **self.craft)
+
+    @property
+    def holds_actions(self) -> bool:
+        """Whether the actions are held, not the features."""
+        return self.method == "craft" and self.config.signal is SignalKind.ACTIONS
 
     @property
     def raw_only(self) -> bool:
@@ -104,6 +121,10 @@ def _rows(frozen: bool) -> dict[str, Row]:
         label += f", `craft_every` {every}" * (every > 1) + where
         return Row(label, "craft", frozen, every, plan, preset, settings)
 
+    def keep(memory: str, instructions: float = 0.0, every: int = 1) -> Row:
+        label = f"preset `keep`, {memory}" + f", `craft_every` {every}" * (every > 1) + where
+        return Row(label, "craft", frozen, every, Plan.SEPARATE, "keep", instructions=instructions)
+
     rows = {
         "plain": Row(f"plain{where}", "plain", frozen),
         "plain_logits": Row(f"plain that also computes the logits{where}", "logits", frozen),
@@ -120,11 +141,19 @@ def _rows(frozen: bool) -> dict[str, Row]:
         "raw_priced": craft(f"{raw}, gate closed, lambda > 0", Plan.FUSED, PRICED | RAW),
         "raw_closed": craft(f"{raw}, gate closed, lambda 0", Plan.MEASURE, CLOSED | RAW),
         "raw_open_every4": craft(f"{raw}, gate open", Plan.SEPARATE, OPEN | RAW, 4),
+        "keep_quarter": keep("instructions on a quarter of the batch", 0.25),
+        "keep_quarter_every2": keep("instructions on a quarter of the batch", 0.25, 2),
+        "keep_half_every2": keep("instructions on half of the batch", 0.5, 2),
+        "keep_whole": keep("instructions on the whole batch", 1.0),
+        "keep_batch": keep("memory `batch`"),
     }
     return {("frozen_" if frozen else "") + name: row for name, row in rows.items()}
 
 
 ROWS = _rows(frozen=False) | _rows(frozen=True)
+
+INSTRUCTIONS = ("pick up the milk and place it in the basket", "open the top drawer", "turn on the stove")
+"""Old instructions of the rows that hold the policy on some."""
 
 # Published size, LoRA, by hand from 2 * parameters * tokens, relative to upstream's plain step
 # (with logits) that trains the same weights.
@@ -192,13 +221,16 @@ class Bench:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
         self._step = 0
-        self.constraints: dict[str, CRaFTConstraint] = {}
+        self.crafts: dict[str, CRaFT] = {}
         self.procedures: dict[str, OriginalProcedure] = {}
+        accelerator = Accelerator(cpu=True)
+        prompts = RandomPrompts(self.batch, self.model.vla.config.text_config.vocab_size)
         for name in names:
             row = ROWS[name]
             self.train_vision(not row.frozen)
             if row.method == "craft":
-                self.constraints[name] = constraint(self.model, CRaFTConfig.from_preset(row.preset, **row.craft))
+                memory = memory_of(row, cfg.batch_size, prompts)
+                self.crafts[name] = CRaFT(self.model, row.config, [memory], accelerator, row.every)
             elif row.method == "procedure":
                 self.procedures[name] = OriginalProcedure(self.model, self.optimizer)
 
@@ -212,7 +244,7 @@ class Bench:
     def prime(self, name: str) -> None:
         """Run steps until the row's plan is in place: the gate opens after the first measurement."""
         for _ in range(3):
-            if name not in self.constraints or self.constraints[name].plan is ROWS[name].plan:
+            if name not in self.crafts or self.crafts[name].constraint.plan is ROWS[name].plan:
                 return
             self.run(name, check=False)
 
@@ -223,16 +255,16 @@ class Bench:
         """
         row, seconds = ROWS[name], []
         for i in range(row.every):
-            craft = self.constraints.get(name) if i == 0 else None
-            if check and craft is not None and craft.plan is not row.plan:
-                raise RuntimeError(f"row {name}: the step would be {craft.plan.value}, expected {row.plan.value}")
+            craft = self.crafts[name].at(i) if name in self.crafts else None
+            if check and craft is not None:
+                require_plan(name, craft)
             self.train_vision(not row.frozen)
             started = time.perf_counter()
             self.take_step(name, craft)
             seconds.append(time.perf_counter() - started)
         return seconds
 
-    def take_step(self, name: str, craft: CRaFTConstraint | None) -> None:
+    def take_step(self, name: str, craft: CRaFT | None) -> None:
         """One optimizer step of a row."""
         self._step += 1
         method = ROWS[name].method
@@ -244,6 +276,13 @@ class Bench:
             optimizer_step(StepContext(self.model, self.optimizer, craft), [self.batch], self._step)
 
 
+def require_plan(name: str, craft: CRaFT) -> None:
+    """RuntimeError unless the coming step of a row's constraint follows the row's plan."""
+    found, expected = craft.constraint.plan, ROWS[name].plan
+    if found is not expected:
+        raise RuntimeError(f"row {name}: the step would be {found.value}, expected {expected.value}")
+
+
 def build_model(cfg: OverheadConfig) -> VLAPolicyModel:
     """Random weights with the trainable ones chosen."""
     if cfg.size == "mid":
@@ -251,7 +290,8 @@ def build_model(cfg: OverheadConfig) -> VLAPolicyModel:
     else:
         parts = build_vla({"tiny": "tiny", "full": "qwen25-0_5b"}[cfg.size])
     model = VLAPolicyModel(*parts)
-    apply_tuning(model, FinetuneConfig(use_lora=cfg.tuning == "lora", lora_rank=cfg.lora_rank))
+    lora = {"use_lora": True, "lora_rank": cfg.lora_rank} if cfg.tuning == "lora" else {}
+    apply_tuning(model, FinetuneConfig(**lora))
     return model.train()
 
 
@@ -260,13 +300,34 @@ def random_batch(model: VLAPolicyModel, cfg: OverheadConfig) -> dict:
     batch = fixed_batch(model, rows=cfg.batch_size, prompt_length=50 if cfg.size == "full" else 24)
     geometry, generator = model.action_head.geometry, torch.Generator().manual_seed(1)
     batch["actions"] = 2 * torch.rand(cfg.batch_size, geometry.chunk_len, geometry.action_dim, generator=generator) - 1
+    batch["keys"] = [(0, i) for i in range(cfg.batch_size)]
     return batch
 
 
-def constraint(model: VLAPolicyModel, config: CRaFTConfig) -> CRaFTConstraint:
-    """The constraint as a training run builds it."""
-    request = craft_request(config)
-    return CRaFTConstraint(model, config, lambda bare, batch: bare.anchor_features(batch, request), reaches_features)
+class RandomPrompts:
+    """Prompts of random ids, as long as those of `batch`: a part of the batch costs that part of a pass over it."""
+
+    def __init__(self, batch: dict, vocab_size: int) -> None:
+        self._masks = {name: batch[name] for name in ("attention_mask", "action_mask")}
+        self._vocab_size = vocab_size
+
+    def tokenize(self, instructions: Sequence[str]) -> dict[str, Tensor]:
+        """input_ids, attention_mask, action_mask, each (B, L), of at most as many rows as the batch has."""
+        masks = {name: mask[: len(instructions)] for name, mask in self._masks.items()}
+        return {"input_ids": torch.randint(self._vocab_size, masks["action_mask"].shape), **masks}
+
+
+def memory_of(row: Row, batch_size: int, collate: RandomPrompts | VLACollator) -> Memory:
+    """The memory of a row; ValueError when the batch cannot be divided as it asks."""
+    if row.instructions == 0:
+        return Memory()
+    size = row.instructions * batch_size
+    if not size.is_integer():
+        raise ValueError(
+            f"--batch_size {batch_size}: row {row.label!r} takes {row.instructions:g} of the batch, expected a whole "
+            f"number of samples; give a multiple of {round(1 / row.instructions)}, or name other rows with --rows"
+        )
+    return InstructionMemory(INSTRUCTIONS, collate, seed=0, size=int(size))
 
 
 def forward_with_logits(model: VLAPolicyModel, batch: dict):
@@ -304,7 +365,8 @@ class OriginalProcedure:
         self.config = CRaFTConfig()
         self.extractor = CRaFTFeatureExtractor(self.config)
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self.vla = [p for n, p in trainable if reaches_features(n)]
+        in_vla = reaches(model, [model.vla])
+        self.vla = [p for n, p in trainable if in_vla(n)]
         self.all = [p for _, p in trainable]
         self.initial = [p.detach().clone() for p in self.vla]
         self.multiplier = self.config.retention_weight
@@ -351,9 +413,21 @@ class OriginalProcedure:
 
 def count(run: Callable[[], object]) -> int:
     """FLOPs of matrix products, convolutions and attention that `run` executes; elementwise work is not counted."""
-    with flop_counter.FlopCounterMode(display=False, custom_mapping=_cpu_attention()) as counter:
+    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=_cpu_attention())
+    counter.mod_tracker = _NoModules()
+    with counter:
         run()
     return counter.get_total_flops()
+
+
+class _NoModules(ModuleTracker):
+    """Does not tell modules apart. The hooks for that fail in `autograd.grad` where a module's input is a weight."""
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def _cpu_attention() -> dict:
@@ -380,41 +454,62 @@ def flop_parts(bench: Bench, frozen: bool, raw_only: bool) -> dict[str, int]:
     """
     bench.train_vision(not frozen)
     model, parts = bench.model, {}
-    config = CRaFTConfig.from_preset("budget", **(OPEN | (RAW if raw_only else {})))
-    name = ("frozen_" if frozen else "") + ("raw_open" if raw_only else "open")
-    craft = bench.constraints[name]
+    craft = bench.crafts[("frozen_" if frozen else "") + ("raw_open" if raw_only else "open")]
     batch = {}
     parts["shared"] = count(lambda: batch.update(model.share_vision(bench.batch)))
     held = {}
-    parts["anchor"] = count(lambda: held.update(anchor=craft.anchor_features(batch)))
-    bench.train_vision(not frozen)
+    parts["anchor"] = count(lambda: held.update(anchor=craft.constraint.reference(batch)))
 
     def forward() -> None:
-        output = model(batch, craft_request(config))
+        output = model(batch, craft.request)
         held["act"], _ = action_loss(output, batch["actions"])
-        features = output.raw_latent_features, output.action_query_features, output.raw_latent_mask
-        held["ret"] = retention_loss(craft.extractor.parts(*features), held["anchor"], config)
+        held["ret"] = craft.constraint.signal.loss(craft.value_of(output), held["anchor"])
 
     parts["forward"] = count(forward)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def gradient(loss: Tensor, keep: bool) -> None:
-        torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)
-
-    parts["retention"] = count(lambda: gradient(held["ret"], True))
-    parts["backward"] = count(lambda: gradient(held["act"], True))
-    parts["fused"] = count(lambda: gradient(held["act"] + held["ret"], False))
+    parts["retention"] = count(lambda: gradient(model, held["ret"], keep=True))
+    parts["backward"] = count(lambda: gradient(model, held["act"], keep=True))
+    parts["fused"] = count(lambda: gradient(model, held["act"] + held["ret"]))
     return parts
+
+
+def memory_parts(bench: Bench, name: str) -> dict[str, int]:
+    """FLOPs of the pieces that hold the actions of a row on its memory, vision left out when it is frozen.
+
+    reference (the policy under theta_0), memory_forward (0 when the training pass gives the actions), memory_backward.
+    """
+    craft, model = bench.crafts[name], bench.model
+    bench.train_vision(not ROWS[name].frozen)
+    batch = craft.memories[0].batch(model.share_vision(bench.batch))
+    held = {}
+    reference = count(lambda: held.update(anchor=craft.constraint.reference(batch)))
+    forward = count(lambda: held.update(actions=model(batch).actions))
+    loss = craft.constraint.signal.loss(held["actions"], held["anchor"])
+    backward = count(lambda: gradient(model, loss))
+    return {
+        "reference": reference,
+        "memory_forward": 0 if craft.shares_pass else forward,
+        "memory_backward": backward,
+    }
+
+
+def gradient(model: VLAPolicyModel, loss: Tensor, keep: bool = False) -> None:
+    """One backward pass of a loss to all trained weights; `keep` leaves its graph for another one."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)
 
 
 def floor_flops(row: Row, parts: dict[str, int]) -> float:
     """FLOPs per step that a row cannot do without, averaged over `every` steps.
 
-    `original procedure` and `plain that also computes the logits` need what `original` and `plain` need.
+    parts: `flop_parts`, and of a row that holds the actions also `memory_parts`. `original procedure` and `plain that
+    also computes the logits` need what `original` and `plain` need.
     """
     plain = parts["shared"] + parts["forward"] + parts["backward"]
     if row.method in ("plain", "logits"):
         return plain
+    if row.holds_actions:
+        memory = parts["reference"] + parts["memory_forward"] + parts["memory_backward"]
+        return plain + memory / row.every
     constrained = plain + parts["anchor"]
     if row.plan is Plan.FUSED:
         constrained += parts["fused"] - parts["backward"]
@@ -425,18 +520,23 @@ def floor_flops(row: Row, parts: dict[str, int]) -> float:
 
 def count_flops(bench: Bench, names: list[str], with_executed: bool) -> dict[str, dict[str, float]]:
     """Per row: `floor` (what it needs) and `executed` (what its step runs, if wanted), FLOPs per optimizer step."""
-    parts: dict[tuple[bool, bool], dict[str, int]] = {}
+    counted: dict[str, dict[str, int]] = {}
     result = {}
     for name in names:
         row = ROWS[name]
-        key = row.frozen, row.raw_only
-        if key not in parts:
-            parts[key] = flop_parts(bench, *key)
-        result[name] = {"floor": floor_flops(row, parts[key])}
+        key = parts_key(row.frozen, row.raw_only)
+        if key not in counted:
+            counted[key] = flop_parts(bench, row.frozen, row.raw_only)
+        parts = counted[key]
+        if row.holds_actions:
+            key += f"_memory_{row.instructions:g}"
+            if key not in counted:
+                counted[key] = memory_parts(bench, name)
+            parts = parts | counted[key]
+        result[name] = {"floor": floor_flops(row, parts)}
         if with_executed:
             result[name]["executed"] = count(lambda name=name: bench.run(name)) / row.every
-    result["parts"] = {parts_key(*key): value for key, value in parts.items()}
-    return result
+    return result | {"parts": counted}
 
 
 def parts_key(frozen: bool, raw_only: bool) -> str:
@@ -451,7 +551,7 @@ def measure_times(bench: Bench, cfg: OverheadConfig, names: list[str]) -> dict[s
     """Seconds per row, round and step; rounds of warm-up are run and left out."""
     times: dict[str, list[list[float]]] = {name: [] for name in names}
     shuffler = random.Random(cfg.seed)
-    for round_ in range(cfg.warmup + cfg.rounds):
+    for round_ in range(cfg.warmup + cfg.rounds if cfg.rounds else 0):
         order = list(names)
         shuffler.shuffle(order)
         for name in order:
@@ -557,6 +657,19 @@ def table(result: dict) -> list[str]:
     return lines
 
 
+def flop_table(result: dict) -> list[str]:
+    """Markdown lines of a result without times."""
+    lines = ["| setting | floor | executed FLOPs / floor | floor to plain, vision frozen |", "|---|---|---|---|"]
+    for name in (n for n in ROWS if n in result["seconds"]):
+        own = result["flops"][name]
+        bases = ("plain", "frozen_plain") if ROWS[name].frozen else ("plain",)
+        floors = [own["floor"] / result["flops"][base]["floor"] if base in result["flops"] else None for base in bases]
+        cells = ["" if value is None else f"{value:.2f}" for value in floors] + [""] * (2 - len(bases))
+        executed = f"{own['executed'] / own['floor']:.2f}" if "executed" in own else ""
+        lines.append(f"| {ROWS[name].label} | {cells[0]} | {executed} | {cells[1]} |")
+    return lines
+
+
 def _against(result: dict, seconds: dict[str, list[float]], name: str, base: str) -> list[str]:
     if base not in seconds:
         return ["", "", ""]
@@ -595,19 +708,21 @@ def above_floor(result: dict, tolerance: float = 0.05) -> list[str]:
 
 def section(result: dict) -> list[str]:
     """Heading, facts, table and the two lists of one result."""
-    machine, rank = result["machine"], result["lora_rank"]
+    machine, rank, is_timed = result["machine"], result["lora_rank"], result["rounds"] > 0
     tuning = f"LoRA rank {rank}" if rank else "full tuning"
     sizes = result["parameters"]
     lines = [
-        f"## {result['size']}, {tuning}",
+        f"## {result['size']}, {tuning}" + ", FLOPs only" * (not is_timed),
         "",
         f"{sizes['total'] / 1e6:.1f} M parameters, {sizes['trained'] / 1e6:.1f} M of them trained; batch "
         f"{result['batch_size']}, {result['rounds']} rounds, {machine['threads']} thread(s), torch {machine['torch']}, "
         f"Python {machine['python']}.",
         "",
-        *table(result),
+        *(table(result) if is_timed else flop_table(result)),
         "",
     ]
+    if not is_timed:
+        return lines
     for limit in (1.25, 1.10):
         settings = cheap_settings(result, limit) or ["none"]
         lines += [f"Settings at no more than {limit:.2f}x the plain step that trains the same weights:", ""]
@@ -670,6 +785,10 @@ more than the range of the rounds. Rows with `craft_every` k time k steps in a r
   plain step that trains the vision towers and with the one that does not.
 - `C_R only`: preset `budget` and `--craft_anchor_type raw_only`. The anchor pass and the retention backward pass stop
   at the middle layer.
+- Preset `keep` holds the actions. On instructions: before the training pass, the policy under theta_0 answers old
+  instructions on images of the batch, then the current policy does, with a backward pass of its own; the floor has
+  these three at the memory's size. Memory `batch`: the actions of the training pass are held, unless the policy draws
+  noise in training; the tiny preset draws none.
 - Peak memory is that of a process that runs three rounds of this row only.
 
 Measured on a CPU. Nothing here was measured on a GPU. How well preset `budget` keeps the drift at its budget with
@@ -717,7 +836,7 @@ def main() -> None:
     if cfg.variant:
         print(json.dumps(measure_memory(cfg, cfg.variant)))
         return
-    output = Path(cfg.output.format(size=cfg.size, tuning=cfg.tuning))
+    output = Path(cfg.output.format(size=cfg.size, tuning=cfg.tuning, only="_flops" * (cfg.rounds == 0)))
     if not cfg.report_only:
         write(output, json.dumps(run_all(cfg), indent=1) + "\n")
     write_section(Path(cfg.report), "craft_overhead", report(read_results(output.parent)))

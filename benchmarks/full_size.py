@@ -17,15 +17,18 @@ from pathlib import Path
 
 import draccus
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+from prismatic.craft import CRaFTConfig
 from prismatic.models.presets import build_vla
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.config import FinetuneConfig
-from prismatic.craft import CRaFTConfig, CRaFTConstraint
 from prismatic.training.lora import fixed_batch
+from prismatic.training.retention.craft import CRaFT
+from prismatic.training.retention.memory import Memory
 from prismatic.training.setup import apply_tuning
-from prismatic.training.step import StepContext, craft_request, optimizer_step
+from prismatic.training.step import StepContext, optimizer_step
 
 PUBLISHED = {"lora_r32": 51_897_088, "lora_r64": 103_794_176, "pro_head": 217_864_223, "vlm": 1_252_553_792}
 """Parameter counts of the published code; its adapters also cover layers that never get a gradient."""
@@ -81,11 +84,7 @@ def measure(cfg: FullSizeConfig) -> dict:
 
 def train(model: VLAPolicyModel, steps: int) -> tuple[list[float], list[dict]]:
     """Seconds and metrics of each CRaFT optimizer step (batch 1, random images, ids, state and actions)."""
-
-    def anchor(bare: VLAPolicyModel, batch: dict):
-        return bare.anchor_features(batch, craft_request(craft.config))
-
-    craft = CRaFTConstraint(model, CRaFTConfig(), anchor)
+    craft = CRaFT(model, CRaFTConfig(), [Memory()], Accelerator(cpu=True))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, fused=True)
     batch = fixed_batch(model, rows=1, prompt_length=50)
     geometry = model.action_head.geometry

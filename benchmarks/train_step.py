@@ -23,19 +23,20 @@ from pathlib import Path
 
 import draccus
 import torch
+from accelerate import Accelerator
 from benchmark_page import write, write_section
-from craft_overhead import ROWS, constraint, paired_ratio
+from craft_overhead import ROWS, memory_of, paired_ratio, require_plan
 from torch.utils.data import DataLoader
 
 from prismatic.training.config import FinetuneConfig
-from prismatic.craft import CRaFTConfig
-from prismatic.training.retention import to_device
+from prismatic.training.retention.craft import CRaFT
+from prismatic.training.retention.memory import to_device
 from prismatic.training.setup import TrainingSetup, apply_tuning, build_setup
 from prismatic.training.step import StepContext, optimizer_step
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.sampler import EpochSampler
 
-NAMES = ("plain", "original", "open", "priced", "closed")
+NAMES = ("plain", "original", "open", "priced", "closed", "keep_quarter")
 PARTS = (
     "data wait",
     "host to device",
@@ -45,6 +46,7 @@ PARTS = (
     "backward",
     "optimizer",
     "CRaFT: anchor pass",
+    "CRaFT: memory pass",
     "CRaFT: drift and its gradient",
     "CRaFT: combination",
     "other",
@@ -123,15 +125,19 @@ class Bench:
         self.model = setup.model.to(self.device).train()
         if cfg.tuning == "lora":
             apply_tuning(self.model, FinetuneConfig(use_lora=True, lora_rank=cfg.lora_rank))
+        processor = setup.processor
+        self._collate = VLACollator(processor.tokenizer, processor.image_processor, setup.num_action_queries)
         self._batches = self._load(setup)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
-        self.constraints = {
-            name: constraint(self.model, CRaFTConfig.from_preset(ROWS[name].preset, **ROWS[name].craft))
-            for name in NAMES
-            if ROWS[name].method == "craft"
-        }
+        self.crafts = {name: self._craft(name) for name in NAMES if ROWS[name].method == "craft"}
         self._watch()
+
+    def _craft(self, name: str) -> CRaFT:
+        row = ROWS[name]
+        return CRaFT(
+            self.model, row.config, [memory_of(row, self.cfg.batch_size, self._collate)], Accelerator(cpu=True)
+        )
 
     def _flags(self) -> FinetuneConfig:
         cfg = self.cfg
@@ -140,13 +146,12 @@ class Bench:
         )
 
     def _load(self, setup: TrainingSetup) -> Iterator[dict]:
-        processor = setup.processor
         return iter(
             DataLoader(
                 setup.dataset,
                 batch_size=self.cfg.batch_size,
                 sampler=EpochSampler(len(setup.dataset), self.cfg.seed),
-                collate_fn=VLACollator(processor.tokenizer, processor.image_processor, setup.num_action_queries),
+                collate_fn=self._collate,
             )
         )
 
@@ -163,15 +168,17 @@ class Bench:
             watch(module, "forward", name)
         watch(self.optimizer, "step", "optimizer")
         watch(self.optimizer, "zero_grad", "optimizer")
-        for craft in self.constraints.values():
-            watch(craft, "anchor_features", "CRaFT: anchor pass")
-            watch(craft, "accumulate", "CRaFT: drift and its gradient")
-            watch(craft, "combine_", "CRaFT: combination")
+        for craft in self.crafts.values():
+            watch(craft.constraint, "reference", "CRaFT: anchor pass")
+            watch(craft.constraint, "current", "CRaFT: memory pass")
+            watch(craft.constraint, "accumulate", "CRaFT: drift and its gradient")
+            watch(craft.constraint.gradient, "add", "CRaFT: drift and its gradient")
+            watch(craft.constraint, "combine_", "CRaFT: combination")
 
     def prime(self, name: str) -> None:
         """Run steps until the row's plan is in place: the gate opens after the first measurement."""
         for _ in range(3):
-            if name in self.constraints and self.constraints[name].plan is not ROWS[name].plan:
+            if name in self.crafts and self.crafts[name].constraint.plan is not ROWS[name].plan:
                 self.run(name)
 
     def run(self, name: str) -> dict[str, float]:
@@ -185,7 +192,7 @@ class Bench:
                 batches = list(islice(self._batches, self.cfg.micro_batches))
             with watch.part("host to device"):
                 batches = [to_device(batch, self.device) for batch in batches]
-            optimizer_step(StepContext(self.model, self.optimizer, self.constraints.get(name)), batches, 0)
+            optimizer_step(StepContext(self.model, self.optimizer, self.crafts.get(name)), batches, 0)
             total = time.perf_counter() - started
         finally:
             torch.Tensor.backward = backward
@@ -206,9 +213,8 @@ def run_all(cfg: StepTimesConfig) -> dict:
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
     for number in range(cfg.warmup + cfg.rounds):
         for name in shuffler.sample(NAMES, len(NAMES)):
-            craft = bench.constraints.get(name)
-            if craft is not None and craft.plan is not ROWS[name].plan:
-                raise RuntimeError(f"row {name}: the step would be {craft.plan}, expected {ROWS[name].plan}")
+            if name in bench.crafts:
+                require_plan(name, bench.crafts[name])
             seconds = bench.run(name)
             if number >= cfg.warmup:
                 rounds[name].append(seconds)
@@ -238,7 +244,7 @@ def table(result: dict) -> list[str]:
     columns = {name: shares(rounds) for name, rounds in result["seconds"].items()}
     totals = {name: [sum(s.values()) for s in rounds] for name, rounds in result["seconds"].items()}
     lines = [f"| part | {' | '.join(ROWS[name].label for name in names)} |", "|---" * (len(names) + 1) + "|"]
-    for part in PARTS:
+    for part in (part for part in PARTS if any(part in column for column in columns.values())):
         cells = [f"{columns[name][part]:.1%}" if part in columns[name] else "" for name in names]
         lines.append(f"| {part} | {' | '.join(cells)} |")
     ratios = [paired_ratio(totals[name], totals["plain"]) for name in names]
@@ -253,7 +259,8 @@ This section is written by `python benchmarks/train_step.py` from the files in `
 The tiny preset on a small real data set, loaded in the training process, so that `data wait` is all of the decoding and
 augmentation; with `--num_data_workers` most of it overlaps with training. A share is the median over rounds of the
 part's share of its step; medians need not add up to one. `backward` is that of the action loss, with lambda > 0 and a
-closed gate that of both losses. `other` is mostly the glue between the parts and the gradient norm.
+closed gate that of both losses. `memory pass` is the forward pass on a memory that is not the batch; its backward pass
+is in `drift and its gradient`. `other` is mostly the glue between the parts and the gradient norm.
 """
 
 

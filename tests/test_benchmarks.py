@@ -9,7 +9,7 @@ import torch
 import train_step
 from benchmark_page import put_section
 
-from prismatic.craft import CRaFTConfig, Plan
+from prismatic.craft import Plan
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,7 @@ def overhead():
 
 
 PARTS = {"shared": 5, "forward": 10, "backward": 20, "anchor": 9, "retention": 18, "fused": 21}
+MEMORY_PARTS = {"reference": 3, "memory_forward": 4, "memory_backward": 8}
 
 
 def test_ratio_is_paired_by_round(overhead):
@@ -50,10 +51,14 @@ def test_time_of_several_steps_is_averaged(overhead):
         ("original", 62),
         ("procedure", 62),
         ("open_every4", 35 + 27 / 4),
+        ("keep_quarter", 50),
+        ("keep_batch", 50),
+        ("keep_half_every2", 35 + 15 / 2),
+        ("frozen_keep_quarter_every2", 35 + 15 / 2),
     ],
 )
 def test_floor_counts_what_the_plan_needs(overhead, name, expected):
-    assert overhead.floor_flops(overhead.ROWS[name], PARTS) == pytest.approx(expected)
+    assert overhead.floor_flops(overhead.ROWS[name], PARTS | MEMORY_PARTS) == pytest.approx(expected)
 
 
 def test_rows_are_valid_settings_and_have_a_baseline(overhead):
@@ -61,13 +66,49 @@ def test_rows_are_valid_settings_and_have_a_baseline(overhead):
         assert overhead.ROWS[row.baseline].method == "plain"
         if row.method == "craft":
             assert row.plan in Plan
-            CRaFTConfig.from_preset(row.preset, **row.craft)
+            assert row.config.signal.value == ("actions" if row.holds_actions else "features")
+        if row.instructions:
+            assert row.holds_actions
     assert set(overhead.DERIVED) <= set(overhead.ROWS)
 
 
 def test_unknown_row_is_refused(overhead):
     with pytest.raises(ValueError, match="unknown rows"):
         overhead._selected("plain,fast", list(overhead.ROWS))
+
+
+def test_memory_of_a_row_has_its_share_of_the_batch_under_prompts_of_the_same_length(overhead):
+    batch = {name: torch.ones(4, 6, dtype=torch.bool) for name in ("attention_mask", "action_mask")}
+    batch |= {"input_ids": torch.zeros(4, 6, dtype=torch.int64), "keys": [(0, i) for i in range(4)]}
+    prompts = overhead.RandomPrompts(batch, vocab_size=50)
+    for name, rows in {"keep_quarter": 1, "keep_half_every2": 2, "keep_whole": 4, "keep_batch": 4, "open": 4}.items():
+        row = overhead.ROWS[name]
+        held = overhead.memory_of(row, 4, prompts).batch(batch)
+        assert held["input_ids"].shape == held["action_mask"].shape == (rows, 6)
+        assert ("instructions" in held) == bool(row.instructions)
+
+
+def test_batch_that_cannot_be_divided_is_refused(overhead):
+    with pytest.raises(ValueError, match="--batch_size 6: row .*a multiple of 4"):
+        overhead.memory_of(overhead.ROWS["keep_quarter"], 6, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_holding_the_actions_executes_no_more_than_its_floor(overhead, tuning):
+    names = ["keep_quarter_every2", "keep_batch", "frozen_keep_quarter"]
+    cfg = overhead.OverheadConfig(
+        tuning=tuning, rounds=0, threads=1, lora_rank=4, rows=",".join(["plain", *names]), memory_rows="none"
+    )
+    result = overhead.run_all(cfg)
+    for name in names:
+        flops = result["flops"][name]
+        assert flops["floor"] <= flops["executed"] <= 1.05 * flops["floor"], name
+    parts = result["flops"]["parts"]
+    assert parts["all_memory_0"]["memory_forward"] == 0 < parts["all_memory_0.25"]["memory_forward"]
+    page = overhead.report([result])
+    assert "FLOPs only" in page and "--rounds 0" in page
+    assert all(f"| {overhead.ROWS[name].label} |" in page for name in names)
 
 
 @pytest.mark.slow
@@ -117,12 +158,14 @@ def test_share_of_a_part_is_that_of_its_own_step():
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_short_run_times_every_part_of_a_step(tuning):
     backward = torch.Tensor.backward
-    cfg = train_step.StepTimesConfig(tuning=tuning, rounds=1, warmup=0, batch_size=1, threads=1, lora_rank=4)
+    cfg = train_step.StepTimesConfig(tuning=tuning, rounds=1, warmup=0, batch_size=4, threads=1, lora_rank=4)
     result = train_step.run_all(cfg)
     assert torch.Tensor.backward is backward
     for name, (seconds,) in result["seconds"].items():
-        expected = [part for part in train_step.PARTS if name != "plain" or not part.startswith("CRaFT")]
-        assert list(train_step.shares([seconds])) == expected
+        missing = set() if name == "keep_quarter" else {"CRaFT: memory pass"}
+        if name == "plain":
+            missing = {part for part in train_step.PARTS if part.startswith("CRaFT")}
+        assert list(train_step.shares([seconds])) == [part for part in train_step.PARTS if part not in missing]
         assert all(value >= 0 for value in seconds.values())
     section = train_step.report([result])
     assert f"--tuning {tuning} --rounds 1" in section
