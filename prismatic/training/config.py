@@ -24,7 +24,7 @@ MEMORIES = ("batch", "data", "instructions")
 AIM = 1.1
 """A run that lands steers to this multiple of its budget."""
 # What a preset says beyond the settings of the constraint. memory_share: of the batch.
-_PRESET_TRAINING: dict[str, dict] = {"keep": {"memory": "instructions", "every": 1, "memory_share": 0.25}}
+_PRESET_TRAINING: dict[str, dict] = {"keep": {"memory": "instructions", "every": 2, "memory_share": 0.25}}
 _FEATURE_FIELDS = (
     "anchor_layer_idx",
     "use_mean_pooling",

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from prismatic.training import loop
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.loop import Trainer, seed_everything
-from prismatic.training.retention import to_device
+from prismatic.training.retention import memory
+from prismatic.training.retention.memory import to_device
 from prismatic.training.setup import build_setup
 from prismatic.training.step import NonFiniteLossError, action_loss
 
@@ -33,17 +34,20 @@ def build(scenario: dict) -> Trainer:
         "batch_size": scenario.get("batch_size", scenario.get("global_batch", 4) // world),
         "save_freq": 1000,
         "save_training_state": False,
-        "craft_log_freq": 1,
         "device": "cpu",
     }
+    if scenario["flags"].get("use_craft"):
+        flags["craft_log_freq"] = 1
+    if "memory" in scenario:
+        flags["craft_memory_batch_size"] = scenario["memory"] // world
     cfg = FinetuneConfig(**flags | scenario["flags"])
     seed_everything(cfg.seed)
     setup = build_setup(cfg)
-    loop.to_device = to_device
+    loop.to_device = memory.to_device = to_device
     if scenario.get("double"):
         # L_ret is a difference of nearly equal features: in float32 its rounding depends on the batch and processor.
         setup.model.double()
-        loop.to_device = in_double
+        loop.to_device = memory.to_device = in_double
     trainer = Trainer(cfg, setup, Accelerator(cpu=True))
     if scenario.get("sgd"):
         # AdamW's first steps are sign(gradient), which turns rounding of tiny gradients into full steps.

@@ -41,6 +41,24 @@ EQUAL = [
     for preset, options in PRESETS.items()
     for accumulation in (1, 4)
 ]
+# Old instructions on the new images and observations of a data set, held by a controller that reads both norms.
+KEEP = {
+    "craft_preset": "keep",
+    "craft_retention_budget": 1e-3,
+    "craft_memory": "instructions,data",
+    "craft_memory_data": str(DATA / "libero_mini_no_noops"),
+}
+EQUAL += [
+    {
+        "name": f"{tuning}-keep-{accumulation}",
+        "sgd": True,
+        "double": True,
+        "global_batch": 4,
+        "memory": 2,
+        "flags": {"use_craft": True, "max_steps": 5, "grad_accumulation_steps": accumulation} | KEEP | options,
+    }
+    for tuning, accumulation, options in (("full", 4, {}), ("lora", 1, LORA))
+]
 ADAMW = {
     "name": "adamw",
     "global_batch": 2,

@@ -85,7 +85,7 @@ class CRaFT(Retention):
         return self.constraint.live_graph()
 
     def value_of(self, output: PolicyOutput) -> Any:
-        return self.held.value_of(output)
+        return self.held.value_of(output) if self.shares_pass else None
 
     def loss_term(self, value: Any, share: float, loss_scale: float) -> Tensor | float:
         if not self.shares_pass:
