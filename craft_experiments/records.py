@@ -32,8 +32,9 @@ METRICS = (
     "CRaFT/Conflict Ratio",
     "CRaFT/Gate Open",
 )
-# Where files are and how fast they are made changes no result.
+# Where files are, how fast they are made and how often something is measured changes no result.
 _NO_SETTINGS = {
+    "craft_log_freq",
     "run_root_dir",
     "local_log_dir",
     "results_dir",

@@ -45,6 +45,7 @@ EQUAL = [
 KEEP = {
     "craft_preset": "keep",
     "craft_retention_budget": 1e-3,
+    "craft_every": 1,
     "craft_memory": "instructions,data",
     "craft_memory_data": str(DATA / "libero_mini_no_noops"),
 }
