@@ -44,7 +44,8 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("start")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", micro.MICRO)
-        flags = micro.flags(root) | {"use_craft": False, "max_steps": 1, "save_training_state": False}
+        plain = {name: value for name, value in micro.flags(root).items() if "craft" not in name}
+        flags = plain | {"max_steps": 1, "save_training_state": False}
         cfg = FinetuneConfig(**flags)
         Trainer(cfg, build_setup(cfg), Accelerator(cpu=True)).fit()
     return root / "run--1_chkpt"
