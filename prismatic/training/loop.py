@@ -61,13 +61,7 @@ class Trainer:
         self.throughput = Throughput(self._samples_per_step, accelerator.device)
         self.optimizer = self._build_optimizer()
         self.scaler = torch.amp.GradScaler(accelerator.device.type) if accelerator.mixed_precision == "fp16" else None
-        self.sampler = EpochSampler(
-            setup.dataset.group_sizes,
-            cfg.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-            setup.dataset.weights,
-        )
+        self.sampler = self._first_samples()
         self.step = 0
         self._resumed_at = 0, 0  # step and samples seen until then
         self._constraint_metrics: dict[str, float] = {}
@@ -212,25 +206,25 @@ class Trainer:
         """After the last step: go back to the budget, on fixed samples of the memories."""
         if self.landing is None or self.step != self.cfg.max_steps:
             return
-        sampler = EpochSampler(
-            self.setup.dataset.group_sizes,
-            self.cfg.seed,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.setup.dataset.weights,
-        )
-        batches = self._batches(sampler)
         per_batch = sum(m.size or self.cfg.batch_size for m in self.retention.memories)
-        scale = self.landing.land(self.retention.memory_batches(batches, -(-SAMPLES // per_batch)))
+        with closing(self._batches(self._first_samples())) as batches:
+            scale = self.landing.land(self.retention.memory_batches(batches, -(-SAMPLES // per_batch)))
         if self.tracker is not None:
             self.tracker.message(
                 f"CRaFT: landed at {scale:.3f} of the way from the start weights, drift {self.landing.drift:.3g}"
             )
 
     def _say_verdict(self) -> None:
-        verdict = None if self.retention is None else self.retention.verdict()
+        landed = self.landing is not None and self.landing.scale is not None  # has said its own drift
+        verdict = None if self.retention is None or landed else self.retention.verdict()
         if self.tracker is not None and verdict is not None:
             self.tracker.message(verdict)
+
+    def _first_samples(self) -> EpochSampler:
+        """This process's share of the order of samples, from its beginning."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        data = self.setup.dataset
+        return EpochSampler(data.group_sizes, self.cfg.seed, rank, world, data.weights)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         trainable = [p for p in self.bare_model.parameters() if p.requires_grad]

@@ -122,7 +122,7 @@ class CRaFT(Retention):
     @property
     def drift(self) -> float | None:
         """Averaged drift in the unit of the budget; None before the first measurement."""
-        mean = getattr(self.constraint.dual.rule, "drift", None) or self.constraint.dual.gate.loss_mean
+        mean = self.constraint.dual.gate.loss_mean
         return None if mean is None else self.config.drift_of(mean)
 
     def verdict(self) -> str | None:

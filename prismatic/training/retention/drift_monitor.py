@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from prismatic.craft import CRaFTConstraint
+from prismatic.craft.telemetry import as_reported
 from prismatic.training.retention.craft import CRaFT
 
 
@@ -27,7 +29,7 @@ class DriftMonitor:
         return {f"CRaFT/Probe/{name}": value for name, value in reported(self._craft, measured).items()}
 
 
-def mean_measurement(constraint, batches: list[dict], references: list) -> dict[str, float]:
+def mean_measurement(constraint: CRaFTConstraint, batches: list[dict], references: list) -> dict[str, float]:
     """`CRaFTConstraint.measure`, averaged over the samples of the batches."""
     totals: dict[str, float] = {}
     count = sum(len(batch["input_ids"]) for batch in batches)
@@ -39,7 +41,5 @@ def mean_measurement(constraint, batches: list[dict], references: list) -> dict[
 
 def reported(craft: CRaFT, measured: dict[str, float]) -> dict[str, float]:
     """Mean losses in the unit of the budget, parts in the unit of their name."""
-    from prismatic.craft.telemetry import as_reported
-
     loss = {"Retention Loss": craft.config.drift_of(measured["Retention Loss"])}
     return loss | {name: as_reported(name, value) for name, value in measured.items() if name not in loss}
