@@ -40,7 +40,7 @@ ROW_LABELS = {
     "plain": "plain",
     "replay": "replay",
     "keep": "CRaFT keep, no old data",
-    "keep_data": "CRaFT keep, one old demonstration",
+    "keep_data": "CRaFT keep, with old observations",
     "features": "CRaFT on features",
     "playback": "control: playback of a demonstration",
     "grey": "control: plain, grey images",
