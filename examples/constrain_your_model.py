@@ -21,7 +21,7 @@ def train(model, inputs, targets, steps, memory=None):
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     if memory is not None:  # made before the first step: it remembers the start weights
         config = CRaFTConfig.from_preset("keep", retention_budget=BUDGET)
-        constraint = CRaFTConstraint(model, config, OutputSignal(lambda module, x: module(x)), memories=1)
+        constraint = CRaFTConstraint(model, config, OutputSignal(), memories=1)
     for _ in range(steps):
         optimizer.zero_grad()
         if memory is not None:

@@ -343,19 +343,23 @@ def too_small(results: DemoResults) -> str | None:
     if trials >= SMALLEST_TRIALS and steps >= SMALLEST_STEPS:
         return None
     return (
-        f"Too small to judge the methods by: {steps} training steps and {trials} trials in the smallest cell, expected "
+        f"Too small to judge the methods by: {steps} training steps, {_trials(trials)} in the smallest cell, expected "
         f"at least {SMALLEST_STEPS} and {SMALLEST_TRIALS}. It shows that every stage works."
     )
 
 
+def _trials(count: int) -> str:
+    return f"{count} trial" + "s" * (count != 1)
+
+
 def conditions(results: DemoResults) -> str:
     """How large the comparison is, and what its intervals do not cover."""
-    trials = sorted({e.trials for cells in results.table.values() for e in cells.values()})
-    per_cell = " to ".join(str(n) for n in dict.fromkeys((trials[0], trials[-1]))) if trials else "No"
+    counts = sorted({e.trials for cells in results.table.values() for e in cells.values()})
+    trials = f"{counts[0]} to {_trials(counts[-1])}" if len(counts) > 1 else _trials(*counts) if counts else "No trials"
     noise = results.manifest.get("settings", {}).get("old_init_noise_mm")
     displaced = f" In the old tasks every object is displaced by up to {noise:g} mm." if noise else ""
     return (
-        f"{per_cell} trials per cell and one training seed per method: the intervals cover the choice of initial "
+        f"{trials} per cell and one training seed per method: the intervals cover the choice of initial "
         "states, not the variation between trainings. The p values are not corrected for the number of comparisons."
         f"{displaced}"
     )

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
@@ -50,7 +51,7 @@ class CRaFTConstraint:
 
     Args:
         module: module whose trainable parameters are constrained; a DDP wrapper is removed.
-        config: settings.
+        config: settings. The signal decides which of the two units its budget has.
         signal: what is held.
         keep: which trainable parameters can change the signal, by name; None means all. The others are neither snapshot
             nor changed.
@@ -70,6 +71,7 @@ class CRaFTConstraint:
         keep: Callable[[str], bool] | None = None,
         memories: int = 0,
     ) -> None:
+        config = replace(config, signal=signal.kind)
         self.config, self.signal = config, signal
         self.anchor = build_anchor(config.anchor, module, keep)
         self.projector = CRaFTGradientProjector(config)
@@ -109,10 +111,10 @@ class CRaFTConstraint:
         return self.signal.compute(self.module, batch)
 
     def measure(self, batch: Any, reference: Any) -> dict[str, Tensor]:
-        """`Retention Loss` (a mean over samples) and the parts' drift of a batch, without gradients or noise."""
+        """`loss` and the parts' drift of a batch, means over samples, without gradients or noise."""
         with quiet_pass(self.module):
             value = self.current(batch)
-            return {"Retention Loss": self.signal.loss(value, reference), **self.signal.parts(value, reference)}
+            return {"loss": self.signal.loss(value, reference), **self.signal.parts(value, reference)}
 
     def forget_anchor_time(self) -> None:
         """Do not count the reference passes so far as part of the coming step."""

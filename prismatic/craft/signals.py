@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prismatic.craft.distances import drift_of_parts, retention_loss
 from prismatic.craft.features import BridgeFeatures, CRaFTFeatureExtractor, require_same_shape
-from prismatic.craft.settings import CRaFTConfig
+from prismatic.craft.settings import CRaFTConfig, SignalKind
 
 ROOT_MEAN_SQUARE = "_rms"
 """Ending of the names of parts that are mean squares over samples, to be reported as their root."""
@@ -17,6 +17,9 @@ ROOT_MEAN_SQUARE = "_rms"
 
 class Signal(Protocol):
     """One thing that the constraint can hold. Losses are means over samples, so that they may be averaged."""
+
+    kind: SignalKind
+    """Whose unit the budget has (`CRaFTConfig.retention_budget`)."""
 
     def compute(self, module: nn.Module, batch: Any) -> Any:
         """The signal of a batch under the module's current weights, by a pass of its own."""
@@ -35,6 +38,8 @@ class FeatureSignal:
         config: which features, and their distance.
         compute: (bare module, batch) -> (raw, aq, raw mask or None), see `CRaFTFeatureExtractor.parts`.
     """
+
+    kind = SignalKind.FEATURES
 
     def __init__(self, config: CRaFTConfig, compute: Callable[[nn.Module, Any], tuple]) -> None:
         self.config, self._compute = config, compute
@@ -58,11 +63,16 @@ class OutputSignal:
     classifier.
 
     Args:
-        compute: (bare module, batch) -> the tensor. Without dropout or other noise, or the loss at theta_0 is not 0.
+        compute: (bare module, batch) -> the tensor; by default the module is called with the batch. Without dropout or
+            other noise, or the loss at theta_0 is not 0.
         name: of the signal in the log.
     """
 
-    def __init__(self, compute: Callable[[nn.Module, Any], Tensor], name: str = "output") -> None:
+    kind = SignalKind.ACTIONS
+
+    def __init__(
+        self, compute: Callable[[nn.Module, Any], Tensor] = lambda module, batch: module(batch), name: str = "output"
+    ) -> None:
         self._compute, self._name = compute, name
 
     def compute(self, module: nn.Module, batch: Any) -> Tensor:

@@ -133,3 +133,18 @@ def test_no_graph_of_the_memory_is_alive_when_the_training_pass_begins():
     constraint.hold(make_batch(MEMORY))
     constraint.reference(make_batch())  # refused inside a live graph
     assert not constraint.weights.is_swapped
+
+
+@pytest.mark.parametrize("preset", ["original", "budget", "keep"])
+def test_the_signal_decides_the_unit_of_the_budget(preset):
+    """Outputs are held to a root mean square whatever the preset's own signal is."""
+    policy = make_policy()
+    config = CRaFTConfig.from_preset(preset, retention_budget=0.05)
+    constraint = CRaFTConstraint(policy, config, OutputSignal(actions), memories=1)
+    memory = make_batch(MEMORY)
+    perturb(policy)
+    reference = constraint.reference(memory)
+    expected = float((actions(policy, memory) - reference).detach().square().mean()) ** 0.5
+    metrics = held_step(policy, constraint, [make_batch()], {"": [memory]})
+    assert metrics["CRaFT/Retention Loss"] == pytest.approx(expected)
+    assert constraint.config.loss_budget == pytest.approx(0.05**2)

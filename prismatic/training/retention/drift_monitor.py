@@ -41,5 +41,5 @@ def mean_measurement(constraint: CRaFTConstraint, batches: list[dict], reference
 
 def reported(craft: CRaFT, measured: dict[str, float]) -> dict[str, float]:
     """Mean losses in the unit of the budget, parts in the unit of their name."""
-    loss = {"Retention Loss": craft.config.drift_of(measured["Retention Loss"])}
-    return loss | {name: as_reported(name, value) for name, value in measured.items() if name not in loss}
+    parts = {name: as_reported(name, value) for name, value in measured.items() if name != "loss"}
+    return {"Retention Loss": craft.config.drift_of(measured["loss"])} | parts

@@ -47,7 +47,7 @@ class Landing:
 
         def drift_at(scale: float) -> float:
             with self._scaled(scale):
-                loss = mean_measurement(constraint, batches, references)["Retention Loss"]
+                loss = mean_measurement(constraint, batches, references)["loss"]
             if self._reduce_mean is not None:
                 loss = float(self._reduce_mean(torch.tensor([loss], device=batches[0]["input_ids"].device)))
             return self._craft.config.drift_of(loss)
