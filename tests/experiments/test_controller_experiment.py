@@ -43,7 +43,7 @@ def test_cells_differ_in_nothing_but_what_moves_lambda(driver):
     cfg = driver.ControllerConfig()
     cells = driver.cells(cfg)
     kinds = [cell.variant.split()[0] for cell in cells]
-    assert kinds == (["share"] * 3 + ["pi"] * 3 + ["fixed"] * 8) * 3  # a stopped experiment has whole seeds
+    assert kinds == (["share"] * 3 + ["pi"] * 3 + ["fixed"] * 6) * 3  # a stopped experiment has whole seeds
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     assert len({record_file(cfg, cell) for cell in cells}) == len(cells) == 3 * (2 * 3 + 6)
     rest = set()
