@@ -155,8 +155,8 @@ def test_missing_runs_are_named(driver, pages):
     assert len(runs) == len(pages.SEEDS) * len(pages.PLAN)
     lost = [one for one in runs if (one["variant"], one["budget"], one["seed"]) != ("pi", 0.003, 1)]
     assert pages.gaps(lost)[0] == "**Not finished: seed 1 lacks pi at eps 0.003.**"
-    lost = [one for one in runs if one["seed"] == 0 and one["variant"] != "fixed 0.3"]
-    said = "seed 0 lacks fixed 0.3; seed 1 has not been run; seed 2 has not been run"
+    lost = [one for one in runs if one["seed"] == 0 and one["variant"] != "fixed 3"]
+    said = "seed 0 lacks fixed 3; seed 1 has not been run; seed 2 has not been run"
     assert pages.gaps(lost)[0] == f"**Not finished: {said}.**"
 
 
