@@ -44,10 +44,10 @@ def compose(records: Sequence[DemoResults], folder: Path) -> str:
     """The page's Markdown."""
     sections = [
         "# Records of the demo, seed by seed",
-        "Successes of each training seed, in the order of the seeds; with several also the mean rate and half of its 95 % "
-        "interval (Student t). One seed is an anecdote. Drift: mean over the last tenth of the logged steps, in the "
-        "unit of the budget. `x plain`: wall time of the training against plain in the same record, on a machine that "
-        "did other things besides.",
+        "Successes of each training seed, in the order of the seeds; with several also the mean rate and half of its "
+        "95 % interval (Student t). One seed is an anecdote. Drift: mean over the last tenth of the logged steps, in "
+        "the unit of the budget. `x plain`: wall time of the training against plain in the same record, on a machine "
+        "that did other things besides.",
     ]
     for settings, group in groups(records).items():
         names = ", ".join(f"[{r.folder.relative_to(folder)}]({r.folder.relative_to(folder)}/report.md)" for r in group)

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -147,13 +148,43 @@ def test_pairs_of_rows_are_compared_on_their_common_states(demo, report_module):
     assert "| control" not in old
 
 
+def test_records_of_a_setting_stand_together_by_seed(demo, report_module, tmp_path_factory, monkeypatch):
+    """Two seeds of one setting share a table; another budget is another setting."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import compare_records
+
+    root = tmp_path_factory.mktemp("records")
+    for name, settings in (
+        ("b", {"seed": 8}),
+        ("a", {"seed": 7, "work_dir": "elsewhere"}),
+        ("c", {"seed": 7, "action_budget": 0.05}),
+    ):
+        shutil.copytree(demo, root / name)
+        manifest = json.loads((demo / "manifest.json").read_text())
+        manifest["settings"] = {"start": "starts/mine", "max_steps": 800, **settings}
+        (root / name / "manifest.json").write_text(json.dumps(manifest))
+    (root / "b" / "evaluations" / "keep-target").rename(root / "b" / "old")
+    write_evaluation(root / "b" / "evaluations" / "keep-target", [1] * 10)
+    compare_records.main(str(root))
+    together, apart = (root / "report.md").read_text().split("\n## ")[1:]
+    assert together.startswith("mine, 800 steps\n\nSeeds 7, 8: [a](a/report.md), [b](b/report.md).")
+    assert apart.startswith("mine, 800 steps, action_budget `0.05`\n\nSeeds 7: [c]")
+    assert (
+        "| CRaFT keep, no old data | 8, 10 of 10 (0.90 ± 1.27) | 10, 10 of 10 (1.00 ± 0.00) | 0.0321, 0.0321 |"
+        in together
+    )
+    assert "| 0.03 | 2 of 2 | 1.20, 1.20 |" in together and "| 0.03 | 1 of 1 | 1.20 |" in apart
+    assert "- CRaFT keep, no old data: new task +0.10 ± 1.27 against plain of the same seed." in together
+    assert "against plain of" not in apart
+
+
 def test_a_small_demo_says_so_and_a_displaced_one_too(demo, report_module):
     manifest = json.loads((demo / "manifest.json").read_text())
     manifest["runs"][0] = write_run(demo / "metrics", "plain", steps=80)
     manifest["settings"]["old_init_noise_mm"] = 50.0
     (demo / "manifest.json").write_text(json.dumps(manifest))
     text = report_of(report_module, demo)
-    assert "Too small to judge the methods by: 80 training steps and 10 trials in the smallest cell" in text
+    assert "Too small to judge the methods by: 80 training steps, 10 trials in the smallest cell" in text
     assert "every object is displaced by up to 50 mm" in text
 
 
