@@ -3,21 +3,21 @@
     python craft_experiments/00_demo/compare_records.py results/keep
 
 Reads every `manifest.json` below the folder, and what it names, and writes `report.md` there. Records that differ in
-nothing but their seed and folders are one setting. Every number is computed here from the raw files.
+nothing but `OWN` (seed, folders, what was evaluated) are one setting. Every number is computed here from the raw files.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from make_report import COLUMN_LABELS, ROW_LABELS, DemoResults, Training, load_results, number, row_label
+from make_report import COLUMN_LABELS, OUT_OF_REACH, ROW_LABELS, TRAINED, DemoResults, load_results, number, row_label
 from run_demo import DemoConfig
 
 from craft_experiments.common_utils.log_parser import write_text_atomic
@@ -27,6 +27,7 @@ from craft_experiments.common_utils.statistics import mean_and_half_width
 
 OWN = ("seed", "work_dir", "record_dir", "rows", "trials", "sentence_trials")
 """Settings in which records of one group may differ."""
+DEFAULTS = asdict(DemoConfig())
 Settings = tuple[tuple[str, Any], ...]
 
 
@@ -60,18 +61,16 @@ def groups(records: Sequence[DemoResults]) -> dict[Settings, list[DemoResults]]:
     """Records by setting, larger groups first, seeds ascending."""
     found: dict[Settings, list[DemoResults]] = {}
     for record in sorted(records, key=lambda r: r.manifest["settings"]["seed"]):
-        known = {entry.name: entry.default for entry in fields(DemoConfig)}
-        settings = known | record.manifest["settings"]
+        settings = DEFAULTS | record.manifest["settings"]
         found.setdefault(tuple((k, v) for k, v in settings.items() if k not in OWN), []).append(record)
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
 def title(settings: Settings) -> str:
     """What the setting is: its start, steps, and what differs from the demo's defaults."""
-    known = {entry.name: entry.default for entry in fields(DemoConfig)}
     values = dict(settings)
     named = [Path(values.pop("start")).name, f"{values.pop('max_steps')} steps"]
-    other = [f"{k} `{v}`" for k, v in values.items() if v != known[k] and k != "start_statistics"]
+    other = [f"{k} `{v}`" for k, v in values.items() if v != DEFAULTS[k] and k != "start_statistics"]
     return ", ".join([*named, *other])
 
 
@@ -79,14 +78,8 @@ def table(group: Sequence[DemoResults]) -> str:
     """A line per row of the demo."""
     columns = list(dict.fromkeys(column for record in group for column in record.table))
     rows = [row for row in ROW_LABELS if any(row in cells for r in group for cells in r.table.values())]
-    heads = [
-        "policy",
-        *(COLUMN_LABELS.get(c, c) for c in columns),
-        "drift",
-        "budget",
-        "out of reach at the end",
-        "x plain",
-    ]
+    heads = ["policy", *(COLUMN_LABELS.get(column, column) for column in columns)]
+    heads += ["drift", "budget", "out of reach at the end", "x plain"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [rates([r.table[c][row] for r in group if row in r.table.get(c, {})]) for c in columns]
@@ -100,12 +93,9 @@ def rates(found: Sequence[Evaluation]) -> str:
         return "-"
     if any(e.errors for e in found):
         return "**errors: not valid**"
-    trials = list(dict.fromkeys(e.trials for e in found))
-    counts = (
-        ", ".join(str(e.successes) for e in found) + f" of {trials[0]}"
-        if len(trials) == 1
-        else ", ".join(f"{e.successes}/{e.trials}" for e in found)
-    )
+    counts = ", ".join(f"{e.successes}/{e.trials}" for e in found)
+    if len({e.trials for e in found}) == 1:
+        counts = ", ".join(str(e.successes) for e in found) + f" of {found[0].trials}"
     mean, half = mean_and_half_width([e.rate for e in found])
     return counts if half is None else f"{counts} ({mean:.2f} ± {half:.2f})"
 
@@ -114,36 +104,26 @@ def training_cells(group: Sequence[DemoResults], row: str) -> list[str]:
     """Drift, budget, verdict and relative time of a row's trainings."""
     runs = [(record, run) for record in group for run in record.runs if run.row == row]
     drifts = [d for _, run in runs if run.budget and (d := run.metrics.tail_mean(DRIFT)) is not None]
-    said = [is_out_of_reach(run) for _, run in runs if run.budget]
-    factors = []
-    for record, _ in runs:
-        own, plain = record.seconds(f"train-{row}"), record.seconds("train-plain")
-        if own and plain:
-            factors.append(f"{own / plain:.2f}")
+    words = [values[-1] > 0 for _, run in runs if (values := run.metrics.series(OUT_OF_REACH)[1])]
+    times = [(record.seconds(f"train-{row}"), record.seconds("train-plain")) for record, _ in runs]
     return [
         ", ".join(number(d) for d in drifts) or "-",
         number(next((run.budget for _, run in runs if run.budget), None)),
-        f"{sum(said)} of {len(said)}" if drifts and row != "features" else "-",
-        ", ".join(factors) or "-",
+        f"{sum(words)} of {len(words)}" if words else "-",  # the controller's last word
+        ", ".join(f"{own / plain:.2f}" for own, plain in times if own and plain) or "-",
     ]
 
 
-def is_out_of_reach(run: Training) -> bool:
-    """Whether the controller's last word was that it cannot reach the budget."""
-    _, values = run.metrics.series("CRaFT/Out Of Reach")
-    return bool(values) and values[-1] > 0
-
-
 def against_plain(group: Sequence[DemoResults]) -> list[str]:
-    """Per constrained row, its difference from plain of the same seed on the new task."""
+    """Per trained row, its difference from plain of the same seed on the new task."""
     lines = []
-    for row in ROW_LABELS:
+    for row in TRAINED[1:]:
         pairs = [
             (cells[row].rate, cells["plain"].rate)
             for r in group
             if row in (cells := r.table.get("target", {})) and "plain" in cells
         ]
-        if row not in ("start", "plain", "grey", "playback") and len(pairs) > 1:
+        if len(pairs) > 1:
             mean, half = mean_and_half_width([a - b for a, b in pairs])
             lines.append(f"- {row_label(row)}: new task {mean:+.2f} ± {half:.2f} against plain of the same seed.")
     return ["\n".join(lines)] if lines else []
