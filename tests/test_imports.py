@@ -40,3 +40,17 @@ def test_importing_everything_is_silent_and_offline(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and done.stderr == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_constraint_imports_nothing_beyond_torch(tmp_path):
+    program = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "import prismatic.craft\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "assert new <= {'prismatic', 'torch'}, new\n"
+        "rooms = {'.'.join(name.split('.')[:2]) for name in sys.modules if name.startswith('prismatic.')}\n"
+        "assert rooms == {'prismatic.craft'}, rooms\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr

@@ -48,10 +48,10 @@ class DemoConfig:
     old_init_noise_mm: float = 0.0  # old tasks start with every object displaced by up to this
     max_steps: int = 800
     batch_size: int = 16
-    learning_rate: float = 7e-4
+    learning_rate: float = 2e-4
     action_budget: float = 0.03  # of `keep`: root mean square of normalised actions
     feature_budget: float = 1e-3  # of `features`: mean square
-    trials: int = 20  # of the new task and of the old one in memory
+    trials: int = 10  # of the new task and of the old one in memory
     sentence_trials: int = 10
     first_initial_state: int = 0
     seed: int = 7  # of the trainings

@@ -233,7 +233,9 @@ class CRaFTConfig:
         for name, kind in _CHOICES.items():
             object.__setattr__(self, name, _choice(name, kind, getattr(self, name)))
         if self.cr_token_mode not in ("vision_only", "vision_plus_prompt"):
-            raise ValueError(f"cr_token_mode is {self.cr_token_mode!r}, expected vision_only or vision_plus_prompt")
+            raise ValueError(
+                f"CRaFT cr_token_mode is {self.cr_token_mode!r}, expected vision_only or vision_plus_prompt"
+            )
         for name in _NON_NEGATIVE:
             value = getattr(self, name)
             _require(name, value, 0 <= value < math.inf, "a finite number >= 0")
@@ -260,8 +262,11 @@ class CRaFTConfig:
                 "CRaFT feature_source bridge reads all layers at the positions of the action head: cr_token_mode and "
                 "anchor_layer_idx have no meaning there"
             )
+        if self.rule is Rule.BARRIER and self.dual_kind is DualKind.SHARE:
+            raise ValueError("CRaFT projection_rule barrier reads no multiplier, so dual share would steer nothing")
         if self.initial_lambda > self.lambda_max:
-            raise ValueError(f"CRaFT initial lambda {self.initial_lambda} is above lambda_max {self.lambda_max}")
+            name = "fixed_lambda" if self.dual_kind is DualKind.OFF else "retention_weight"
+            raise ValueError(f"CRaFT {name} is {self.initial_lambda}, expected at most lambda_max {self.lambda_max}")
 
     @property
     def loss_budget(self) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 
-from prismatic.craft import PRESET_FIELDS, CRaFTConfig, SignalKind, plain_values
+from prismatic.craft import PRESET_FIELDS, CRaFTConfig, plain_values
 from prismatic.training.ema import check_decay
+from prismatic.training.flag_checks import check_choice, check_unread
 from prismatic.training.schedules import LRSchedule, ScheduleSettings, parse_boundaries
 
 # Flags of the published script that this code base does not implement: a value other than the default is an error,
@@ -25,15 +26,6 @@ AIM = 1.1
 """A run that lands steers to this multiple of its budget."""
 # What a preset says beyond the settings of the constraint. memory_share: of the batch.
 _PRESET_TRAINING: dict[str, dict] = {"keep": {"memory": "instructions", "every": 2, "memory_share": 0.25}}
-_FEATURE_FIELDS = (
-    "anchor_layer_idx",
-    "use_mean_pooling",
-    "anchor_type",
-    "cr_token_mode",
-    "feature_source",
-    "w_raw",
-    "w_aq",
-)
 
 
 class TuningMode(str, Enum):
@@ -232,7 +224,7 @@ class FinetuneConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}, expected more than 0")
         self.schedule_settings  # noqa: B018 - validates
-        _check_choice("mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
+        check_choice("mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
         if self.ema_decay is not None:
             check_decay(self.ema_decay)
         self._check_data_flags()
@@ -246,6 +238,7 @@ class FinetuneConfig:
         measures, l2sp = self.retention.measures_drift, self.retention is RetentionMethod.L2SP
         switches = {  # flags by name or prefix: (their switch is on, the switch)
             "craft_": (measures, "--use_craft True (or --retention_method feature_penalty)"),
+            "craft_probe_size": (self.craft_probe_data is not None, "--craft_probe_data FOLDER"),
             "l2sp_weight": (l2sp, "--retention_method l2sp"),
             "lora_": (self.use_lora, "--use_lora True; without it all weights are trained"),
             "merge_lora_during_training": (self.use_lora, "--use_lora True"),
@@ -294,7 +287,7 @@ class FinetuneConfig:
             raise ValueError(f"--lora_rank is {self.lora_rank}, expected at least 1")
 
     def _check_replay_flags(self) -> None:
-        _check_choice("replay_labels", self.replay_labels, ("data", "start"))
+        check_choice("replay_labels", self.replay_labels, ("data", "start"))
         if not 0 < self.replay_fraction < 1:
             raise ValueError(f"--replay_fraction is {self.replay_fraction}, expected more than 0 and less than 1")
         if self.replay_labels == "start" and self.retention is not RetentionMethod.NONE:
@@ -308,6 +301,7 @@ class FinetuneConfig:
         if not self.retention.measures_drift:
             return
         config = self.craft_config()
+        check_unread(self, config)
         for name in PRESET_FIELDS:
             value = getattr(config, name)
             setattr(self, f"craft_{name}", value.value if isinstance(value, Enum) else value)
@@ -332,12 +326,10 @@ class FinetuneConfig:
             raise ValueError("--craft_land True excludes --ema_decay: both decide what the last checkpoint holds")
         if self.craft_land and math.isinf(config.retention_budget):
             raise ValueError("--craft_land True needs a finite --craft_retention_budget to land at")
-        if config.signal is SignalKind.ACTIONS:
-            self._check_features_are_not_asked_for()
 
     def _check_memories(self) -> None:
         for name in self.memories:
-            _check_choice("craft_memory", name, MEMORIES)
+            check_choice("craft_memory", name, MEMORIES)
         if len(set(self.memories)) != len(self.memories):
             raise ValueError(f"--craft_memory {self.craft_memory} names a memory twice")
         for name, flag in (("data", "craft_memory_data"), ("instructions", "craft_memory_instructions")):
@@ -346,23 +338,22 @@ class FinetuneConfig:
                 raise ValueError(f"--{flag} {value} needs --craft_memory {name}, found {self.craft_memory}")
         if "data" in self.memories and self.craft_memory_data is None:
             raise ValueError(f"--craft_memory {self.craft_memory} needs --craft_memory_data FOLDER")
-
-    def _check_features_are_not_asked_for(self) -> None:
-        defaults = CRaFTConfig()
-        for name in _FEATURE_FIELDS:
-            value, default = getattr(self, f"craft_{name}"), getattr(defaults, name)
-            if value != (default.value if isinstance(default, Enum) else default):
-                raise ValueError(f"--craft_{name} {value} is about features, but --craft_signal is actions")
+        size = self.craft_memory_batch_size
+        if size is not None and size > self.batch_size and "batch" in self.memories:
+            raise ValueError(
+                f"--craft_memory_batch_size is {size}, but the memory batch has no more than --batch_size "
+                f"{self.batch_size} samples"
+            )
 
     @property
     def memories(self) -> list[str]:
         """Names of the memories, in the order given."""
-        return [name.strip() for name in (self.craft_memory or "batch").split(",")]
+        return [name.strip() for name in ("batch" if self.craft_memory is None else self.craft_memory).split(",")]
 
     def _resolve_retention_method(self) -> None:
         if self.retention_method is None:
             self.retention_method = "craft" if self.use_craft else "none"
-        _check_choice("retention_method", self.retention_method, [m.value for m in RetentionMethod])
+        check_choice("retention_method", self.retention_method, [m.value for m in RetentionMethod])
         if self.use_craft and self.retention_method != "craft":
             raise ValueError(f"--use_craft True contradicts --retention_method {self.retention_method}")
         self.use_craft = self.retention_method == "craft"
@@ -411,7 +402,10 @@ class FinetuneConfig:
         if self.retention is RetentionMethod.FEATURE_PENALTY:
             flags |= {"enable_projection": False, "enable_dual": False}
         given = {k: v for k, v in flags.items() if v is not None or k not in PRESET_FIELDS}
-        return CRaFTConfig.from_preset(self.craft_preset, **given)
+        try:
+            return CRaFTConfig.from_preset(self.craft_preset, **given)
+        except ValueError as error:  # the settings are flags here
+            raise ValueError(str(error).replace("CRaFT ", "--craft_", 1)) from None
 
     @property
     def schedule_settings(self) -> ScheduleSettings:
@@ -444,8 +438,3 @@ class FinetuneConfig:
     def to_dict(self) -> dict:
         """Plain values for JSON."""
         return plain_values(asdict(self))
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"--{name} is {value!r}, expected one of {', '.join(choices)}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from itertools import islice
 
 import numpy as np
@@ -14,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from prismatic.training.checkpoint_folder import write_json
+from prismatic.training.checkpoint_folder import MANIFEST, read_json, write_json
 from prismatic.training.compilation import compile_policy
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.ema import WeightAverage
 from prismatic.training.faults import batches_of, explained_faults
+from prismatic.training.resumed_flags import check_resumed_flags
 from prismatic.training.retention.craft import CRaFT
 from prismatic.training.retention.drift_monitor import DriftMonitor
 from prismatic.training.retention.landing import SAMPLES, Landing
@@ -60,7 +62,7 @@ class Trainer:
         self.validator = self._build_validator()
         self.throughput = Throughput(self._samples_per_step, accelerator.device)
         self.optimizer = self._build_optimizer()
-        self.scaler = torch.amp.GradScaler(accelerator.device.type) if accelerator.mixed_precision == "fp16" else None
+        self.scaler = self._build_scaler()
         self.sampler = self._first_samples()
         self.step = 0
         self._resumed_at = 0, 0  # step and samples seen until then
@@ -88,9 +90,9 @@ class Trainer:
             ):
                 for _ in progress:
                     metrics = self._train_one_step(batches)
+                    self._land()
                     self._log(metrics | self._validate())
                     stopping = stop.agreed()
-                    self._land()
                     self._save_when_due(stopping)
                     if stopping:
                         break
@@ -128,7 +130,7 @@ class Trainer:
         if self.validator is None or not self._is_validated(self.step):
             return {}
         reduce_sum = self._reduce_sum if self.accelerator.num_processes > 1 else None
-        with nullcontext() if self.ema is None else self.ema.averaged_weights():
+        with self._state().policy_weights():
             return self.validator.measure(self.bare_model, self.accelerator.autocast, reduce_sum)
 
     def step_context(self) -> StepContext:
@@ -186,6 +188,8 @@ class Trainer:
         folder = folder_to_resume(self.cfg, self.accelerator, say)
         if folder is None:
             return
+        recorded = read_json(folder / MANIFEST).get("training", {})
+        check_resumed_flags(self.cfg, recorded, folder, say if self.accelerator.is_main_process else lambda _: None)
         state, rank, world = self._state(), self.accelerator.process_index, self.accelerator.num_processes
         self.step = restore_training_state(folder, self.setup, state, rank)
         self._resumed_at = state.step, state.samples_seen
@@ -207,16 +211,16 @@ class Trainer:
         if self.landing is None or self.step != self.cfg.max_steps:
             return
         per_batch = sum(m.size or self.cfg.batch_size for m in self.retention.memories)
+        count = math.ceil(SAMPLES / (per_batch * self.accelerator.num_processes))
         with closing(self._batches(self._first_samples())) as batches:
-            scale = self.landing.land(self.retention.memory_batches(batches, -(-SAMPLES // per_batch)))
+            scale = self.landing.land(self.retention.memory_batches(batches, count))
         if self.tracker is not None:
             self.tracker.message(
                 f"CRaFT: landed at {scale:.3f} of the way from the start weights, drift {self.landing.drift:.3g}"
             )
 
     def _say_verdict(self) -> None:
-        landed = self.landing is not None and self.landing.scale is not None  # has said its own drift
-        verdict = None if self.retention is None or landed else self.retention.verdict()
+        verdict = None if self.retention is None else self.retention.verdict()
         if self.tracker is not None and verdict is not None:
             self.tracker.message(verdict)
 
@@ -229,6 +233,13 @@ class Trainer:
     def _build_optimizer(self) -> torch.optim.Optimizer:
         trainable = [p for p in self.bare_model.parameters() if p.requires_grad]
         return torch.optim.AdamW(trainable, lr=self.cfg.learning_rate, weight_decay=self.cfg.weight_decay, fused=True)
+
+    def _build_scaler(self) -> torch.amp.GradScaler | None:
+        if self.accelerator.mixed_precision != "fp16":
+            return None
+        scaler = torch.amp.GradScaler(self.accelerator.device.type)
+        scaler.scale(torch.zeros(1, device=self.accelerator.device))  # makes its state, which a step reads
+        return scaler
 
     def _build_tracker(self) -> Tracker:
         cfg, wandb_settings = self.cfg, None
@@ -297,7 +308,8 @@ class Trainer:
         if not self._is_logged(self.step) or self.tracker is None:
             return
         if self.monitor is not None:
-            metrics = metrics | self.monitor.measure()
+            with self._state().policy_weights():
+                metrics = metrics | self.monitor.measure()
         metrics = {**metrics, "samples_seen": self.samples_seen, **self.throughput.measure()}
         # A metrics line describes the step that used the weights before it: step indices are 0-based.
         self.tracker.log(self.step - 1, metrics)
@@ -323,6 +335,11 @@ class Trainer:
             f"Run {self.cfg.run_id}: {trainable:,} of {total:,} parameters trainable ({self.cfg.tuning_mode.value}), "
             f"{len(self.setup.dataset):,} samples, from step {self.step} to {self.cfg.max_steps}"
         )
+        if self.cfg.replay_data is not None:
+            self.tracker.message(
+                f"Replay: {self.cfg.replay_fraction:g} of the samples from {self.cfg.replay_data}, "
+                f"labels of {'the start policy' if self.cfg.replay_labels == 'start' else 'the data'}"
+            )
         for line in [] if self.retention is None else self.retention.banner():
             self.tracker.message(line)
 

@@ -27,6 +27,7 @@ from prismatic.training.config import FinetuneConfig, TuningMode
 from prismatic.training.instruction_record import recorded_instructions, with_trained_on
 from prismatic.training.lora import lora_targets
 from prismatic.training.published import check_exportable
+from prismatic.training.retention.old_data import open_old_data
 from prismatic.training.tracking import say
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
@@ -110,9 +111,13 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
         n_shot_episodes=cfg.n_shot_episodes,
         frame_stride=cfg.frame_stride,
         val_fraction=cfg.val_fraction if cfg.use_val_set else 0.0,
+        # What the start can do is in its units: a name that it knows keeps them, in training, replay and memory.
+        known_statistics=start.statistics,
     )
     new = VLADataset(cfg.data_root_dir, cfg.dataset_name, settings)
-    dataset = new if cfg.replay_data is None else _with_replay(cfg, new, start)
+    for line in new.warnings:
+        say(f"Warning: --dataset_name: {line}; data of another robot or convention need a name of their own")
+    dataset = new if cfg.replay_data is None else _with_replay(cfg, new)
     # Random crops in training go with the centre crop at evaluation: both show 90 % of the image.
     start.image_spec = replace(start.image_spec, center_crop=cfg.image_aug, **_jpeg_quality(new.metadata))
     return TrainingSetup(
@@ -132,19 +137,14 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
     )
 
 
-def _with_replay(cfg: FinetuneConfig, new: VLADataset, start: StartModel) -> ReplayMixture:
-    """The new data with `--replay_data` mixed in. Known names keep the start's statistics; contradictions are said."""
-    settings = replace(new.settings, n_shot_episodes=None, val_fraction=0.0, known_statistics=start.statistics)
-    old = []
-    for folder in cfg.replay_data.split(","):
-        path = Path(folder.strip()).resolve()
-        if not path.is_dir():
-            raise FileNotFoundError(f"--replay_data {folder.strip()}: not a data-set folder")
-        old.append(VLADataset(path.parent, path.name, settings))
-    mixture = ReplayMixture(new, old, cfg.replay_fraction)
-    for line in mixture.warnings:
+def _with_replay(cfg: FinetuneConfig, new: VLADataset) -> ReplayMixture:
+    """The new data with `--replay_data` mixed in; what contradicts the start's statistics is said."""
+    settings = replace(new.settings, n_shot_episodes=None, val_fraction=0.0)
+    folders = [folder.strip() for folder in cfg.replay_data.split(",")]
+    old = [open_old_data("--replay_data", folder, settings) for folder in folders]
+    for line in (line for part in old for line in part.warnings):
         say(f"Warning: --replay_data: {line}")
-    return mixture
+    return ReplayMixture(new, old, cfg.replay_fraction)
 
 
 def _held_out(cfg: FinetuneConfig, training: VLADataset) -> VLADataset:

@@ -129,7 +129,7 @@ class TestCombinations:
         ],
     )
     def test_lambda_may_not_start_above_its_maximum(self, settings):
-        with pytest.raises(ValueError, match=r"lambda 2\.0 is above lambda_max"):
+        with pytest.raises(ValueError, match=r"(retention_weight|fixed_lambda) is 2\.0, expected at most lambda_max"):
             CRaFTConfig(lambda_max=1.0, **settings)
         CRaFTConfig(lambda_max=2.0, **settings)
 

@@ -75,7 +75,7 @@ def test_it_has_no_unit(trace, loss_unit, act_unit, ret_unit):
 
 @given(steps)
 @quick
-def test_it_comes_back_from_its_limit_within_120_steps_whatever_was_before(trace):
+def test_within_the_budget_it_comes_back_from_its_limit_within_120_steps_whatever_was_before(trace):
     dual = make_share(retention_budget=1.0)
     run(dual, [(1e9, act, ret) for _, act, ret in trace] * 8)
     dual.rule.drift = 0.0  # the averaged loss is within the budget from now on

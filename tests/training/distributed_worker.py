@@ -20,6 +20,7 @@ from prismatic.training.setup import build_setup
 from prismatic.training.step import NonFiniteLossError, action_loss
 
 torch.set_num_threads(1)
+loop.SAMPLES = 8  # to land on
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 output, data_root, start, scenarios = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 
@@ -76,6 +77,7 @@ def train(scenario: dict) -> dict:
         "dual": trainer.retention.constraint.dual.state_dict(),
         "collectives": len(collectives),
         "steps": len(steps),
+        "landing": None if trainer.landing is None else trainer.landing.record(),
         "constrained_steps": trainer.retention.constraint.statistics["constrained_steps"],
     }
 

@@ -49,6 +49,7 @@ KEEP = {
     "craft_memory": "instructions,data",
     "craft_memory_data": str(DATA / "libero_mini_no_noops"),
 }
+LAND = {"craft_land": True, "craft_retention_budget": 0.05}
 EQUAL += [
     {
         "name": f"{tuning}-keep-{accumulation}",
@@ -58,7 +59,7 @@ EQUAL += [
         "memory": 2,
         "flags": {"use_craft": True, "max_steps": 5, "grad_accumulation_steps": accumulation} | KEEP | options,
     }
-    for tuning, accumulation, options in (("full", 4, {}), ("lora", 1, LORA))
+    for tuning, accumulation, options in (("full", 4, LAND), ("lora", 1, LORA))
 ]
 ADAMW = {
     "name": "adamw",
@@ -133,6 +134,9 @@ def test_two_processes_with_half_the_batch_equal_one(two, one, name):
     for mine, other in zip(distributed["metrics"], single["metrics"], strict=True):
         assert mine["CRaFT/Gate Open"] == other["CRaFT/Gate Open"]
         assert mine["CRaFT/Retention Loss"] == pytest.approx(other["CRaFT/Retention Loss"], rel=1e-5, abs=1e-9)
+    if single["landing"] is not None:
+        assert distributed["landing"]["scale"] == single["landing"]["scale"]
+        assert distributed["landing"]["drift"] == pytest.approx(single["landing"]["drift"], rel=1e-4)
 
 
 def test_the_scenarios_reach_every_plan(one):
@@ -140,6 +144,7 @@ def test_the_scenarios_reach_every_plan(one):
     assert gates == {0.0, 1.0}
     assert any(line["CRaFT/Lambda"] > 0 for line in one["full-budget-1"]["metrics"])
     assert one["monitor"]["metrics"][-1]["CRaFT/Retention Loss"] > 0
+    assert 0 < one["full-keep-4"]["landing"]["scale"] < 1
 
 
 @pytest.mark.parametrize("name", [s["name"] for s in SCENARIOS])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import micro
 import numpy as np
@@ -78,10 +79,12 @@ def perturb(trainer, size: float = 0.02) -> None:
 
 # Every memory, and with both of them every tuning mode in which a pass may draw or share something.
 FULL, LORA, FROZEN_TOWERS = {}, {"use_lora": True, "lora_rank": 2, "lora_dropout": 0.3}, {"freeze_vision": True}
+BF16 = {"mixed_precision": "bf16"}
 
 
 @pytest.mark.parametrize(
-    ("memory", "tuning"), [*((memory, FULL) for memory in MEMORIES), ("both", LORA), ("both", FROZEN_TOWERS)]
+    ("memory", "tuning"),
+    [*((memory, FULL) for memory in MEMORIES), *(("both", tuning) for tuning in (LORA, FROZEN_TOWERS, BF16))],
 )
 @pytest.mark.parametrize("signal", ["features", "actions"])
 def test_the_first_step_is_a_plain_one(make, signal, memory, tuning):
@@ -115,6 +118,8 @@ def test_what_changes_the_signal_is_reached_and_nothing_else(make, monkeypatch, 
             patch.setattr(run.optimizer, "step", lambda t=target, r=run: t.update(gradients(r)))
             optimizer_step(run.step_context(), [batch], 0)
     assert set(constraint.gradient.names) == reached
+    # Adapters are switched off for the reference: only what they do not cover is kept.
+    assert set(trainer.retention.weights.state_dict()) == {n for n in reached if "lora_" not in n}
     changed = {n for n, g in found.items() if not torch.equal(g, expected[n])}
     assert changed <= reached  # the head keeps its action gradient bit for bit when the signal is the features
     assert {n for n in reached if by_autograd[list(named).index(n)].any()} == changed
@@ -179,9 +184,9 @@ class TestInstructions:
         assert torch.equal(large["proprio"], batch["proprio"][[0, 1, 0, 1, 0]])
 
 
-@pytest.mark.parametrize("memory", ["data", "both"])
-def test_resumed_equals_uninterrupted(make, memory):
-    flags = keep(max_steps=5, save_freq=3, craft_every=2, grad_accumulation_steps=2, **MEMORIES[memory])
+@pytest.mark.parametrize(("memory", "more"), [("data", {"ema_decay": 0.9}), ("both", {})])
+def test_resumed_equals_uninterrupted(make, memory, more):
+    flags = keep(max_steps=5, save_freq=3, craft_every=2, grad_accumulation_steps=2, **more, **MEMORIES[memory])
     whole = make("run", **flags)
     whole.fit()
     expected, lines = weights(whole), metrics(whole)
@@ -202,7 +207,7 @@ def test_gradient_checkpointing_changes_no_weight(make):
 
 
 def test_out_of_reach_is_said_once_logged_and_recorded(make, capsys):
-    trainer = make(**keep(craft_retention_budget=1e-9, max_steps=4))
+    trainer = make(**keep(craft_retention_budget=1e-9, max_steps=4, craft_every=1))
     trainer.retention.constraint.dual.rule.patience = 1
     trainer.retention.constraint.dual.rule.z = 1.0
     trainer.fit()
@@ -218,10 +223,21 @@ class TestLanding:
         monkeypatch.setattr(loop, "SAMPLES", 6)
 
     @pytest.mark.parametrize("tuning", [{}, {"use_lora": True, "lora_rank": 2}])
-    def test_the_last_checkpoint_meets_the_budget_and_training_could_go_on(self, make, tuning):
-        flags = keep(craft_land=True, craft_retention_budget=0.1, max_steps=3, **tuning)
+    def test_the_last_checkpoint_meets_the_budget_and_training_could_go_on(self, make, capsys, tuning):
+        flags = keep(craft_land=True, craft_retention_budget=0.1, max_steps=3, use_val_set=True, **tuning)
         trainer = make("landed", **flags)
         trainer.fit()
+        said = capsys.readouterr().out
+        assert "CRaFT: landed at " in said and "CRaFT: budget 0.1 (RMS of normalised actions) exceeded" in said
+        logged = metrics(trainer)[-1]["VLA Val/Loss"]
+        assert logged == trainer._validate()["VLA Val/Loss"]  # of the policy that the checkpoint holds
+        trained = {n: p.detach().clone() for n, p in trainer.bare_model.named_parameters() if p.requires_grad}
+        with trainer.landing.policy_weights():
+            for name, p in trainer.bare_model.named_parameters():
+                if "lora_A" in name:
+                    assert torch.equal(p, trained[name])
+                elif "lora_B" in name:
+                    assert torch.equal(p, trained[name] * trainer.landing.scale)
         assert 0 < trainer.landing.scale < 1
         assert 0.05 < trainer.landing.drift <= 0.1
         folder = trainer.setup.run_dir.parent / "landed--3_chkpt"
@@ -282,7 +298,6 @@ class TestBadInput:
         [
             ("", "empty, expected one instruction a line"),
             ("\n  \n", "empty, expected one instruction a line"),
-            ("open it\nOpen it \n", "'open it' stands there more than once"),
         ],
     )
     def test_an_instructions_file_that_cannot_be_used(self, tmp_path, text, message):
@@ -290,6 +305,20 @@ class TestBadInput:
         file.write_text(text)
         with pytest.raises(ValueError, match=f"--craft_memory_instructions {file}: {message}"):
             read_instructions(str(file))
+
+    def test_repetitions_are_left_out_with_a_warning(self, tmp_path, capsys):
+        file = tmp_path / "old.txt"
+        file.write_text("\ufeffopen the oven\nclose it\n Open  the oven \n", encoding="utf-8")
+        assert read_instructions(str(file)) == ["open the oven", "close it"]
+        assert "'Open the oven' stands there more than once" in capsys.readouterr().out
+
+    def test_an_instruction_that_is_too_long_for_the_tokenizer(self, make, tmp_path):
+        file = tmp_path / "old.txt"
+        file.write_text("open the oven\n" + "and then open it again " * 2000)
+        with pytest.raises(
+            ValueError, match="--craft_memory instructions: prompt of 'and then .* the tokenizer allows"
+        ):
+            make(**keep(craft_memory_instructions=str(file)))
 
     def test_a_missing_file_and_one_that_is_not_text(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="--craft_memory_instructions no/file: no such file"):
@@ -322,13 +351,25 @@ class TestBadInput:
         [
             ({"craft_memory": "data"}, "--craft_memory data needs --craft_memory_data FOLDER"),
             ({"craft_memory": "old"}, "craft_memory is 'old', expected one of batch, data, instructions"),
+            ({"craft_memory": ""}, "craft_memory is '', expected one of batch, data, instructions"),
+            ({"craft_memory": "batch", "craft_memory_batch_size": 9}, "--craft_memory_batch_size is 9, but the memory"),
             ({"craft_memory": "batch,batch"}, "names a memory twice"),
             ({"craft_memory": "batch", "craft_memory_data": "x"}, "--craft_memory_data x needs --craft_memory data"),
             ({"craft_memory_batch_size": 0}, "craft_memory_batch_size is 0, expected at least 1"),
             ({"craft_land": True, "ema_decay": 0.9}, "--craft_land True excludes --ema_decay"),
             ({"craft_land": True, "craft_retention_budget": np.inf}, "needs a finite --craft_retention_budget"),
-            ({"craft_retention_budget": 0.0}, "retention_budget is 0.0, expected a number > 0"),
+            ({"craft_retention_budget": 0.0}, "--craft_retention_budget is 0.0, expected a number > 0"),
+            ({"craft_retention_budget": np.nan}, "--craft_retention_budget is nan, expected a number > 0"),
             ({"craft_anchor_type": "aq_only"}, "--craft_anchor_type aq_only is about features"),
+            ({"craft_retention_metric": "cosine"}, "--craft_retention_metric cosine is about features"),
+            ({"craft_dual_lr": 0.5}, "--craft_dual_lr 0.5 has no effect: --craft_dual share does not read it"),
+            ({"craft_fixed_lambda": 5.0}, "--craft_fixed_lambda 5.0 has no effect"),
+            ({"craft_dual": "ascent", "craft_share_limit": 3.0}, "--craft_share_limit 3.0 has no effect"),
+            (
+                {"craft_projection_rule": "barrier", "craft_projection_granularity": "global"},
+                "--craft_projection_rule barrier reads no multiplier",
+            ),
+            ({"craft_probe_size": 8}, "--craft_probe_size 8 has no effect: it needs --craft_probe_data"),
         ],
     )
     def test_flags_that_do_not_fit(self, flags, message):
@@ -352,8 +393,93 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             FinetuneConfig(**flags)
 
-    def test_folders_that_are_not_there(self, make):
-        with pytest.raises(FileNotFoundError, match="--craft_memory_data no/folder: not a data-set folder"):
-            make(**keep(craft_memory="data", craft_memory_data="no/folder"))
-        with pytest.raises(FileNotFoundError, match="--replay_data no/folder: not a data-set folder"):
-            make(replay_data="no/folder")
+    def test_a_method_without_a_controller(self):
+        with pytest.raises(ValueError, match="--craft_dual share has no effect: --retention_method feature_penalty"):
+            FinetuneConfig(retention_method="feature_penalty", craft_dual="share")
+
+    @pytest.mark.parametrize("name", ["craft_memory_data", "craft_probe_data", "replay_data"])
+    def test_a_folder_that_is_no_data_set_of_this_policy(self, make, tmp_path, name):
+        def build(folder):
+            kept = {"craft_memory_data": keep, "craft_probe_data": keep, "replay_data": dict}[name]
+            return make(**kept(**{name: str(folder)}))
+
+        with pytest.raises(FileNotFoundError, match=f"--{name} no/folder: not a data-set folder"):
+            build("no/folder")
+        for folder in (tmp_path, tmp_path / "runs" / "start--1_chkpt", micro.DATA):
+            with pytest.raises(ValueError, match=rf"--{name} {folder}: not a data set, found .* expected <x.y.z>/"):
+                build(folder)
+
+    def test_distilled_replay_needs_a_skill(self, make_trainer, monkeypatch):
+        monkeypatch.setitem(PRESETS, "tiny", micro.MICRO)
+        with pytest.raises(ValueError, match="--replay_labels start: the start tiny has a new action head"):
+            make_trainer("new", replay_data=TestReplay.OLD_DATA, replay_labels="start")
+
+
+def test_a_data_set_that_the_start_knows_keeps_its_units_everywhere(make, capsys):
+    """What is kept is in the start's units: in training, memory, probe and replay; other values are said."""
+    new, old = "libero_mini_no_noops", "libero_object_scripted_no_noops"
+    probe = make("probe", replay_data=TestReplay.OLD_DATA)
+    folder = probe.cfg.config_file_path
+    known = {name: scaled(probe.setup.statistics[name], 0.01) for name in (new, old)}
+    for file in Path(folder).rglob("dataset_statistics*.json"):
+        file.write_text(json.dumps(known))
+    capsys.readouterr()
+    memories = {"craft_memory_data": TestReplay.OLD_DATA, "craft_probe_data": TestReplay.OLD_DATA}
+    trainer = make(**keep(replay_data=TestReplay.OLD_DATA, **memories))
+    assert trainer.setup.statistics == known
+    memory = next(m for m in trainer.retention.memories if m.name == "data")
+    assert memory.dataset.normalizers[old].statistics["proprio"]["q99"] == known[old]["proprio"]["q99"]
+    said = capsys.readouterr().out
+    for flag in ("dataset_name", "craft_memory_data", "craft_probe_data", "replay_data"):
+        assert said.count(f"Warning: --{flag}: ") == 1
+    assert memory.dataset.settings.image_aug and not memory.dataset.settings.blind_images
+    assert make(**keep(blind_images=True, **memories)).retention.memories[1].dataset.settings.blind_images
+
+
+def scaled(statistics: dict, factor: float) -> dict:
+    """The statistics of values `factor` times as large."""
+    numbers = ("min", "max", "mean", "std", "q01", "q99")
+    groups = {
+        name: {k: [factor * x for x in v] if k in numbers else v for k, v in statistics[name].items()}
+        for name in ("action", "proprio")
+    }
+    return statistics | groups
+
+
+def test_half_precision_trains_with_and_without_old_inputs(make):
+    for name, flags in {"plain": {}, "kept": keep(craft_every=1)}.items():
+        trainer = make(name, mixed_precision="fp16", **flags)
+        before = weights(trainer)
+        trainer.fit()
+        assert all(np.isfinite(line["VLA Train/Loss"]) for line in metrics(trainer))
+        assert any(not torch.equal(before[n], p) for n, p in weights(trainer).items())
+
+
+class TestResumedFlags:
+    @pytest.fixture
+    def interrupted(self, make):
+        flags = keep(max_steps=2)
+        make("run", **flags).fit()
+        return lambda **changed: make("run", **{**flags, "max_steps": 3, **changed}, resume=True)
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"craft_signal": "features"}, "--craft_signal is features, but the interrupted run in .* had actions"),
+            ({"craft_dual": "pi"}, "--craft_dual is pi, but the interrupted run in .* had share"),
+            ({"craft_memory": "batch"}, "--craft_memory is batch, but the interrupted run in .* had instructions"),
+        ],
+    )
+    def test_what_is_held_must_be_the_same(self, interrupted, changed, message):
+        with pytest.raises(ValueError, match=message):
+            interrupted(**changed)
+
+    def test_a_constrained_run_does_not_go_on_plain(self, make, interrupted):
+        with pytest.raises(ValueError, match="--retention_method is none, but the interrupted run in .* had craft"):
+            make("run", max_steps=3, resume=True)
+
+    def test_another_budget_is_said(self, interrupted, capsys):
+        interrupted(craft_retention_budget=0.5, craft_log_freq=2)
+        said = capsys.readouterr().out
+        assert "Warning: --craft_retention_budget is 0.5 from here on, until the checkpoint it was 0.001" in said
+        assert said.count("from here on") == 1

@@ -65,6 +65,20 @@ def remove_actions(folder: Path, kind: str) -> None:
             pq.write_table(pq.read_table(path).drop_columns(["action"]), path)
 
 
+def test_actions_of_another_size_are_refused_although_they_are_not_read(tmp_path):
+    import h5py
+
+    folder = write_small(tmp_path, "hdf5")
+    for path in folder.glob("*.hdf5"):
+        with h5py.File(path, "r+") as file:
+            for demo in file["data"].values():
+                length = len(demo["actions"])
+                del demo["actions"]
+                demo["actions"] = np.zeros((length, 9))
+    with pytest.raises(DataSetError, match="9"):
+        VLADataset(tmp_path, NAME, SEEN)
+
+
 def _step(features: dict) -> dict:
     steps = features["featuresDict"]["features"]["steps"]
     return steps["sequence"]["feature"]["featuresDict"]["features"]

@@ -132,8 +132,8 @@ class CRaFT(Retention):
         if self.constraint.dual.rule.out_of_reach:
             state = "out of reach"
         return (
-            f"CRaFT: budget {self.config.retention_budget:g} ({self.unit}) {state}: averaged drift at the end "
-            f"{self.drift:.3g}"
+            f"CRaFT: budget {self.config.retention_budget:g} ({self.unit}) {state}: averaged drift at the end of "
+            f"the training {self.drift:.3g}"
         )
 
     def out_of_reach_warning(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,8 +14,8 @@ _FLAG = "--craft_memory_instructions"
 def old_instructions(cfg: FinetuneConfig, setup) -> list[str]:
     """Distinct sentences, those of the new task left out with a warning.
 
-    Raises FileNotFoundError for a missing file, ValueError for one that is empty or repeats itself, for a start without
-    recorded instructions and no file, and when nothing is left; each names the flag, what was found and what to do.
+    Raises FileNotFoundError for a missing file, ValueError for one that is empty, for a start without recorded
+    instructions and no file, and when nothing is left; each names the flag, what was found and what to do.
     """
     if cfg.craft_memory_instructions is not None:
         source = f"{_FLAG} {cfg.craft_memory_instructions}"
@@ -41,21 +40,22 @@ def old_instructions(cfg: FinetuneConfig, setup) -> list[str]:
 
 
 def read_instructions(path: str) -> list[str]:
-    """One sentence a line; blank lines are left out."""
+    """One sentence a line; blank lines are left out, and repetitions with a warning."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{_FLAG} {path}: no such file, expected a text file with one instruction a line")
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [" ".join(line.split()) for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{_FLAG} {path}: not UTF-8 text ({error}), expected one instruction a line") from None
-    sentences = [line for line in lines if line]
+    sentences: dict[str, str] = {}
+    for line in filter(None, lines):
+        if _plain(line) in sentences:
+            say(f"Warning: {_FLAG} {path}: {line!r} stands there more than once, its repetition is left out")
+        sentences.setdefault(_plain(line), line)
     if not sentences:
         raise ValueError(f"{_FLAG} {path}: empty, expected one instruction a line")
-    repeated = [sentence for sentence, count in Counter(map(_plain, sentences)).items() if count > 1]
-    if repeated:
-        raise ValueError(f"{_FLAG} {path}: {repeated[0]!r} stands there more than once, expected distinct instructions")
-    return sentences
+    return list(sentences.values())
 
 
 def _trained_on(manifest: dict[str, dict]) -> Iterable[str]:
@@ -64,5 +64,5 @@ def _trained_on(manifest: dict[str, dict]) -> Iterable[str]:
 
 
 def _plain(sentence: str) -> str:
-    """What decides whether two instructions are the same: the prompt ignores case and outer blanks."""
-    return sentence.strip().lower()
+    """What decides whether two instructions are the same: the words, not their case or the blanks."""
+    return " ".join(sentence.lower().split())

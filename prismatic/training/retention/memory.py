@@ -59,7 +59,7 @@ class InstructionMemory(Memory):
     the batch has go round it again, with other instructions.
 
     Args:
-        instructions: distinct sentences, at least one.
+        instructions: distinct sentences, at least one. ValueError for one that the tokenizer has no room for.
         collate: of the training batches; makes the prompts.
         seed: of the draws.
         size: see `Memory`.
@@ -70,6 +70,7 @@ class InstructionMemory(Memory):
     def __init__(self, instructions: Sequence[str], collate: VLACollator, seed: int, size: int | None = None) -> None:
         super().__init__(size)
         self.instructions, self._collate, self._seed = list(instructions), collate, seed
+        collate.tokenize(self.instructions)
 
     def batch(self, training: dict) -> dict:
         """The first samples of the training batch with old instructions."""

@@ -14,8 +14,6 @@ Beside each: `--replay_data` mixes old samples into the batches. Interpolation w
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -34,6 +32,7 @@ from prismatic.training.retention.memory import (
     Memory,
     to_device,
 )
+from prismatic.training.retention.old_data import open_old_data
 from prismatic.training.retention.protocol import Retention
 from prismatic.training.retention.replay import DistilledReplay
 from prismatic.training.tracking import say
@@ -54,17 +53,23 @@ def build_retention(
     if cfg.retention is RetentionMethod.L2SP:
         return L2SP(model, cfg.l2sp_weight)
     if cfg.replay_data is not None and cfg.replay_labels == "start":
+        _check_skill("--replay_labels start", cfg, setup, "replay the labels of the data (--replay_labels data)")
         return DistilledReplay(model, accelerator.autocast)
     if not cfg.retention.measures_drift:
         return None
     check_parallelism(accelerator)
     config = cfg.craft_config()
-    if config.signal is SignalKind.ACTIONS and setup.origin in _NEW_HEADS:
-        raise ValueError(
-            f"--craft_signal actions: the start {cfg.config_file_path} has a new action head, which has no skill to "
-            "keep; start from a trained policy, or hold the features (--craft_signal features)"
-        )
+    if config.signal is SignalKind.ACTIONS:
+        _check_skill("--craft_signal actions", cfg, setup, "hold the features (--craft_signal features)")
     return CRaFT(model, config, build_memories(cfg, setup, accelerator, collate), accelerator, cfg.craft_every)
+
+
+def _check_skill(flag: str, cfg: FinetuneConfig, setup, instead: str) -> None:
+    if setup.origin in _NEW_HEADS:
+        raise ValueError(
+            f"{flag}: the start {cfg.config_file_path} has a new action head, which has no skill to keep; start from "
+            f"a trained policy, or {instead}"
+        )
 
 
 def build_memories(cfg: FinetuneConfig, setup, accelerator: Accelerator, collate: VLACollator) -> list[Memory]:
@@ -76,10 +81,17 @@ def build_memories(cfg: FinetuneConfig, setup, accelerator: Accelerator, collate
         dataset = observations("--craft_memory_data", cfg.craft_memory_data, setup, cfg)
         return DataMemory(dataset, collate, size or cfg.batch_size, cfg.seed, rank, world)
 
+    def instructions() -> Memory:
+        sentences = old_instructions(cfg, setup)
+        try:
+            return InstructionMemory(sentences, collate, cfg.seed, size)
+        except ValueError as error:  # one does not fit the tokenizer
+            raise ValueError(f"--craft_memory instructions: {error}; shorten it or leave it out") from None
+
     kinds = {
         BATCH: lambda: Memory(size),
         DATA: data,
-        INSTRUCTIONS: lambda: InstructionMemory(old_instructions(cfg, setup), collate, cfg.seed, size),
+        INSTRUCTIONS: instructions,
     }
     return [kinds[name]() for name in cfg.memories]
 
@@ -87,11 +99,8 @@ def build_memories(cfg: FinetuneConfig, setup, accelerator: Accelerator, collate
 def observations(flag: str, folder: str, setup, cfg: FinetuneConfig, image_aug: bool | None = None) -> VLADataset:
     """Images, state and instructions of a data-set folder as the run sees them; what contradicts the start is said.
 
-    `image_aug` None augments as in training. FileNotFoundError naming the flag when there is no such folder.
+    `image_aug` None augments as in training. Raises what `open_old_data` does.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{flag} {folder}: not a data-set folder")
     training: DatasetSettings = setup.dataset.settings
     settings = DatasetSettings(
         setup.action_spec,
@@ -103,7 +112,7 @@ def observations(flag: str, folder: str, setup, cfg: FinetuneConfig, image_aug: 
         observations_only=True,
         known_statistics=setup.statistics,
     )
-    dataset = VLADataset(path.resolve().parent, path.resolve().name, settings)
+    dataset = open_old_data(flag, folder, settings)
     for line in dataset.warnings:
         say(f"Warning: {flag}: {line}")
     return dataset

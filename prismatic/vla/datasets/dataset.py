@@ -100,13 +100,8 @@ class _Part:
         self.proprio = np.concatenate([proprio for _, proprio in episodes])
         # Actions that are not read have the size that the data set is registered with.
         action_shape = (config.action_spec.action_dim,) if self.actions is None else self.actions.shape[1:]
-        sizes = {"state": (self.proprio.shape[1:], spec.proprio_dim), "actions": (action_shape, spec.action_dim)}
-        for what, (found, expected) in sizes.items():
-            if found != (expected,):
-                raise DataSetError(
-                    f"{name}: {what} of {math.prod(found)} numbers per step, expected {expected} as the policy has; "
-                    "register the data set with a standardisation that gives them (docs/datasets.md)"
-                )
+        _check_size(name, "state", self.proprio.shape[1:], spec.proprio_dim)
+        _check_size(name, "actions", action_shape, spec.action_dim)
 
     def split(self, values: np.ndarray) -> list[np.ndarray]:
         """Rows per episode."""
@@ -289,6 +284,8 @@ class VLADataset(Dataset):
         if source.keys.action is None and not settings.observations_only:
             raise MissingFeatureError(f"{name}: its configuration names no actions, so only observations_only opens it")
         part = _Part(name, source, _kept_episodes(source.instructions, settings, name), config, settings.action_spec)
+        if settings.observations_only:
+            self._check_unread_actions(data_root, name, config)
         known = None if normalizer is not None else known_key(settings.known_statistics or {}, name)
         if known is not None:
             normalizer = Normalizer(settings.known_statistics[known], settings.action_spec, name)
@@ -306,6 +303,28 @@ class VLADataset(Dataset):
             self.normalizers[name] = normalizer
         part.normalize(normalizer)
         return part
+
+    def _check_unread_actions(self, data_root: str | os.PathLike, name: str, config: DataSetConfig) -> None:
+        """Actions of another robot are a sign of the wrong folder, also where only observations are wanted."""
+        settings = self.settings
+        try:
+            source = open_data_set(data_root, name, config, settings.split, settings.num_images)
+        except MissingFeatureError:
+            return
+        if source.keys.action is not None:
+            try:
+                actions, _ = config.standardize(source.actions(0), source.state(0))
+            except ValueError as error:
+                raise DataSetError(f"{name}: episode 0: {error}") from error
+            _check_size(name, "actions", actions.shape[1:], settings.action_spec.action_dim)
+
+
+def _check_size(name: str, what: str, found: tuple[int, ...], expected: int) -> None:
+    if found != (expected,):
+        raise DataSetError(
+            f"{name}: {what} of {math.prod(found)} numbers per step, expected {expected} as the policy has; "
+            "register the data set with a standardisation that gives them (docs/datasets.md)"
+        )
 
 
 def _subset_seed(settings: DatasetSettings) -> int:

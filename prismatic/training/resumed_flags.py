@@ -1,0 +1,46 @@
+"""Flags of a resumed run against those of the interrupted one: what is held must be the same, what tunes it is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from prismatic.training.config import FinetuneConfig
+
+_SAME = (
+    "retention_method",
+    "replay_labels",
+    "craft_signal",
+    "craft_memory",
+    "craft_dual",
+    "craft_enable_dual",
+    "craft_retention_metric",
+    "craft_feature_source",
+    "craft_anchor_type",
+    "craft_anchor_layer_idx",
+    "craft_cr_token_mode",
+    "craft_use_mean_pooling",
+)
+"""Another value asks for another state, or gives the saved one another meaning."""
+_FREE = ("craft_preset", "craft_log_freq", "craft_probe_data", "craft_probe_size", "craft_land")
+"""Nothing that was done before depends on them; a preset is compared by the values that it gives."""
+_OURS = ("retention_", "l2sp_", "replay_", "craft_")
+
+
+def check_resumed_flags(cfg: FinetuneConfig, saved: Mapping, folder: Path, say: Callable[[str], None]) -> None:
+    """Compare with the flags that the checkpoint `folder` records. Flags that it does not record are not compared.
+
+    Raises ValueError naming the first flag that must be what it was; says each other one about keeping skills that
+    changed.
+    """
+    now = cfg.to_dict()
+    changed = [name for name in now if name.startswith(_OURS) and name in saved and saved[name] != now[name]]
+    for name in _SAME:
+        if name in changed:
+            raise ValueError(
+                f"--{name} is {now[name]}, but the interrupted run in {folder} had {saved[name]}: resume with its "
+                "flags, or start a new run from the checkpoint with --config_file_path"
+            )
+    for name in changed:
+        if name not in _FREE:
+            say(f"Warning: --{name} is {now[name]} from here on, until the checkpoint it was {saved[name]}")
