@@ -184,6 +184,18 @@ class TestInstructions:
         assert torch.equal(large["proprio"], batch["proprio"][[0, 1, 0, 1, 0]])
 
 
+def test_an_instruction_that_the_data_show_is_asked_on_their_images_alone(make, tmp_path, capsys):
+    shown = "pick up the bbq sauce and place it in the basket"
+    file = tmp_path / "old.txt"
+    file.write_text(f"{shown.upper()}\nopen the oven\n")
+    flags = {"craft_memory_data": TestReplay.OLD_DATA, "craft_memory_instructions": str(file)}
+    named = {memory.name: memory for memory in make(**keep(**flags)).retention.memories}
+    assert named["instructions"].instructions == ["open the oven"] and "data" in named
+    assert "CRaFT: 1 of 2 old instructions are in --craft_memory_data and held there alone" in capsys.readouterr().out
+    file.write_text(shown)
+    assert [memory.name for memory in make(**keep(**flags)).retention.memories] == ["data"]
+
+
 @pytest.mark.parametrize(("memory", "more"), [("data", {"ema_decay": 0.9}), ("both", {})])
 def test_resumed_equals_uninterrupted(make, memory, more):
     flags = keep(max_steps=5, save_freq=3, craft_every=2, grad_accumulation_steps=2, **more, **MEMORIES[memory])

@@ -11,8 +11,12 @@ from prismatic.training.tracking import say
 _FLAG = "--craft_memory_instructions"
 
 
-def old_instructions(cfg: FinetuneConfig, setup) -> list[str]:
+def old_instructions(cfg: FinetuneConfig, setup, shown: Iterable[str] = ()) -> list[str]:
     """Distinct sentences, those of the new task left out with a warning.
+
+    `shown` are those that a memory of data has images of. They are left out too, and said: on their own images the
+    start's answer is a skill, on others it may be a guess, which costs the new task more than it keeps. None may be
+    left.
 
     Raises FileNotFoundError for a missing file, ValueError for one that is empty, for a start without recorded
     instructions and no file, and when nothing is left; each names the flag, what was found and what to do.
@@ -36,7 +40,12 @@ def old_instructions(cfg: FinetuneConfig, setup) -> list[str]:
     kept = [sentence for sentence in sentences if sentence not in dropped]
     if not kept:
         raise ValueError(f"{source}: all {len(sentences)} are of the new task, expected at least one old instruction")
-    return kept
+    seen = {_plain(sentence) for sentence in shown}
+    asked = [sentence for sentence in kept if _plain(sentence) not in seen]
+    if len(asked) < len(kept):
+        held = f"{len(kept) - len(asked)} of {len(kept)}"
+        say(f"CRaFT: {held} old instructions are in --craft_memory_data and held there alone")
+    return asked
 
 
 def read_instructions(path: str) -> list[str]:

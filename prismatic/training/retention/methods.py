@@ -73,27 +73,23 @@ def _check_skill(flag: str, cfg: FinetuneConfig, setup, instead: str) -> None:
 
 
 def build_memories(cfg: FinetuneConfig, setup, accelerator: Accelerator, collate: VLACollator) -> list[Memory]:
-    """The memories that `--craft_memory` names, in its order."""
+    """The memories that `--craft_memory` names, in its order, without `instructions` when `data` shows all of them."""
     size = cfg.craft_memory_batch_size
-    rank, world = accelerator.process_index, accelerator.num_processes
-
-    def data() -> Memory:
+    memories: dict[str, Memory] = {}
+    shown: set[str] = set()
+    if BATCH in cfg.memories:
+        memories[BATCH] = Memory(size)
+    if DATA in cfg.memories:
         dataset = observations("--craft_memory_data", cfg.craft_memory_data, setup, cfg)
-        return DataMemory(dataset, collate, size or cfg.batch_size, cfg.seed, rank, world)
-
-    def instructions() -> Memory:
-        sentences = old_instructions(cfg, setup)
+        shown = {sentence for entry in dataset.manifest().values() for sentence in entry["episodes"]}
+        rank, world = accelerator.process_index, accelerator.num_processes
+        memories[DATA] = DataMemory(dataset, collate, size or cfg.batch_size, cfg.seed, rank, world)
+    if INSTRUCTIONS in cfg.memories and (sentences := old_instructions(cfg, setup, shown)):
         try:
-            return InstructionMemory(sentences, collate, cfg.seed, size)
+            memories[INSTRUCTIONS] = InstructionMemory(sentences, collate, cfg.seed, size)
         except ValueError as error:  # one does not fit the tokenizer
             raise ValueError(f"--craft_memory instructions: {error}; shorten it or leave it out") from None
-
-    kinds = {
-        BATCH: lambda: Memory(size),
-        DATA: data,
-        INSTRUCTIONS: instructions,
-    }
-    return [kinds[name]() for name in cfg.memories]
+    return [memories[name] for name in cfg.memories if name in memories]
 
 
 def observations(flag: str, folder: str, setup, cfg: FinetuneConfig, image_aug: bool | None = None) -> VLADataset:
