@@ -54,8 +54,8 @@ def test_a_craft_run_from_the_command_line(tmp_path, launcher, accumulation, lor
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--craft_retention_budget", "0"], "CRaFT retention_budget is 0.0, expected a number > 0"),
-        (["--craft_projection_rule", "sometimes"], "CRaFT projection_rule is 'sometimes', expected one of add, max"),
+        (["--craft_retention_budget", "0"], "--craft_retention_budget is 0.0, expected a number > 0"),
+        (["--craft_projection_rule", "sometimes"], "--craft_projection_rule is 'sometimes', expected one of add, max"),
         (["--craft_anchor", "disable_adapter"], "the model has no adapters; use --use_lora True"),
     ],
 )
