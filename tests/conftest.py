@@ -21,6 +21,7 @@ def golden_dir() -> Path:
 def make_trainer(tmp_path):
     """Factory of trainers of the tiny preset on the small RLDS data set: make_trainer(name, **flags)."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     from prismatic.training.config import FinetuneConfig
     from prismatic.training.loop import Trainer, seed_everything
@@ -43,6 +44,7 @@ def make_trainer(tmp_path):
             defaults["craft_log_freq"] = 1
         cfg = FinetuneConfig(**(defaults | flags))
         seed_everything(cfg.seed)
-        return Trainer(cfg, build_setup(cfg), Accelerator(cpu=True))
+        AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the first run's precision
+        return Trainer(cfg, build_setup(cfg), Accelerator(cpu=True, mixed_precision=cfg.precision(on_cuda=False)))
 
     return make

@@ -142,8 +142,6 @@ def _with_replay(cfg: FinetuneConfig, new: VLADataset) -> ReplayMixture:
     settings = replace(new.settings, n_shot_episodes=None, val_fraction=0.0)
     folders = [folder.strip() for folder in cfg.replay_data.split(",")]
     old = [open_old_data("--replay_data", folder, settings) for folder in folders]
-    for line in (line for part in old for line in part.warnings):
-        say(f"Warning: --replay_data: {line}")
     return ReplayMixture(new, old, cfg.replay_fraction)
 
 

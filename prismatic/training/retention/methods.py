@@ -35,7 +35,6 @@ from prismatic.training.retention.memory import (
 from prismatic.training.retention.old_data import open_old_data
 from prismatic.training.retention.protocol import Retention
 from prismatic.training.retention.replay import DistilledReplay
-from prismatic.training.tracking import say
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.sampler import EpochSampler
@@ -108,10 +107,7 @@ def observations(flag: str, folder: str, setup, cfg: FinetuneConfig, image_aug: 
         observations_only=True,
         known_statistics=setup.statistics,
     )
-    dataset = open_old_data(flag, folder, settings)
-    for line in dataset.warnings:
-        say(f"Warning: {flag}: {line}")
-    return dataset
+    return open_old_data(flag, folder, settings)
 
 
 def monitored_batches(cfg: FinetuneConfig, setup, collate: VLACollator, accelerator: Accelerator) -> list[dict]:

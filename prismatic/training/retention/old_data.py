@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prismatic.training.tracking import say
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.formats import find_format
 
 
 def open_old_data(flag: str, folder: str, settings: DatasetSettings) -> VLADataset:
-    """The data set in `folder`, its name that of the folder.
+    """The data set in `folder`, its name that of the folder; what contradicts the start's statistics is said.
 
     Raises FileNotFoundError or ValueError naming flag, folder, what was found and what to do.
     """
@@ -23,7 +24,10 @@ def open_old_data(flag: str, folder: str, settings: DatasetSettings) -> VLADatas
             "meta/info.json (LeRobot) or *.hdf5 in it; name the data set's own folder"
         )
     try:
-        return VLADataset(path.parent, path.name, settings)
+        dataset = VLADataset(path.parent, path.name, settings)
     except (ValueError, KeyError, FileNotFoundError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise ValueError(f"{given}: {text}. Expected what the policy was made for: see docs/datasets.md") from error
+    for line in dataset.warnings:
+        say(f"Warning: {flag}: {line}")
+    return dataset
