@@ -48,7 +48,7 @@ class DemoConfig:
     old_init_noise_mm: float = 0.0  # old tasks start with every object displaced by up to this
     max_steps: int = 800
     batch_size: int = 16
-    learning_rate: float = 2e-4
+    learning_rate: float = 3.5e-4
     action_budget: float = 0.03  # of `keep`: root mean square of normalised actions
     feature_budget: float = 1e-3  # of `features`: mean square
     trials: int = 10  # of the new task and of the old one in memory

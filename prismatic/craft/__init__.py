@@ -8,10 +8,12 @@ weights theta_0 (`reference`), the gate (`gate`), the multiplier (`duals/`, one 
 two gradients (`rules`) and their arithmetic (`gradients`); `constraint` puts them together. The maths: docs/IDEA.md.
 """
 
-from prismatic.craft.constraint import CRaFTConstraint, NonFiniteRetentionError, Plan
+from prismatic.craft.constraint import CRaFTConstraint
 from prismatic.craft.distances import retention_loss
 from prismatic.craft.duals import CRaFTDualOptimizer
 from prismatic.craft.features import BridgeFeatures, CRaFTFeatureExtractor, PartFeatures, compute_retention_loss
+from prismatic.craft.finite import NonFiniteRetentionError
+from prismatic.craft.plan import Plan
 from prismatic.craft.projection import CRaFTGradientProjector
 from prismatic.craft.reference import (
     Anchor,

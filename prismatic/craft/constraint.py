@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prismatic.craft.duals import CRaFTDualOptimizer
-from prismatic.craft.gradients import RetentionGradient, adam_scaling, adam_updates, inner_products
+from prismatic.craft.finite import count_finite_, new_statistics
+from prismatic.craft.gradients import RetentionGradient, adam_scaling, inner_products, raising_share
+from prismatic.craft.measurements import Measurements
+from prismatic.craft.plan import Plan, next_plan
 from prismatic.craft.projection import CRaFTGradientProjector, Groups
 from prismatic.craft.reference import (
     CRaFTWeightManager,
@@ -27,23 +29,7 @@ from prismatic.craft.reference import (
 from prismatic.craft.rules import RULES, Price
 from prismatic.craft.settings import ConflictMetric, CRaFTConfig
 from prismatic.craft.signals import Signal
-from prismatic.craft.telemetry import as_reported, conflicts_by_part, gradient_facts
-
-
-class Plan(str, Enum):
-    """How the coming step treats the retention loss. Decided before its first micro-batch.
-
-    When kappa is lambda for every group, which the gate or the rule tells beforehand, the two gradients need not be
-    told apart: one backward pass of L_act + lambda L_ret gives their sum, and none of L_ret when lambda is zero.
-    """
-
-    SEPARATE = "separate"
-    FUSED = "fused"
-    MEASURE = "measure"
-
-
-class NonFiniteRetentionError(RuntimeError):
-    """The retention gradient was NaN or infinite in many steps in a row."""
+from prismatic.craft.telemetry import conflicts_by_part, gradient_facts
 
 
 class CRaFTConstraint:
@@ -85,7 +71,7 @@ class CRaFTConstraint:
         self._memories = memories
         self._groups: Groups | None = None
         self._last_plan: Plan | None = None
-        self.statistics = {"constrained_steps": 0, "non_finite_steps": 0, "non_finite_in_a_row": 0}
+        self.statistics = new_statistics()
         self._begin_step()
 
     @property
@@ -139,10 +125,10 @@ class CRaFTConstraint:
         reference = self.reference(batch)
         if self.plan is Plan.MEASURE:
             with quiet_pass(self.module):
-                self._note(self.current(batch), reference, share, name)
+                self._measured.note(self.current(batch), reference, share, name)
             return
         with noise_free(self.module), self.live_graph():
-            loss = self._note(self.current(batch), reference, share, name)
+            loss = self._measured.note(self.current(batch), reference, share, name)
             self.gradient.add(loss * (share / self._memories * loss_scale), retain_graph=False)
 
     def accumulate(self, value: Any, reference: Any, share: float, loss_scale: float = 1.0) -> Tensor | float:
@@ -154,25 +140,12 @@ class CRaFTConstraint:
 
         Raises ValueError when no trainable parameter reaches the signal.
         """
-        loss = self._note(value, reference, share)
+        loss = self._measured.note(value, reference, share)
         if self.plan is Plan.FUSED:
             return self.dual.get_lambda() * loss
         if self.plan is Plan.SEPARATE:
             self.gradient.add(loss * (share * loss_scale), retain_graph=True)
         return 0.0
-
-    def _note(self, value: Any, reference: Any, share: float, name: str = "") -> Tensor:
-        loss = self.signal.loss(value, reference)
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            raise ValueError("no trainable parameter reaches the signal: CRaFT has nothing to constrain")
-        # Parts of one memory are means over its own samples; the loss is one for all memories.
-        self._add("loss", loss.detach(), share / (self._memories or 1))
-        for part, drift in self.signal.parts(value, reference).items():
-            self._add(f"{name}/{part}" if name else part, drift, share)
-        return loss
-
-    def _add(self, name: str, value: Tensor, share: float) -> None:
-        self._measured[name] = self._measured.get(name, 0.0) + value.float() * share
 
     # ------------------------------------------------------------------------------------------- the whole step
 
@@ -198,16 +171,13 @@ class CRaFTConstraint:
         gradient cannot be told apart; the optimizer step then stops at the norm of the sum.)
         """
         if reduce_mean is not None:
-            self._reduce(reduce_mean)
-        multiplier, plan = self.dual.get_lambda(), self.plan
-        self._last_plan = plan
-        can_reduce, metrics = True, {}
-        if plan is Plan.SEPARATE:
+            self._measured.reduce_(reduce_mean, self.gradient.flat if self.plan is Plan.SEPARATE else None)
+        self._last_plan = self.plan
+        multiplier, can_reduce, metrics = self.dual.get_lambda(), True, {}
+        if self.plan is Plan.SEPARATE:
             multiplier, can_reduce, metrics = self._combine_gradients(optimizer, loss_scale)
-        measured = dict(zip(self._measured, torch.stack(list(self._measured.values())).tolist(), strict=True))
-        loss = measured.pop("loss")
-        metrics = {"CRaFT/Retention Loss": self.config.drift_of(loss), "CRaFT/Lambda": multiplier} | metrics
-        metrics |= {f"CRaFT/Drift/{name}": as_reported(name, value) for name, value in measured.items()}
+        loss, drift = self._measured.read()
+        metrics = {"CRaFT/Retention Loss": self.config.drift_of(loss), "CRaFT/Lambda": multiplier} | metrics | drift
         metrics |= {"CRaFT/Anchor Seconds": self._anchor_seconds, "CRaFT/Gate Open": float(self._gate_is_open)}
         self.statistics["constrained_steps"] += 1
         self.dual.step(loss, can_reduce)
@@ -219,17 +189,10 @@ class CRaFTConstraint:
     def _begin_step(self) -> None:
         # The buffer keeps this step's r for `raising_updates`, until the next step writes to it.
         self.gradient.begin()
-        self._measured: dict[str, Tensor | float] = {}
+        self._measured = Measurements(self.signal, self._memories or 1)
         self._anchor_seconds = 0.0
         self._gate_is_open = self.dual.gate.is_open
-        self.plan = self._next_plan()
-
-    def _next_plan(self) -> Plan:
-        if RULES[self.config.rule].separates(self._gate_is_open) or self.dual.rule.needs_norms:
-            return Plan.SEPARATE
-        if self.dual.get_lambda() > 0:
-            return Plan.SEPARATE if self._memories else Plan.FUSED
-        return Plan.MEASURE
+        self.plan = next_plan(self.config.rule, self.dual, self._memories > 0)
 
     def _combine_gradients(
         self, optimizer: torch.optim.Optimizer | None, loss_scale: float
@@ -244,11 +207,11 @@ class CRaFTConstraint:
         products = inner_products([p.grad for p in r.parameters], r.tensors, self._metric(optimizer))
         self.projector.conflict_ratio = (products.dot < 0).float().mean()
         rule, multiplier = RULES[self.config.rule], self.dual.get_lambda()
-        price = Price(multiplier, self._measured["loss"] - self.config.loss_budget, self._gate_is_open)
+        price = Price(multiplier, self._measured.loss - self.config.loss_budget, self._gate_is_open)
         projection = rule.projection(products, self._groups, price, self.config)
         # One transfer from the device: everything the host has to know about the gradients.
         facts = gradient_facts(products, rule.shed(projection), self._groups)
-        self._count_non_finite(facts.is_finite)
+        count_finite_(self.statistics, facts.is_finite, self.max_non_finite)
         if not facts.is_finite:
             self._last_plan = None
             return multiplier, False, {}
@@ -266,43 +229,12 @@ class CRaFTConstraint:
             raise ValueError("CRaFT projection_metric adam needs the optimizer")
         return adam_scaling(optimizer, self.gradient.parameters)
 
-    def _count_non_finite(self, is_finite: bool) -> None:
-        if is_finite:
-            self.statistics["non_finite_in_a_row"] = 0
-            return
-        self.statistics["non_finite_steps"] += 1
-        self.statistics["non_finite_in_a_row"] += 1
-        if self.statistics["non_finite_in_a_row"] >= self.max_non_finite:
-            raise NonFiniteRetentionError(
-                f"the retention gradient was not finite in {self.max_non_finite} constrained steps in a row, after "
-                f"{self.statistics['constrained_steps']} steps: the signal overflows, or the anchor is damaged"
-            )
-
-    def _reduce(self, reduce_mean: Callable[[Tensor], Tensor]) -> None:
-        """Average gradients and measurements over the processes, in one collective."""
-        measured = torch.stack([torch.as_tensor(v) for v in self._measured.values()])
-        if self.plan is Plan.SEPARATE:
-            buffer = self.gradient.flat
-            flat = reduce_mean(torch.cat([buffer, measured]))
-            buffer.copy_(flat[: buffer.numel()])
-            measured = flat[buffer.numel() :]
-        else:
-            measured = reduce_mean(measured)
-        self._measured = dict(zip(self._measured, measured.unbind(), strict=True))
-
     def raising_updates(self, optimizer: torch.optim.Optimizer) -> float | None:
         """Share of parameter tensors whose last AdamW update raises L_ret to first order, <update, r> > 0.
 
         To be called after the optimizer step and before the next constrained step. None when r was not computed.
         """
-        if self._last_plan is not Plan.SEPARATE:
-            return None
-        raising = [
-            (update * r).sum() > 0
-            for update, r in zip(adam_updates(optimizer, self.gradient.parameters), self.gradient.tensors, strict=True)
-            if update is not None
-        ]
-        return float(torch.stack(raising).float().mean()) if raising else None
+        return raising_share(optimizer, self.gradient) if self._last_plan is Plan.SEPARATE else None
 
     # ------------------------------------------------------------------------------------------- state
 

@@ -143,5 +143,13 @@ def adam_updates(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
         yield change - decay * before
 
 
+def raising_share(optimizer: torch.optim.Optimizer, gradient: RetentionGradient) -> float | None:
+    """Share of tensors whose last AdamW update raises L_ret to first order, <update, r> > 0; None without updates."""
+    updates = adam_updates(optimizer, gradient.parameters)
+    pairs = zip(updates, gradient.tensors, strict=True)
+    raising = [(update * r).sum() > 0 for update, r in pairs if update is not None]
+    return float(torch.stack(raising).float().mean()) if raising else None
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.detach().flatten().float(), b.detach().flatten().float())

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from prismatic.training import loop
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.loop import Trainer, seed_everything
+from prismatic.training.processes import end_processes
 from prismatic.training.retention import memory
 from prismatic.training.retention.memory import to_device
 from prismatic.training.setup import build_setup
@@ -135,3 +136,4 @@ def kind(scenario: dict):
 
 results = {s["name"]: kind(s)(s) for s in scenarios}
 torch.save(results, f"{output}/rank{rank}.pt")
+end_processes(Accelerator(cpu=True))
