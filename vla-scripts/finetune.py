@@ -6,7 +6,8 @@ torchrun --standalone --nproc-per-node N vla-scripts/finetune.py ...
 
 from transformers.utils import logging as transformers_logging
 
-from prismatic.training.command_line import bad_input_in_one_line, parse_flags
+from prismatic.command_line import bad_input_in_one_line
+from prismatic.training.command_line import parse_flags
 from prismatic.training.loop import Trainer, seed_everything
 from prismatic.training.processes import build_accelerator, end_processes
 from prismatic.training.setup import build_setup

@@ -1,19 +1,21 @@
-"""The command line of a training program: flags that need a switch, and bad input in one line."""
+"""The command line of `finetune.py`: its flags, and those of other code bases."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Sequence
 
-import draccus
-from draccus.utils import DecodingError, ParsingError
-
+from prismatic.command_line import ForeignFlag, given_flags, parse
 from prismatic.training.config import FinetuneConfig
 
-_BAD_INPUT = (ValueError, FileNotFoundError, NotADirectoryError, KeyError, DecodingError, ParsingError)
+_DIFFUSION = ForeignFlag("diffusion heads are not implemented; leave it out", harmless=None)
+FOREIGN = {
+    "vla_path": ForeignFlag("use --config_file_path FOLDER"),
+    "pretrained_checkpoint": ForeignFlag("use --config_file_path FOLDER"),
+    "diffusion_sample_freq": _DIFFUSION,
+    "num_diffusion_steps_train": _DIFFUSION,
+    "num_diffusion_steps": _DIFFUSION,
+}
+"""Flags of published training commands that this program does not have (docs/migrating.md)."""
 
 
 def parse_flags(args: Sequence[str] | None = None) -> FinetuneConfig:
@@ -22,38 +24,6 @@ def parse_flags(args: Sequence[str] | None = None) -> FinetuneConfig:
     Raises ValueError for a flag without its switch, also when it was given its default value, and for all that
     `FinetuneConfig` refuses.
     """
-    words = list(sys.argv[1:] if args is None else args)
-    try:
-        cfg = draccus.parse(FinetuneConfig, args=as_typed(words))
-    except ParsingError as error:
-        if isinstance(error.__cause__, ValueError):  # what `FinetuneConfig` says, without the parser's wrapping
-            raise error.__cause__ from None
-        raise
-    cfg.check_switches({word[2:].partition("=")[0] for word in words if word.startswith("--")})
+    cfg = parse(FinetuneConfig, args, FOREIGN, "Fine-tune a vision-language-action policy, plain or under CRaFT.")
+    cfg.check_switches(given_flags(args))
     return cfg
-
-
-def as_typed(words: Sequence[str]) -> list[str]:
-    """The words with the values of text flags in quotes: the parser reads values as YAML, where `off` is False."""
-    texts = {f"--{f.name}" for f in fields(FinetuneConfig) if f.type in ("str", "str | None")}
-    quoted: list[str] = []
-    for before, word in zip(["", *words], words, strict=False):
-        name, equals, value = word.partition("=")
-        if before in texts and word != "None":
-            quoted.append(json.dumps(word, ensure_ascii=False))
-        elif equals and name in texts and value != "None":
-            quoted.append(f"{name}={json.dumps(value, ensure_ascii=False)}")
-        else:
-            quoted.append(word)
-    return quoted
-
-
-@contextmanager
-def bad_input_in_one_line(program: str) -> Iterator[None]:
-    """Flags and files that do not fit end the program with one line and exit code 2, as argparse does."""
-    try:
-        yield
-    except _BAD_INPUT as error:
-        message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-        sys.exit(2)

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 
-from prismatic.craft import PRESET_FIELDS, CRaFTConfig, plain_values
-from prismatic.training.ema import check_decay
+from prismatic.command_line import check_values, flag
+from prismatic.craft import PRESET_FIELDS, PRESETS, CRaFTConfig, plain_values
 from prismatic.training.flag_checks import check_choice, check_unread
 from prismatic.training.schedules import LRSchedule, ScheduleSettings, parse_boundaries
 
@@ -53,153 +53,193 @@ class RetentionMethod(str, Enum):
 
 @dataclass
 class FinetuneConfig:
-    """Flags of `finetune.py`. Published flags keep their names; None means "as the start model says"."""
+    """Flags of `finetune.py`. Published flags keep their names; None means "as the start model says".
+
+    The ranges of the `craft_*` numbers are those of `prismatic/craft/settings.py`, which checks them too.
+    """
 
     # --- start model and data
-    config_file_path: str = "pretrained_models/configs"  # checkpoint folder, or a preset: tiny, qwen25-0_5b
-    vlm_path: str = (
-        ""  # native Prismatic VLM (folder or .pt); --config_file_path then gives configuration and tokenizer
+    config_file_path: str = flag("pretrained_models/configs", "checkpoint folder, or a preset: tiny, qwen25-0_5b")
+    vlm_path: str = flag(
+        "", "native Prismatic VLM (folder or .pt); --config_file_path then gives configuration and tokenizer"
     )
-    tokenizer_path: str | None = None  # Qwen2.5 tokenizer folder for presets that ship none
-    use_minivlm: bool = True  # Qwen chat prompt, the only one implemented
-    resum_vla_path: str = ""  # checkpoint folder to resume from; empty: found from run_root_dir and the run id
+    tokenizer_path: str | None = flag(None, "Qwen2.5 tokenizer folder for presets that ship none")
+    use_minivlm: bool = flag(True, "Qwen chat prompt, the only one implemented")
+    resum_vla_path: str = flag("", "checkpoint folder to resume from; empty: found from run_root_dir and the run id")
     data_root_dir: str = "datasets/rlds"
-    dataset_name: str = "libero_spatial_no_noops"  # several: a,b or, with weights, a:0.5,b:2
+    dataset_name: str = flag("libero_spatial_no_noops", "several: a,b or, with weights, a:0.5,b:2")
     run_root_dir: str = "runs"
-    shuffle_buffer_size: int = 100_000  # accepted for compatibility; sampling is a true permutation
-    n_shot_episodes: int | None = None  # keep N demonstrations per instruction
-    subset_seed: int | None = None  # of the choice of demonstrations; None: seed
-    data_set_file: str | None = None  # Python file that registers data sets of your own (docs/datasets.md)
-    frame_stride: int = 1  # use every n-th frame as the start of a sample
+    shuffle_buffer_size: int = flag(100_000, "accepted for compatibility; sampling is a true permutation", at_least=1)
+    n_shot_episodes: int | None = flag(None, "keep N demonstrations per instruction", at_least=1)
+    subset_seed: int | None = flag(None, "of the choice of demonstrations; None: seed", at_least=0)
+    data_set_file: str | None = flag(None, "Python file that registers data sets of your own (docs/datasets.md)")
+    frame_stride: int = flag(1, "use every n-th frame as the start of a sample", at_least=1)
 
     # --- model
     use_l1_regression: bool = True
     use_diffusion: bool = False
     use_film: bool = False
-    num_images_in_input: int | None = None
+    num_images_in_input: int | None = flag(None, at_least=1)
     use_proprio: bool | None = None
     use_pro_version: bool | None = None
     phase: str = "Training"
-    # Token positions and rotary angles of published heads; None: as the start model says. True on a new head makes
-    # checkpoints that the public evaluation code runs as they were trained.
-    legacy_slices: bool | None = None
+    legacy_slices: bool | None = flag(
+        None,
+        "token positions and rotary angles of published heads; None: as the start model says. True on a new head: the "
+        "public evaluation code runs the checkpoints as they were trained",
+    )
 
     # --- optimisation
-    batch_size: int = 8  # per process and micro-batch
-    learning_rate: float = 5e-4
-    lr_warmup_steps: float = 0  # steps; below 1 a share of max_steps
-    num_steps_before_decay: int = 100_000
-    lr_schedule: str = "step"  # step, multistep, cosine or constant; see schedules.py
-    lr_decay_steps: str = ""  # multistep: "100000,150000"
-    lr_decay_factor: float = 0.1  # step and multistep
-    lr_min_ratio: float = 0.0  # cosine: last learning rate as a share of the first
-    weight_decay: float = 0.01
-    max_grad_norm: float | None = None  # None: no clipping, as published
-    ema_decay: float | None = None  # moving average of the trained weights, which is then what checkpoints hold
-    grad_accumulation_steps: int = 1
-    max_steps: int = 200_000
-    seed: int = 7
-    use_val_set: bool = False  # hold out episodes and measure the action error on them
-    val_fraction: float = 0.05  # of the episodes of each task
-    val_freq: int = 1000  # optimizer steps between two measurements
-    val_batches: int = 16  # batches per measurement over all processes, always the same; 0: all samples
+    batch_size: int = flag(8, "per process and micro-batch", at_least=1)
+    learning_rate: float = flag(5e-4, more_than=0, at_most=1)
+    lr_warmup_steps: float = flag(0, "steps; below 1 a share of max_steps", at_least=0)
+    num_steps_before_decay: int = flag(100_000, at_least=1)
+    lr_schedule: str = flag(
+        "step",
+        "see schedules.py",
+        choices=tuple(kind.value for kind in LRSchedule),
+    )
+    lr_decay_steps: str = flag("", "multistep: '100000,150000'")
+    lr_decay_factor: float = flag(0.1, "step and multistep", more_than=0, at_most=1)
+    lr_min_ratio: float = flag(0.0, "cosine: last learning rate as a share of the first", at_least=0, less_than=1)
+    weight_decay: float = flag(0.01, at_least=0, at_most=1)
+    max_grad_norm: float | None = flag(None, "None: no clipping, as published", more_than=0)
+    ema_decay: float | None = flag(
+        None, "moving average of the trained weights, which is then what checkpoints hold", more_than=0, less_than=1
+    )
+    grad_accumulation_steps: int = flag(1, at_least=1)
+    max_steps: int = flag(200_000, at_least=1)
+    seed: int = flag(7, at_least=0)
+    use_val_set: bool = flag(False, "hold out episodes and measure the action error on them")
+    val_fraction: float = flag(0.05, "of the episodes of each task", more_than=0, less_than=1)
+    val_freq: int = flag(1000, "optimizer steps between two measurements", at_least=1)
+    val_batches: int = flag(
+        16, "batches per measurement over all processes, always the same; 0: all samples", at_least=0
+    )
     image_aug: bool = True
-    blind_images: bool = False  # constant grey in place of every image: a control that learns from state and text alone
-    # Share of the samples without robot state. A policy that always knows where its arm is can learn motions by heart;
-    # without it, it has to look.
-    proprio_dropout: float = 0.0
-    num_data_workers: int = 0
-    device: str = "auto"  # auto: cuda when there is one
-    mixed_precision: str = "auto"  # no, bf16, fp16; auto: bf16 on cuda, no on the CPU
+    blind_images: bool = flag(
+        False, "constant grey in place of every image: a control that learns from state and text alone"
+    )
+    proprio_dropout: float = flag(
+        0.0,
+        "share of the samples without robot state: a policy that always knows where its arm is can learn motions by "
+        "heart; without it, it has to look",
+        at_least=0,
+        at_most=1,
+    )
+    num_data_workers: int = flag(0, at_least=0, at_most=256)
+    device: str = flag("auto", "auto: cuda when there is one")
+    mixed_precision: str = flag("auto", "auto: bf16 on cuda, no on the CPU", choices=("auto", "no", "bf16", "fp16"))
     gradient_checkpointing: bool = False
-    compile: bool = False  # torch.compile of the policy's forward pass; see compilation.py
-    compile_backend: str = "inductor"  # or another backend of torch.compile: aot_eager, eager
+    compile: bool = flag(False, "torch.compile of the policy's forward pass; see compilation.py")
+    compile_backend: str = flag("inductor", "or another backend of torch.compile: aot_eager, eager")
 
     # --- saving
-    save_freq: int = 10_000
+    save_freq: int = flag(10_000, at_least=1)
     save_latest_checkpoint_only: bool = False
-    save_training_state: bool = True  # optimizer, RNG, data position: needed to resume
-    resume: bool | str = False  # True: from the newest checkpoint; auto: from the newest undamaged one, or afresh
-    resume_step: int | None = None
-    keep_last: int | None = None  # delete all but the N newest checkpoints of the run; None keeps all
-    keep_every: int | None = None  # with --keep_last: checkpoints of steps divisible by this stay
-    async_save: bool = False  # copy the state to CPU memory and write it while training goes on
-    ddp_timeout: float = 1800.0  # seconds until a process gives up on another one; longer than writing a checkpoint
+    save_training_state: bool = flag(True, "optimizer, RNG, data position: needed to resume")
+    resume: bool | str = flag(False, "True: from the newest checkpoint; auto: from the newest undamaged one, or afresh")
+    resume_step: int | None = flag(None, at_least=0)
+    keep_last: int | None = flag(None, "delete all but the N newest checkpoints of the run; None keeps all", at_least=1)
+    keep_every: int | None = flag(None, "with --keep_last: checkpoints of steps divisible by this stay", at_least=1)
+    async_save: bool = flag(False, "copy the state to CPU memory and write it while training goes on")
+    ddp_timeout: float = flag(
+        1800.0,
+        "seconds until a process gives up on another one; longer than writing a checkpoint",
+        more_than=0,
+        at_most=1e7,
+    )
 
     # --- which weights
     use_lora: bool = False
-    lora_rank: int | None = None  # 32
-    lora_dropout: float | None = None  # 0
-    merge_lora_during_training: bool = False  # checkpoints then also hold the merged, verified model
-    lora_emit_unused: bool = False  # zero adapters for layers that are never run, as in published adapter files
-    export_published_layout: bool = False  # write {run_id}--{step}_chkpt--published/ beside each checkpoint
-    use_fz: bool = False  # freeze the whole VLM
-    freeze_vision: bool = False  # freeze the vision towers; CRaFT then runs them once for both passes
+    lora_rank: int | None = flag(None, "32", at_least=1, at_most=4096)
+    lora_dropout: float | None = flag(None, "0", at_least=0, less_than=1)
+    merge_lora_during_training: bool = flag(False, "checkpoints then also hold the merged, verified model")
+    lora_emit_unused: bool = flag(False, "zero adapters for layers that are never run, as in published adapter files")
+    export_published_layout: bool = flag(False, "write {run_id}--{step}_chkpt--published/ beside each checkpoint")
+    use_fz: bool = flag(False, "freeze the whole VLM")
+    freeze_vision: bool = flag(False, "freeze the vision towers; CRaFT then runs them once for both passes")
 
     # --- keeping what the start model could do; see retention/methods.py
-    retention_method: str | None = None  # none, craft, feature_penalty, l2sp, frozen; None: as use_craft says
-    l2sp_weight: float = 0.01
-    replay_data: str | None = None  # data-set folders, comma separated, whose samples are mixed into the batches
-    replay_fraction: float = 0.2  # of replayed samples among all
-    replay_labels: str = "data"  # or start: the start policy's actions (distilled replay)
+    retention_method: str | None = flag(
+        None,
+        "none, craft, feature_penalty, l2sp, frozen; None: as use_craft says",
+        choices=tuple(method.value for method in RetentionMethod),
+    )
+    l2sp_weight: float = flag(0.01, more_than=0)
+    replay_data: str | None = flag(None, "data-set folders, comma separated, whose samples are mixed into the batches")
+    replay_fraction: float = flag(0.2, "of replayed samples among all", more_than=0, less_than=1)
+    replay_labels: str = flag(
+        "data", "or start: the start policy's actions (distilled replay)", choices=("data", "start")
+    )
 
     # --- CRaFT. Flags that are None here take the preset's value (`prismatic/craft/settings.py`); `original`'s is given
     use_craft: bool = False
-    craft_preset: str = "original"  # or budget, keep
-    craft_signal: str | None = None  # features; or actions: what the whole policy does
-    # On which inputs: batch; or data, instructions, several with commas. keep: instructions, and data where it is given
-    craft_memory: str | None = None
-    craft_memory_data: str | None = None  # data-set folder of the memory `data`: images, state, instructions
-    craft_memory_instructions: str | None = None  # text file, one a line; None: those the start checkpoint records
-    craft_memory_batch_size: int | None = None  # samples per micro-batch; None: the batch's. keep: a quarter of them
-    craft_land: bool = False  # after the last step, go back towards the start weights until the budget is met
-    craft_retention_weight: float | None = None  # initial lambda: 1.0
-    craft_retention_budget: float | None = None  # eps: 0.1
-    craft_dual_lr: float | None = None  # 0.01
-    craft_dual: str | None = None  # ascent; or pi, share, off
-    craft_dual_error: str | None = None  # absolute; or relative
-    craft_dual_ki: float = 1.0
-    craft_dual_kp: float = 1.0
-    craft_dual_nu: float = 0.9
-    craft_lambda_max: float | None = None  # inf
-    craft_share_limit: float = 1.0  # of share: |retention gradient| may be e^limit |action gradient|
+    craft_preset: str = flag("original", "or budget, keep", choices=tuple(PRESETS))
+    craft_signal: str | None = flag(None, "features; or actions: what the whole policy does")
+    craft_memory: str | None = flag(
+        None,
+        "on which inputs: batch; or data, instructions, several with commas; keep: instructions, and data if given",
+    )
+    craft_memory_data: str | None = flag(None, "data-set folder of the memory `data`: images, state, instructions")
+    craft_memory_instructions: str | None = flag(
+        None, "text file, one a line; None: those the start checkpoint records"
+    )
+    craft_memory_batch_size: int | None = flag(
+        None, "samples per micro-batch; None: the batch's. keep: a quarter of them", at_least=1
+    )
+    craft_land: bool = flag(False, "after the last step, go back towards the start weights until the budget is met")
+    craft_retention_weight: float | None = flag(None, "initial lambda: 1.0", at_least=0)
+    craft_retention_budget: float | None = flag(None, "eps: 0.1", more_than=0, infinite=True)
+    craft_dual_lr: float | None = flag(None, "0.01", at_least=0)
+    craft_dual: str | None = flag(None, "ascent; or pi, share, off")
+    craft_dual_error: str | None = flag(None, "absolute; or relative")
+    craft_dual_ki: float = flag(1.0, at_least=0)
+    craft_dual_kp: float = flag(1.0, at_least=0)
+    craft_dual_nu: float = flag(0.9, at_least=0, less_than=1)
+    craft_lambda_max: float | None = flag(None, "inf", more_than=0, infinite=True)
+    craft_share_limit: float = flag(
+        1.0, "of share: |retention gradient| may be e^limit |action gradient|", more_than=-5, at_most=10
+    )
     craft_enable_dual: bool = True
-    craft_fixed_lambda: float = 0.1
+    craft_fixed_lambda: float = flag(0.1, at_least=0)
     craft_enable_projection: bool = True
-    craft_projection_eps: float = 1e-8
-    craft_projection_granularity: str = "tensor"  # or module, layer, global
-    craft_projection_rule: str | None = None  # add; or max, barrier, off
-    craft_projection_when: str | None = None  # always; or active
-    craft_projection_gamma: float = 1.0
-    craft_projection_guard: str | None = None  # additive; or exact
-    craft_projection_metric: str = "euclid"  # or adam
-    craft_barrier_phi: float = 1.0
-    craft_retention_metric: str | None = None  # mse; or rel_mse, cosine, token_rel_mse, gram
-    craft_feature_source: str = "original"  # or bridge
-    craft_w_raw: float = 1.0
-    craft_w_aq: float = 1.0
-    craft_anchor: str | None = None  # online_swap; or disable_adapter, functional, frozen_copy, auto
+    craft_projection_eps: float = flag(1e-8, at_least=0)
+    craft_projection_granularity: str = flag("tensor", "or module, layer, global")
+    craft_projection_rule: str | None = flag(None, "add; or max, barrier, off")
+    craft_projection_when: str | None = flag(None, "always; or active")
+    craft_projection_gamma: float = flag(1.0, more_than=0)
+    craft_projection_guard: str | None = flag(None, "additive; or exact")
+    craft_projection_metric: str = flag("euclid", "or adam")
+    craft_barrier_phi: float = flag(1.0, more_than=0)
+    craft_retention_metric: str | None = flag(None, "mse; or rel_mse, cosine, token_rel_mse, gram")
+    craft_feature_source: str = flag("original", "or bridge")
+    craft_w_raw: float = flag(1.0, at_least=0)
+    craft_w_aq: float = flag(1.0, at_least=0)
+    craft_anchor: str | None = flag(None, "online_swap; or disable_adapter, functional, frozen_copy, auto")
     craft_anchor_type: str = "concat"
-    craft_anchor_layer_idx: int | None = None
+    craft_anchor_layer_idx: int | None = flag(None, at_least=-1000, at_most=1000)
     craft_cr_token_mode: str = "vision_only"
     craft_use_mean_pooling: bool = True
-    # Constrain every n-th optimizer step: 1. The others are plain steps and cost no more
-    craft_every: int | None = None
-    craft_probe_data: str | None = None  # held-out data-set folder on which the drift is watched
-    craft_probe_size: int = 64
-    craft_log_freq: int = 10
+    craft_every: int | None = flag(
+        None, "Constrain every n-th optimizer step: 1. The others are plain steps and cost no more", at_least=1
+    )
+    craft_probe_data: str | None = flag(None, "held-out data-set folder on which the drift is watched")
+    craft_probe_size: int = flag(64, at_least=1)
+    craft_log_freq: int = flag(10, at_least=1)
 
     # --- tracking
     use_wandb: bool = False
-    use_tensorboard: bool = False  # event files in {run_root_dir}/{run_id}/tensorboard
+    use_tensorboard: bool = flag(False, "event files in {run_root_dir}/{run_id}/tensorboard")
     wandb_entity: str | None = None
     wandb_project: str = "craft-vla"
-    wandb_log_freq: int = 10
-    run_id_note: str | None = None
-    run_id_override: str | None = None
+    wandb_log_freq: int = flag(10, at_least=1)
+    run_id_note: str | None = flag(None, is_name=True)
+    run_id_override: str | None = flag(None, is_name=True)
 
     def __post_init__(self) -> None:
         """Raise ValueError for flags that contradict each other, are out of range or not implemented."""
+        check_values(self)
         for name, (supported, reason) in _UNSUPPORTED.items():
             if getattr(self, name) != supported:
                 raise ValueError(f"--{name} {getattr(self, name)}: {reason}")
@@ -209,25 +249,7 @@ class FinetuneConfig:
         self.check_switches({f.name for f in fields(self) if getattr(self, f.name) != f.default})
         if self.use_lora and self.tuning_mode is not TuningMode.LORA:
             raise ValueError("--use_lora True excludes --use_fz True and --retention_method frozen")
-        for name in (
-            "batch_size",
-            "grad_accumulation_steps",
-            "max_steps",
-            "save_freq",
-            "craft_log_freq",
-            "craft_probe_size",
-            "val_freq",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("learning_rate", "l2sp_weight"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}, expected more than 0")
         self.schedule_settings  # noqa: B018 - validates
-        check_choice("mixed_precision", self.mixed_precision, ("auto", "no", "bf16", "fp16"))
-        if self.ema_decay is not None:
-            check_decay(self.ema_decay)
-        self._check_data_flags()
         self._resolve_lora_flags()
         self._check_replay_flags()
         self._resolve_craft_flags()
@@ -253,10 +275,6 @@ class FinetuneConfig:
     def _check_saving_flags(self) -> None:
         if not isinstance(self.resume, bool) and self.resume != "auto":
             raise ValueError(f"--resume is {self.resume!r}, expected True, False or auto")
-        for name in ("keep_last", "keep_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} is {value}, expected at least 1")
         if self.keep_every is not None and self.keep_last is None:
             raise ValueError(f"--keep_every {self.keep_every} needs --keep_last: without it every checkpoint is kept")
         if self.keep_last is not None and self.save_latest_checkpoint_only:
@@ -267,29 +285,14 @@ class FinetuneConfig:
                 "--async_save True excludes --merge_lora_during_training True and --export_published_layout True: "
                 "merge and export afterwards with merge_lora_weights_and_save.py"
             )
-        if not self.ddp_timeout > 0:
-            raise ValueError(f"--ddp_timeout is {self.ddp_timeout}, expected more than 0")
-
-    def _check_data_flags(self) -> None:
-        if not 0 <= self.proprio_dropout <= 1:
-            raise ValueError(f"--proprio_dropout is {self.proprio_dropout}, expected a share from 0 to 1")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"--val_fraction is {self.val_fraction}, expected more than 0 and less than 1")
-        if self.val_batches < 0:
-            raise ValueError(f"--val_batches is {self.val_batches}, expected 0 (all) or more")
 
     def _resolve_lora_flags(self) -> None:
         if not self.use_lora:
             return
         self.lora_rank = 32 if self.lora_rank is None else self.lora_rank
         self.lora_dropout = 0.0 if self.lora_dropout is None else self.lora_dropout
-        if self.lora_rank < 1:
-            raise ValueError(f"--lora_rank is {self.lora_rank}, expected at least 1")
 
     def _check_replay_flags(self) -> None:
-        check_choice("replay_labels", self.replay_labels, ("data", "start"))
-        if not 0 < self.replay_fraction < 1:
-            raise ValueError(f"--replay_fraction is {self.replay_fraction}, expected more than 0 and less than 1")
         if self.replay_labels == "start" and self.retention is not RetentionMethod.NONE:
             raise ValueError(
                 f"--replay_labels start excludes --retention_method {self.retention_method}: both need the start "
@@ -317,10 +320,6 @@ class FinetuneConfig:
         self._check_craft_flags(config)
 
     def _check_craft_flags(self, config: CRaFTConfig) -> None:
-        for name in ("craft_every", "craft_memory_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} is {value}, expected at least 1")
         self._check_memories()
         if self.craft_land and self.ema_decay is not None:
             raise ValueError("--craft_land True excludes --ema_decay: both decide what the last checkpoint holds")
@@ -332,10 +331,12 @@ class FinetuneConfig:
             check_choice("craft_memory", name, MEMORIES)
         if len(set(self.memories)) != len(self.memories):
             raise ValueError(f"--craft_memory {self.craft_memory} names a memory twice")
-        for name, flag in (("data", "craft_memory_data"), ("instructions", "craft_memory_instructions")):
-            value, used = getattr(self, flag), name in self.memories
+        for name in ("data", "instructions"):
+            value, used = getattr(self, f"craft_memory_{name}"), name in self.memories
             if value is not None and not used:
-                raise ValueError(f"--{flag} {value} needs --craft_memory {name}, found {self.craft_memory}")
+                raise ValueError(
+                    f"--craft_memory_{name} {value} needs --craft_memory {name}, found {self.craft_memory}"
+                )
         if "data" in self.memories and self.craft_memory_data is None:
             raise ValueError(f"--craft_memory {self.craft_memory} needs --craft_memory_data FOLDER")
         size = self.craft_memory_batch_size
@@ -353,7 +354,6 @@ class FinetuneConfig:
     def _resolve_retention_method(self) -> None:
         if self.retention_method is None:
             self.retention_method = "craft" if self.use_craft else "none"
-        check_choice("retention_method", self.retention_method, [m.value for m in RetentionMethod])
         if self.use_craft and self.retention_method != "craft":
             raise ValueError(f"--use_craft True contradicts --retention_method {self.retention_method}")
         self.use_craft = self.retention_method == "craft"

@@ -2,9 +2,9 @@
 
 import sys
 
-import draccus
 import pytest
 
+from prismatic.training.command_line import parse_flags
 from prismatic.training.config import FinetuneConfig, TuningMode
 
 
@@ -26,7 +26,7 @@ def test_command_line_of_the_user_parses(monkeypatch):
         "--craft_anchor_type aq_only --craft_anchor_layer_idx -2 --craft_log_freq 5 --n_shot_episodes 5"
     )
     monkeypatch.setattr(sys, "argv", ["finetune.py", *command.split()])
-    cfg = draccus.parse(FinetuneConfig)
+    cfg = parse_flags()
     assert cfg.use_craft is True
     assert cfg.run_id == "my_run"
     assert cfg.craft_config().anchor_layer_idx == -2
@@ -108,5 +108,5 @@ def test_saving_flags_that_contradict_each_other(flags, message):
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("True", True), ("False", False)])
 def test_resume_on_the_command_line(text, value):
-    found = draccus.parse(FinetuneConfig, args=["--resume", text]).resume
+    found = parse_flags(["--resume", text]).resume
     assert (found, type(found)) == (value, type(value))

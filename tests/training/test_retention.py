@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import draccus
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -14,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 
 from prismatic.craft import retention_loss
 from prismatic.models.vla_policy import CraftRequest, VLAPolicyModel
+from prismatic.training.command_line import parse_flags
 from prismatic.training.config import FinetuneConfig, RetentionMethod, TuningMode
 from prismatic.training.retention.memory import take_rows
 from prismatic.training.retention.methods import monitored_batches
@@ -120,7 +120,7 @@ def test_an_unknown_method_lists_the_choices_and_frozen_excludes_lora():
 @pytest.mark.parametrize("method", ["none", "l2sp"])
 def test_the_command_line_takes_the_method(monkeypatch, method):
     monkeypatch.setattr(sys, "argv", ["finetune.py", "--retention_method", method])
-    cfg = draccus.parse(FinetuneConfig)
+    cfg = parse_flags()
     assert (cfg.retention_method, cfg.use_craft) == (method, False)
 
 

@@ -2,11 +2,11 @@
 
 import sys
 
-import draccus
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prismatic.training.command_line import parse_flags
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.schedules import cosine_factor, decay_factor, warm_up_factor
 
@@ -71,5 +71,5 @@ def test_bad_flags_are_named(flags, message):
 @pytest.mark.parametrize("steps", ["100000,150000", "100000"])
 def test_decay_steps_come_from_the_command_line(monkeypatch, steps):
     monkeypatch.setattr(sys, "argv", ["finetune.py", "--lr_schedule", "multistep", "--lr_decay_steps", steps])
-    cfg = draccus.parse(FinetuneConfig)
+    cfg = parse_flags()
     assert cfg.schedule_settings.boundaries == tuple(int(s) for s in steps.split(","))

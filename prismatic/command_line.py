@@ -1,0 +1,297 @@
+"""The command line of every program: a flag per field of a dataclass, and a user's mistake in one line.
+
+    @dataclass
+    class Config:
+        batch_size: int = flag(8, "samples per micro-batch", at_least=1)
+
+    with bad_input_in_one_line("program.py"):
+        cfg = parse(Config)
+
+A text flag takes the word as it was typed; a number must be in the range that its field declares. The same check is
+made for objects that Python code builds (`check_values` in `__post_init__`). No parser of the field's code bases does
+this: they read values as YAML, where 001 is 1 and `off` is False.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+import sys
+import time
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, dataclass, field, fields
+from enum import Enum
+from typing import Any, NoReturn, TypeVar
+
+Config = TypeVar("Config")
+
+LARGEST = 2**31 - 1
+"""Largest whole number of a flag that states no other limit."""
+_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_MISTAKES = (ValueError, KeyError) + (
+    FileNotFoundError,
+    NotADirectoryError,
+    FileExistsError,
+    IsADirectoryError,
+    PermissionError,
+)  # KeyError: a name that a data set or its statistics do not have
+
+
+class UsageError(ValueError):
+    """A flag that cannot be used; the message names it, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers a flag takes. Not finite ones only when `infinite` says so, and never NaN."""
+
+    at_least: float | None = None
+    more_than: float | None = None
+    at_most: float | None = None
+    less_than: float | None = None
+    infinite: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        if math.isnan(value) or (math.isinf(value) and not self.infinite):
+            return False
+        return not (
+            (self.at_least is not None and value < self.at_least)
+            or (self.more_than is not None and value <= self.more_than)
+            or (self.at_most is not None and value > self.at_most)
+            or (self.less_than is not None and value >= self.less_than)
+        )
+
+    def __str__(self) -> str:
+        limits = (self.at_least, self.more_than, self.at_most, self.less_than)
+        words = ("at least", "more than", "at most", "less than")
+        said = [f"{word} {limit}" for word, limit in zip(words, limits, strict=True) if limit is not None]
+        return " and ".join(said) or "a finite number"
+
+
+@dataclass(frozen=True)
+class ForeignFlag:
+    """A flag of another code base.
+
+    use: what to do instead, for the message. harmless: values that change nothing here, lower case; they are accepted
+    with a note. None: every value is.
+    """
+
+    use: str
+    harmless: tuple[str, ...] | None = ()
+
+    def is_harmless(self, value: str) -> bool:
+        """Whether the value asks for what is done anyway."""
+        return self.harmless is None or value.lower() in self.harmless
+
+
+def flag(default: Any, text: str = "", *, choices: Sequence[str] = (), is_name: bool = False, **limits: float) -> Any:
+    """A dataclass field with its help text and its `Range`, given by the names of its limits, or its choices.
+
+    is_name: the text becomes the name of a file or folder and must be one.
+    """
+    metadata = {"help": text, "range": Range(**limits), "choices": tuple(choices), "name": is_name}
+    return field(default=default, metadata=metadata)
+
+
+# ---------------------------------------------------------------------------------------------------- words to values
+
+
+def parse(
+    config: type[Config],
+    args: Sequence[str] | None = None,
+    foreign: Mapping[str, ForeignFlag] | None = None,
+    description: str | None = None,
+) -> Config:
+    """The flags of a program, from `args` or the command line. `--help` prints them and exits with 0.
+
+    Raises UsageError for an unknown flag, a missing value, a value that is none of the flag's type or range, and
+    whatever the config itself refuses.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    known = {entry.name: entry for entry in fields(config) if entry.init}
+    if any(word in ("-h", "--help") for word in words):
+        _help_parser(config, description).print_help()
+        raise SystemExit(0)
+    kinds = typing.get_type_hints(config)
+    values = {}
+    for name, word in _pairs(words, set(known), foreign or {}):
+        values[name] = _value(known[name], kinds[name], word)
+    return config(**values)
+
+
+def given_flags(args: Sequence[str] | None = None) -> set[str]:
+    """Names of the flags among the words of a command line."""
+    words = sys.argv[1:] if args is None else args
+    return {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+
+
+def _pairs(words: Sequence[str], known: set[str], foreign: Mapping[str, ForeignFlag]) -> Iterator[tuple[str, str]]:
+    """(name, value) of each flag; the notes about foreign ones go to stderr."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UsageError(f"found {word!r}, expected --FLAG VALUE; text with blanks needs quotes")
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in known and name not in foreign:
+            raise UsageError(f"--{name}: no such flag{nearest(name, known, '--')}; --help lists them")
+        if not equals:
+            if not rest or given_flags(rest[:1]) & (known | set(foreign)):
+                raise UsageError(f"--{name}: found no value, expected one behind it")
+            value = rest.pop(0)
+        if name in known:
+            yield name, value
+        elif foreign[name].is_harmless(value):
+            print(f"note: --{name} {value} changes nothing here: {foreign[name].use}", file=sys.stderr)
+        else:
+            raise UsageError(f"--{name} {value} is a flag of another code base: {foreign[name].use}")
+
+
+def _value(entry: Field, kind: Any, word: str) -> Any:
+    options = list(typing.get_args(kind)) if isinstance(kind, types.UnionType) else [kind]
+    if types.NoneType in options:
+        if word == "None":
+            return None
+        options.remove(types.NoneType)
+    for option in options[:-1]:  # `bool | str`: the first that fits
+        try:
+            return _read(entry, option, word)
+        except UsageError:
+            continue
+    return _read(entry, options[-1], word)
+
+
+def _read(entry: Field, kind: type, word: str) -> Any:
+    if kind is str:
+        return word
+    if kind is bool:
+        if word.lower() not in _BOOLEANS:
+            raise UsageError(f"--{entry.name} is {word!r}, expected True or False")
+        return _BOOLEANS[word.lower()]
+    if issubclass(kind, Enum):
+        return _member(entry.name, kind, word)
+    try:
+        return kind(word)
+    except (ValueError, OverflowError):
+        what = "a whole number" if kind is int else "a number"
+        raise UsageError(f"--{entry.name} is {word!r}, expected {what}{_range_text(entry)}") from None
+
+
+def _member(name: str, kind: type[Enum], word: str) -> Enum:
+    try:
+        return kind(word.lower())
+    except ValueError:
+        raise UsageError(f"--{name} is {word!r}, expected {_one_of([m.value for m in kind], word)}") from None
+
+
+def _help_parser(config: type, description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for entry in fields(config):
+        default = entry.default.value if isinstance(entry.default, Enum) else entry.default
+        choices = ", ".join(entry.metadata.get("choices", ()))
+        text = "; ".join(filter(None, (entry.metadata.get("help", ""), choices, _range_text(entry)[2:])))
+        shown = "" if default is MISSING else f"(default: {default})"
+        help_text = f"{text} {shown}".strip().replace("%", "%%")
+        parser.add_argument(f"--{entry.name}", metavar=str(entry.type).replace(" ", ""), help=help_text)
+    return parser
+
+
+def _range_text(entry: Field) -> str:
+    numbers = entry.metadata.get("range")
+    limits = str(numbers) if numbers is not None else ""
+    return f", {limits}" if limits and limits != "a finite number" else ""
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_values(config: Any) -> None:
+    """Types, ranges, choices and names of a config's fields.
+
+    Raises UsageError for the first that does not fit.
+    """
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if value is None or value == entry.default:
+            continue
+        numbers, choices = entry.metadata.get("range"), entry.metadata.get("choices")
+        if isinstance(value, int | float) and not isinstance(value, bool) and numbers is not None:
+            _check_number(entry.name, value, numbers)
+        elif isinstance(value, str) and "\0" in value:
+            raise UsageError(f"--{entry.name}: found a NUL character in {value!r}, expected text")
+        if choices and value not in choices:
+            raise UsageError(f"--{entry.name} is {value!r}, expected {_one_of(choices, str(value))}")
+        if entry.metadata.get("name"):
+            check_name(f"--{entry.name}", value)
+
+
+def _check_number(name: str, value: float, numbers: Range) -> None:
+    if isinstance(value, int) and numbers.at_most is None and numbers.less_than is None and abs(value) > LARGEST:
+        raise UsageError(f"--{name} is {value}, expected at most {LARGEST}")
+    if value not in numbers:
+        raise UsageError(f"--{name} is {value}, expected {numbers}")
+
+
+def check_name(what: str, name: str) -> None:
+    """UsageError unless a text can name a file in one folder on every common file system."""
+    bad = sorted({character for character in name if character in '/\\:*?"<>|' or not character.isprintable()})
+    if bad:
+        raise UsageError(f"{what} is {name!r} with {' '.join(map(repr, bad))}, expected a name, not a path")
+    if not name or name != name.strip() or name.startswith((".", "-")) or len(name.encode()) > 200:
+        raise UsageError(
+            f"{what} is {name!r}, expected a name of 1 to 200 bytes that starts with neither dot nor dash and has "
+            "no blanks around it"
+        )
+
+
+def nearest(word: str, known: Sequence[str] | set[str], prefix: str = "") -> str:
+    """`; did you mean ...?` for the known word that is most like this one, or nothing."""
+    lower = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(word.lower(), list(lower), n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{lower[found[0]]}?" if found else ""
+
+
+def _one_of(choices: Sequence[str], word: str) -> str:
+    return f"one of {', '.join(map(str, choices))}{nearest(word, choices)}"
+
+
+# ------------------------------------------------------------------------------------------------------ how it ends
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse for the programs with positional arguments: its errors are one line, its flags are not abbreviated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        words = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized") and words[0].startswith("--"):
+            known = {option[2:] for option in self._option_string_actions if option.startswith("--")}
+            name = words[0][2:].partition("=")[0]
+            message = f"--{name}: no such flag{nearest(name, known, '--')}; --help lists them"
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+@contextmanager
+def bad_input_in_one_line(program: str) -> Iterator[None]:
+    """Flags and files that do not fit end the program with one line on stderr and exit code 2, as argparse does."""
+    try:
+        yield
+    except _MISTAKES as error:
+        _once_of_all_processes()
+        message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def _once_of_all_processes() -> None:
+    """Let rank 0 speak first: it ends all processes of the run, so that what all of them found is said once."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)
