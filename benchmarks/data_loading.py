@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import draccus
 from benchmark_page import write_section
+
+from prismatic.command_line import parse
 
 HERE = Path(__file__).parent
 
@@ -76,7 +77,7 @@ ROWS = (
 
 def main() -> None:
     """Measure all rows in shuffled rounds, or one row."""
-    cfg = draccus.parse(LoadingConfig)
+    cfg = parse(LoadingConfig)
     if cfg.measure_workers is not None:
         print(json.dumps(measure(cfg)))
         return

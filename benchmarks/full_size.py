@@ -15,11 +15,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import draccus
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from prismatic.command_line import parse
 from prismatic.craft import CRaFTConfig
 from prismatic.models.presets import build_vla
 from prismatic.models.vla_policy import VLAPolicyModel
@@ -47,7 +47,7 @@ class FullSizeConfig:
 
 def main() -> None:
     """Measure, then write both files."""
-    cfg = draccus.parse(FullSizeConfig)
+    cfg = parse(FullSizeConfig)
     torch.set_num_threads(cfg.threads)
     measured = measure(cfg)
     for path, text in ((cfg.output, json.dumps(measured, indent=2) + "\n"), (cfg.report, report(measured))):

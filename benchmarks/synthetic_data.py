@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import draccus
 import numpy as np
 
+from prismatic.command_line import parse
 from prismatic.vla.datasets.rlds import Episode, write_rlds
 from prismatic.vla.images import encode_jpeg
 
@@ -74,4 +74,4 @@ def generate(cfg: SyntheticConfig) -> Path:
 
 
 if __name__ == "__main__":
-    print(generate(draccus.parse(SyntheticConfig)))
+    print(generate(parse(SyntheticConfig)))

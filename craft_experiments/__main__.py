@@ -18,8 +18,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import draccus
-
 from craft_experiments import jobs as planning
 from craft_experiments.commands import portable
 from craft_experiments.records import State, read_manifest, set_states
@@ -28,6 +26,7 @@ from craft_experiments.runner import JobFailed, run_job, run_table, say
 from craft_experiments.settings import FOLDERS, ROOT, RunConfig, Settings, resolve
 from craft_experiments.table_reports import write_table_reports
 from craft_experiments.tables import Table
+from prismatic.command_line import parse
 
 COMMANDS = {"run": 1, "report": 1, "list": 1, "job": 2, "graph": 2}
 
@@ -41,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     count = 1 + COMMANDS[words[0]]
     command, name, *rest = words[:count]
     try:
-        cfg = draccus.parse(RunConfig, args=words[count:])
+        cfg = parse(RunConfig, words[count:], description=__doc__)
         os.chdir(ROOT)
         settings = resolve(cfg, name)
         wanted = planning.wanted_table(settings, name)
         return _COMMANDS[command](settings, wanted, *rest)
-    except (ValueError, draccus.ParsingError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

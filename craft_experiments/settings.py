@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from craft_experiments.tables import PRESETS, Preset
+from prismatic.command_line import check_values, flag
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {
@@ -25,45 +26,47 @@ class RunConfig:
     """Flags of `python -m craft_experiments`. None or empty: as the preset says. Lists: blanks or commas between."""
 
     preset: str = "tiny"
-    methods: str = ""  # rows of the table; controls always run
+    methods: str = flag("", "rows of the table; controls always run")
     controls: bool = True
     suites: str = ""
     seeds: str = ""
     shots: str = ""
-    task_ids: str = ""  # task numbers for every suite
-    num_trials: int | None = None  # per task
+    task_ids: str = flag("", "task numbers for every suite")
+    num_trials: int | None = flag(None, "per task", at_least=1)
     config_file_path: str = ""
     vlm_path: str = ""
     data_root_dir: str = ""
     dataset_suffix: str | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    max_steps: int | None = None
-    save_freq: int | None = None
+    batch_size: int | None = flag(None, at_least=1)
+    learning_rate: float | None = flag(None, more_than=0, at_most=1)
+    max_steps: int | None = flag(None, at_least=1)
+    save_freq: int | None = flag(None, at_least=1)
     use_lora: bool | None = None
-    lora_rank: int | None = None
-    retention_weight: float | None = None
-    retention_budget: float | None = None
-    dual_lr: float | None = None
+    lora_rank: int | None = flag(None, at_least=1, at_most=4096)
+    retention_weight: float | None = flag(None, at_least=0)
+    retention_budget: float | None = flag(None, more_than=0, infinite=True)
+    dual_lr: float | None = flag(None, at_least=0)
     enable_projection: bool | None = None
-    num_images: int = 2
+    num_images: int = flag(2, at_least=1)
     center_crop: bool | None = None
     render_mode: str = ""
     save_videos: str = ""
-    num_workers: int | None = None  # simulator processes of one evaluation
-    num_gpus: int | None = None  # 1 or more: torchrun; 0: plain python
-    num_demos: int | None = None  # per task, when demonstrations are collected
+    num_workers: int | None = flag(None, "simulator processes of one evaluation", at_least=0, at_most=1024)
+    num_gpus: int | None = flag(None, "1 or more: torchrun; 0: plain python", at_least=0, at_most=1024)
+    num_demos: int | None = flag(None, "per task, when demonstrations are collected", at_least=1)
     collect_demos: bool | None = None
     extra_train_args: str = ""
     extra_eval_args: str = ""
     python: str = ""
     torchrun: str = "torchrun"
 
-    work_dir: str = "runs/tables"  # checkpoints, logs of training
-    records_dir: str = ""  # what is measured, one file per training or evaluation; empty: {work_dir}/{preset}/records
-    results_dir: str = ""  # tables, figures and eval_logs; empty: the folder of the table
-    slots: int = 1  # jobs at the same time
-    dry_run: bool = False  # print each command and run none
+    work_dir: str = flag("runs/tables", "checkpoints, logs of training")
+    records_dir: str = flag(
+        "", "what is measured, one file per training or evaluation; empty: {work_dir}/{preset}/records"
+    )
+    results_dir: str = flag("", "tables, figures and eval_logs; empty: the folder of the table")
+    slots: int = flag(1, "jobs at the same time", at_least=1, at_most=1024)
+    dry_run: bool = flag(False, "print each command and run none")
 
 
 @dataclass(frozen=True)
@@ -115,16 +118,11 @@ def resolve(cfg: RunConfig, table: str) -> Settings:
     Raises:
         ValueError: an unknown preset, suite or table, or a number out of range; names the flag.
     """
+    check_values(cfg)
     if cfg.preset not in PRESETS:
         raise ValueError(f"--preset: found {cfg.preset!r}, expected one of {', '.join(PRESETS)}")
     if table not in FOLDERS:
         raise ValueError(f"table: found {table!r}, expected one of {', '.join(FOLDERS)}")
-    for name in ("num_trials", "batch_size", "max_steps", "save_freq", "num_demos", "num_images", "slots"):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}: expected at least 1, found {value}")
-    if cfg.num_gpus is not None and cfg.num_gpus < 0:
-        raise ValueError(f"--num_gpus: expected 0 (plain python, no torchrun) or more, found {cfg.num_gpus}")
     preset = _with_flags(PRESETS[cfg.preset], cfg)
     work = Path(cfg.work_dir) / preset.name
     return Settings(

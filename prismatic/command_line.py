@@ -33,7 +33,7 @@ Config = TypeVar("Config")
 LARGEST = 2**31 - 1
 """Largest whole number of a flag that states no other limit."""
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-_MISTAKES = (ValueError, KeyError) + (
+MISTAKES = (ValueError, KeyError) + (
     FileNotFoundError,
     NotADirectoryError,
     FileExistsError,
@@ -121,7 +121,9 @@ def parse(
     values = {}
     for name, word in _pairs(words, set(known), foreign or {}):
         values[name] = _value(known[name], kinds[name], word)
-    return config(**values)
+    made = config(**values)
+    check_values(made)
+    return made
 
 
 def given_flags(args: Sequence[str] | None = None) -> set[str]:
@@ -235,7 +237,8 @@ def _check_number(name: str, value: float, numbers: Range) -> None:
     if isinstance(value, int) and numbers.at_most is None and numbers.less_than is None and abs(value) > LARGEST:
         raise UsageError(f"--{name} is {value}, expected at most {LARGEST}")
     if value not in numbers:
-        raise UsageError(f"--{name} is {value}, expected {numbers}")
+        finite = "" if math.isfinite(value) or numbers.infinite or numbers == Range() else "a finite number, "
+        raise UsageError(f"--{name} is {value}, expected {finite}{numbers}")
 
 
 def check_name(what: str, name: str) -> None:
@@ -280,11 +283,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 @contextmanager
-def bad_input_in_one_line(program: str) -> Iterator[None]:
+def bad_input_in_one_line(program: str, mistakes: tuple[type[Exception], ...] = MISTAKES) -> Iterator[None]:
     """Flags and files that do not fit end the program with one line on stderr and exit code 2, as argparse does."""
     try:
         yield
-    except _MISTAKES as error:
+    except mistakes as error:
         _once_of_all_processes()
         message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)

@@ -12,24 +12,26 @@ checkpoint folder with merged weights, to evaluate or to start from. Runs on the
 from dataclasses import dataclass
 from pathlib import Path
 
-import draccus
-
+from prismatic.command_line import bad_input_in_one_line, flag, parse
 from prismatic.training.interpolation import check_scale, interpolate_checkpoint, save_policy
 
 
 @dataclass
 class InterpolateConfig:
-    """Flags. `base`: the start model's folder; empty takes the one recorded in the checkpoint, if it is still there."""
+    """Flags."""
 
     checkpoint: str = ""
-    base: str = ""
-    adapter_scale: float = 0.5  # 0: start model, 1: trained model, above 1: beyond it
-    # all; vlm: head and proprio projector as trained; llm: all but the language model as trained; head: VLM as trained
-    parts: str = "all"
+    base: str = flag("", "the start model's folder; empty: the one recorded in the checkpoint, if it is still there")
+    adapter_scale: float = flag(0.5, "0: start model, 1: trained model, above 1: beyond it", at_least=0)
+    parts: str = flag(
+        "all",
+        "what moves. vlm: head and proprio projector stay as trained; llm: all but the language model does; head: the "
+        "VLM does",
+        choices=("vlm", "llm", "head", "all"),
+    )
     output: str = ""
 
 
-@draccus.wrap()
 def interpolate(cfg: InterpolateConfig) -> None:
     """Check, interpolate, write; ValueError or FileExistsError name the flag or the file that does not fit."""
     for name in ("checkpoint", "output"):
@@ -44,5 +46,11 @@ def interpolate(cfg: InterpolateConfig) -> None:
     print(f"{folder}: {record['base']} + {cfg.adapter_scale} ({cfg.checkpoint} - {record['base']}), {cfg.parts}")
 
 
+def main() -> None:
+    """Parse and interpolate."""
+    with bad_input_in_one_line("interpolate_weights.py"):
+        interpolate(parse(InterpolateConfig, description=__doc__))
+
+
 if __name__ == "__main__":
-    interpolate()
+    main()

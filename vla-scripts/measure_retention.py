@@ -10,9 +10,9 @@ The data set is usually one the start model was trained on, whose statistics it 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import draccus
 import torch
 
+from prismatic.command_line import bad_input_in_one_line, flag, parse
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.representation import MeasureSettings, measure_retention, write_report
 from prismatic.vla.datasets.registry import load_data_set_file
@@ -20,22 +20,21 @@ from prismatic.vla.datasets.registry import load_data_set_file
 
 @dataclass
 class MeasureConfig:
-    """Flags. `unnorm_key`: entry of the start model's statistics, when it has none of the data set's name."""
+    """Flags."""
 
     checkpoint: str = ""
     start: str = ""
     data_root_dir: str = "datasets/rlds"
     dataset_name: str = ""
-    data_set_file: str | None = None  # Python file that registers data sets of your own (docs/datasets.md)
+    data_set_file: str | None = flag(None, "Python file that registers data sets of your own (docs/datasets.md)")
     output: str = ""
-    max_samples: int = 512  # evenly spread over the episodes; 0: all
-    batch_size: int = 16
-    seed: int = 7  # which episodes the probes are tested on
-    unnorm_key: str | None = None
-    device: str = "auto"  # auto: cuda when there is one
+    max_samples: int = flag(512, "evenly spread over the episodes; 0: all", at_least=0)
+    batch_size: int = flag(16, at_least=1)
+    seed: int = flag(7, "which episodes the probes are tested on", at_least=0)
+    unnorm_key: str | None = flag(None, "entry of the start's statistics, when it has none of the data set's name")
+    device: str = flag("auto", "auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
 
 
-@draccus.wrap()
 def measure(cfg: MeasureConfig) -> None:
     """Check, measure, write; errors name the flag or the file that does not fit."""
     for name in ("checkpoint", "start", "dataset_name", "output"):
@@ -54,5 +53,11 @@ def measure(cfg: MeasureConfig) -> None:
     print(f"{cfg.output}: relative drift {drift:.4g}, " + ", ".join(f"L1 {k} {v:.4g}" for k, v in errors.items()))
 
 
+def main() -> None:
+    """Parse and measure."""
+    with bad_input_in_one_line("measure_retention.py"):
+        measure(parse(MeasureConfig, description=__doc__))
+
+
 if __name__ == "__main__":
-    measure()
+    main()

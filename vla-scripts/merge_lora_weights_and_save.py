@@ -14,8 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import draccus
-
+from prismatic.command_line import bad_input_in_one_line, flag, parse
 from prismatic.training.checkpoint_files import has_weights, read_manifest
 from prismatic.training.checkpoint_folder import (
     LISTING,
@@ -33,17 +32,16 @@ from prismatic.training.published import check_exportable, export_published
 
 @dataclass
 class MergeConfig:
-    """Flags. `base_checkpoint`: where the base model is now, when it moved; its weights must have the recorded hash."""
+    """Flags."""
 
     lora_finetuned_checkpoint_dir: str = ""
-    base_checkpoint: str = ""
+    base_checkpoint: str = flag("", "where the base model is now, when it moved; its weights have the recorded hash")
     output_dir: str = ""
-    tolerance: float = 1e-3  # of a normalised action
-    adapter_scale: float = 1.0  # factor on what the adapters add; other than 1 needs --output_dir
-    export_published_layout: bool = False  # also write {folder}--published/ for the public evaluation code
+    tolerance: float = flag(1e-3, "of a normalised action", at_least=0)
+    adapter_scale: float = flag(1.0, "factor on what the adapters add; other than 1 needs --output_dir", at_least=0)
+    export_published_layout: bool = flag(False, "also write {folder}--published/ for the public evaluation code")
 
 
-@draccus.wrap()
 def merge(cfg: MergeConfig) -> None:
     """Merge, verify, report; ValueError when the folder is merged already or the outputs differ."""
     if not cfg.lora_finetuned_checkpoint_dir:
@@ -97,5 +95,11 @@ def _publish(work: Path, folder: Path) -> None:
     shutil.rmtree(work)
 
 
+def main() -> None:
+    """Parse and merge."""
+    with bad_input_in_one_line("merge_lora_weights_and_save.py"):
+        merge(parse(MergeConfig, description=__doc__))
+
+
 if __name__ == "__main__":
-    merge()
+    main()

@@ -5,20 +5,20 @@ Everything is written below `--work_dir`. A job whose result exists is skipped, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
 from craft_experiments.common_utils.job_slots import Job, run_jobs, say
 from craft_experiments.common_utils.log_parser import write_text_atomic
+from prismatic.command_line import bad_input_in_one_line, flag, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT_SCRIPT = Path(__file__).with_name("make_report.py")
@@ -36,31 +36,37 @@ class DemoConfig:
     """What the demo compares and how large it is. The defaults are the demo's."""
 
     start: str = "pretrained_models/tiny-libero-object"
-    start_statistics: str = "libero_object_scripted_no_noops"  # normalisation the start checkpoint was trained with
+    start_statistics: str = flag(
+        "libero_object_scripted_no_noops", "normalisation the start checkpoint was trained with"
+    )
     data_root_dir: str = "datasets/rlds"
     dataset_name: str = "libero_spatial_scripted_no_noops"
-    old_data: str = "datasets/rlds/libero_object_scripted_no_noops"  # for replay and memory: a demonstration of task 3
+    old_data: str = flag(
+        "datasets/rlds/libero_object_scripted_no_noops", "for replay and memory: a demonstration of task 3"
+    )
     suite: str = "libero_spatial"
-    task_id: int = 9  # the new task
+    task_id: int = flag(9, "the new task", at_least=0)
     old_suite: str = "libero_object"
-    memory_task_id: int = 3  # an old task that is in memory
-    sentence_task_id: int = 7  # an old task of which only the sentence is known
-    old_init_noise_mm: float = 0.0  # old tasks start with every object displaced by up to this
-    max_steps: int = 800
-    batch_size: int = 16
-    learning_rate: float = 3.5e-4
-    action_budget: float = 0.03  # of `keep`: root mean square of normalised actions
-    feature_budget: float = 1e-3  # of `features`: mean square
-    trials: int = 10  # of the new task and of the old one in memory
-    sentence_trials: int = 10
-    first_initial_state: int = 0
-    seed: int = 7  # of the trainings
-    evaluation_seed: int = 7  # of the displacements, the same for all rows
+    memory_task_id: int = flag(3, "an old task that is in memory", at_least=0)
+    sentence_task_id: int = flag(7, "an old task of which only the sentence is known", at_least=0)
+    old_init_noise_mm: float = flag(
+        0.0, "old tasks start with every object displaced by up to this", at_least=0, at_most=1000
+    )
+    max_steps: int = flag(800, at_least=1)
+    batch_size: int = flag(16, at_least=1)
+    learning_rate: float = flag(3.5e-4, more_than=0, at_most=1)
+    action_budget: float = flag(0.03, "of `keep`: root mean square of normalised actions", more_than=0)
+    feature_budget: float = flag(1e-3, "of `features`: mean square", more_than=0)
+    trials: int = flag(10, "of the new task and of the old one in memory", at_least=1)
+    sentence_trials: int = flag(10, at_least=1)
+    first_initial_state: int = flag(0, at_least=0)
+    seed: int = flag(7, "of the trainings", at_least=0)
+    evaluation_seed: int = flag(7, "of the displacements, the same for all rows", at_least=0)
     rows: str = ",".join([START, *TRAINED])
-    train_flags: str = ""  # for all trainings: "--image_aug False"
-    row_flags: str = ""  # for some: "keep: --craft_every 2; replay: --replay_fraction 0.1"
+    train_flags: str = flag("", 'for all trainings: "--image_aug False"')
+    row_flags: str = flag("", 'for some: "keep: --craft_every 2; replay: --replay_fraction 0.1"')
     work_dir: str = "runs/demo"
-    record_dir: str = ""  # copy what the report is made of to this folder
+    record_dir: str = flag("", "copy what the report is made of to this folder")
 
     @property
     def selected(self) -> list[str]:
@@ -91,12 +97,10 @@ class DemoConfig:
 
 def main() -> None:
     """Plan, run, report; exits with an error when a job failed."""
-    cfg = parse(sys.argv[1:])
-    os.chdir(ROOT)
-    try:
+    with bad_input_in_one_line("run_demo.py"):
+        cfg = parse(DemoConfig, description=__doc__)
+        os.chdir(ROOT)
         jobs = plan(cfg)
-    except ValueError as error:
-        sys.exit(f"run_demo.py: {error}")
     say(f"{len(jobs)} jobs, two at a time; everything is written below {cfg.work_dir}")
     work = Path(cfg.work_dir)
     run_jobs(jobs, work / "logs", slots=2)
@@ -104,14 +108,6 @@ def main() -> None:
     subprocess.run([sys.executable, str(REPORT_SCRIPT), cfg.work_dir], check=True)
     if cfg.record_dir:
         copy_record(work, Path(cfg.record_dir))
-
-
-def parse(arguments: list[str]) -> DemoConfig:
-    """The command line: a flag per field. (draccus would read `row: flags` as YAML.)"""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for entry in fields(DemoConfig):
-        parser.add_argument(f"--{entry.name}", type=type(entry.default), default=entry.default, help=" ")
-    return DemoConfig(**vars(parser.parse_args(arguments)))
 
 
 def plan(cfg: DemoConfig) -> list[Job]:

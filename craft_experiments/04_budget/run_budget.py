@@ -15,8 +15,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import draccus
-
 from craft_experiments.common_utils.drift_runs import (
     DRIFT,
     LAMBDA,
@@ -26,6 +24,7 @@ from craft_experiments.common_utils.drift_runs import (
     run_missing,
     seeds_of,
 )
+from prismatic.command_line import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
@@ -59,7 +58,7 @@ class BudgetConfig(DriftConfig):
 
 def main() -> None:
     """Run what is missing, then write the report."""
-    cfg = draccus.parse(BudgetConfig)
+    cfg = parse(BudgetConfig)
     os.chdir(ROOT)
     run_missing(cfg, cells(cfg), KEPT)
     subprocess.run([sys.executable, str(Path(__file__).with_name("make_report.py")), cfg.results_dir], check=True)

@@ -16,8 +16,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import draccus
-
 from craft_experiments.common_utils.drift_runs import (
     DRIFT,
     LAMBDA,
@@ -28,6 +26,7 @@ from craft_experiments.common_utils.drift_runs import (
     run_missing,
     seeds_of,
 )
+from prismatic.command_line import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = ("--lr_schedule", "cosine", "--craft_preset", "budget")
@@ -56,7 +55,7 @@ class ControllerConfig(DriftConfig):
 
 def main() -> None:
     """Run what is missing, then write the report."""
-    cfg = draccus.parse(ControllerConfig)
+    cfg = parse(ControllerConfig)
     os.chdir(ROOT)
     run_missing(cfg, cells(cfg), KEPT, compact=True)
     subprocess.run([sys.executable, str(Path(__file__).with_name("make_report.py")), cfg.results_dir], check=True)

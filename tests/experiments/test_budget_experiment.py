@@ -6,11 +6,10 @@ import shlex
 import sys
 from pathlib import Path
 
-import draccus
 import pytest
 
 from craft_experiments.common_utils.drift_runs import command, record_file
-from prismatic.training.config import FinetuneConfig
+from prismatic.training.command_line import parse_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "craft_experiments" / "04_budget"
@@ -40,7 +39,7 @@ def test_cells_are_distinct_training_commands_with_their_budget(driver):
     cells = driver.cells(cfg)
     assert len({record_file(cfg, cell) for cell in cells}) == len(cells) == 3 + 6 * 3 * len(driver.VARIANTS)
     for cell in cells:
-        flags = draccus.parse(FinetuneConfig, args=command(cfg, cell)[1:])
+        flags = parse_flags(command(cfg, cell)[1:])
         assert (flags.craft_retention_budget, flags.seed, flags.use_craft) == (cell.budget, cell.seed, True)
         # One unit of drift for all variants.
         assert flags.craft_retention_metric == "rel_mse"

@@ -5,8 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-import draccus
 import pytest
+
+from prismatic.command_line import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("run_demo", ROOT / "craft_experiments" / "00_demo" / "run_demo.py")
@@ -31,7 +32,7 @@ def planned(cfg) -> dict[str, dict[str, str]]:
 
 
 def test_every_planned_command_parses():
-    from experiments.robot.libero.eval_config import EvalConfig
+    from experiments.robot.libero.eval_config import parse_flags as parse_eval_flags
     from prismatic.training.command_line import parse_flags
 
     jobs = run_demo.plan(Config(old_init_noise_mm=50.0))
@@ -43,7 +44,7 @@ def test_every_planned_command_parses():
             if job.kind == "train":
                 parse_flags(words)
             else:
-                draccus.parse(EvalConfig, args=words).validate()
+                parse_eval_flags(words).validate()
 
 
 def test_the_rows_are_the_methods():
@@ -80,9 +81,10 @@ def test_each_column_asks_its_task_in_the_units_of_its_policy():
 
 
 def test_rows_can_be_chosen_and_given_flags():
-    cfg = run_demo.parse(
+    cfg = parse(
+        Config,
         ["--rows", "keep, start", "--train_flags", "--image_aug False --learning_rate 1e-4", "--row_flags"]
-        + ["keep: --craft_every 2 --learning_rate 2e-4; replay: --replay_fraction 0.5"]
+        + ["keep: --craft_every 2 --learning_rate 2e-4; replay: --replay_fraction 0.5"],
     )
     jobs = planned(cfg)
     assert list(jobs) == ["train-keep"] + [f"eval-{row}-{c}" for row in ("start", "keep") for c in run_demo.COLUMNS]

@@ -9,7 +9,6 @@ import shlex
 import statistics
 from pathlib import Path
 
-import draccus
 import fake_records as fake
 import matplotlib
 import pytest
@@ -26,6 +25,7 @@ from craft_experiments.table_data import Column, load, retention_values
 from craft_experiments.table_formats import budget_grid, latex, latex_text, markdown, success_csv, success_grid
 from craft_experiments.table_reports import run_command, write_table_reports
 from craft_experiments.tables import TABLES, Kind, table
+from prismatic.command_line import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = [(task, start) for task in fake.TASKS for start in fake.STARTS]
@@ -315,7 +315,7 @@ def test_the_command_on_the_page_gives_the_same_settings(tmp_path):
     flags |= {"num_trials": 2, "extra_train_args": "--a 1 --b 'c d'", "use_lora": True, "render_mode": "published"}
     s = fake.settings(tmp_path, "table1", controls=False, num_demos=4, shots="1,4", **flags)
     command = run_command(s, table("table1", s.preset))
-    again = resolve(draccus.parse(RunConfig, args=command[5:]), "table1")
+    again = resolve(parse(RunConfig, command[5:]), "table1")
     assert again.preset == s.preset
     assert (again.controls, again.extra_train) == (s.controls, s.extra_train)
     plain = run_command(fake.settings(tmp_path, "table1"), table("table1", s.preset))

@@ -1,6 +1,6 @@
 """The Snakemake workflow, with stand-ins for the programs: the same files as the built-in runner, failures kept apart.
 
-Snakemake is no dependency of the tests. In an environment that has snakemake, draccus, pytest and hypothesis, no torch:
+Snakemake is no dependency of the tests. In an environment that has snakemake, pytest and hypothesis, no torch:
 
     PYTHONPATH=. python -m pytest --noconftest tests/experiments/test_workflow.py
 """

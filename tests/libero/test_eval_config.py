@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import draccus
 import pytest
 from fake_libero_world import FakePolicy
 
 from experiments.robot.libero.controls import Control
-from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
+from experiments.robot.libero.eval_config import EvalConfig, EvalInputError, parse_flags
 from experiments.robot.libero.policy_facts import (
     PolicyFacts,
     check_flags,
@@ -25,7 +24,7 @@ PUBLISHED_COMMAND = (
 
 
 def parse(text: str) -> EvalConfig:
-    return draccus.parse(EvalConfig, args=text.split())
+    return parse_flags(text.split())
 
 
 def test_published_command_parses_and_validates():

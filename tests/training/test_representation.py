@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from prismatic.command_line import parse
 from prismatic.models.presets import PRESETS
 from prismatic.training import representation
 from prismatic.training.checkpoints import load_checkpoint
@@ -320,8 +321,7 @@ def run_script(monkeypatch, arguments: str) -> None:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "measure_retention", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
-    monkeypatch.setattr("sys.argv", ["x", *arguments.split()])
-    module.measure()
+    module.measure(parse(module.MeasureConfig, arguments.split()))
 
 
 def test_the_command_line_writes_everything_once(folder, start, tmp_path, monkeypatch, capsys):

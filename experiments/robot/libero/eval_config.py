@@ -7,123 +7,158 @@ defaults to None, "as the checkpoint says"; given explicitly it must agree with 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.simulator import RenderMode, ResetMode
 from experiments.robot.libero.suites import LanguageSource, resolve_language_source, split_suite
 from experiments.robot.libero.video import SaveVideos
+from prismatic.command_line import ForeignFlag, UsageError, check_values, flag, parse
 
 DEFAULT_INITIAL_STATES = "DEFAULT"
 
 
-class EvalInputError(ValueError):
-    """A flag, path, task or checkpoint the evaluation cannot work with; the message names it."""
+EvalInputError = UsageError
+"""A flag, path, task or checkpoint the evaluation cannot work with; the message names it."""
 
 
 @dataclass
 class EvalConfig:
     """Command line of `run_libero_eval.py`."""
 
-    # --- Model (published flags) ---
-    # Names the log file only.
-    model_family: str = "openvla"
-    # Checkpoint directory. Not needed for `--control replay`.
-    pretrained_checkpoint: str = ""
-    # The only action head there is; False is an error.
-    use_l1_regression: bool = True
-    # Accepted because published commands spell them out; the unsupported values are errors.
-    use_film: bool = False
+    # --- Model (published flags)
+    model_family: str = flag("openvla", "Names the log file only.", is_name=True)
+    pretrained_checkpoint: str = flag("", "Checkpoint directory. Not needed for `--control replay`.")
+    use_l1_regression: bool = flag(True, "The only action head there is; False is an error.")
+    use_film: bool = flag(
+        False, "Accepted because published commands spell them out; the unsupported values are errors."
+    )
     use_minivlm: bool = True
-    num_diffusion_steps: int = 50
+    num_diffusion_steps: int = flag(50, at_least=0)
     load_in_8bit: bool = False
     load_in_4bit: bool = False
-    # None: as the checkpoint says. An explicit value that differs from the checkpoint is an error.
-    num_images_in_input: int | None = None
+    num_images_in_input: int | None = flag(
+        None,
+        "None: as the checkpoint says. An explicit value that differs from the checkpoint is an error.",
+        at_least=1,
+    )
     use_proprio: bool | None = None
     center_crop: bool | None = None
     use_pro_version: bool | None = None
-    # Actions executed of each predicted chunk before the policy is asked again.
-    num_open_loop_steps: int = 8
-    # Key of the normalisation statistics. Empty: the suite's name, or `<suite>_no_noops`.
-    unnorm_key: str = ""
+    num_open_loop_steps: int = flag(
+        8, "Actions executed of each predicted chunk before the policy is asked again.", at_least=1
+    )
+    unnorm_key: str = flag("", "Key of the normalisation statistics. Empty: the suite's name, or `<suite>_no_noops`.")
     phase: str = "Inference"
 
-    # --- LIBERO (published flags) ---
+    # --- LIBERO (published flags)
     task_suite_name: str = "libero_spatial"
-    # Idle control steps before the first query, so that dropped objects come to rest.
-    num_steps_wait: int = 10
-    num_trials_per_task: int = 50
-    # DEFAULT: the benchmark's own; or a JSON {task_with_underscores: {demo_i: {success, initial_state}}}.
-    initial_states_path: str = DEFAULT_INITIAL_STATES
-    # Pixels, square, of the rendered cameras. None: as in the checkpoint's training data where recorded, else 256.
-    env_img_res: int | None = None
+    num_steps_wait: int = flag(
+        10, "Idle control steps before the first query, so that dropped objects come to rest.", at_least=0
+    )
+    num_trials_per_task: int = flag(50, at_least=1)
+    initial_states_path: str = flag(
+        DEFAULT_INITIAL_STATES,
+        "DEFAULT: the benchmark's own; or a JSON {task_with_underscores: {demo_i: {success, initial_state}}}.",
+    )
+    env_img_res: int | None = flag(
+        None,
+        "Pixels, square, of the rendered cameras. None: as in the checkpoint's training data where recorded, else 256.",
+        at_least=16,
+        at_most=4096,
+    )
 
-    # --- Output (published flags) ---
-    run_id_note: str | None = None
+    # --- Output (published flags)
+    run_id_note: str | None = flag(None, is_name=True)
     local_log_dir: str = "./experiments/logs"
     use_wandb: bool = False
     wandb_entity: str = "your-wandb-entity"
     wandb_project: str = "your-wandb-project"
-    # Seeds python, numpy and torch before every episode; the environment itself is always seeded with 0.
-    seed: int = 7
-    # Folder name below `rollout_dir`.
-    save_version: str = "vla-adapter"
+    seed: int = flag(
+        7,
+        "Seeds python, numpy and torch before every episode; the environment itself is always seeded with 0.",
+        at_least=0,
+    )
+    save_version: str = flag("vla-adapter", "Folder name below `rollout_dir`.", is_name=True)
 
-    # --- Which episodes ---
-    # Comma-separated task numbers, e.g. "0,3"; empty: all tasks of the suite.
-    task_ids: str = ""
-    # Index of the first initial state: trials use offset .. offset + num_trials_per_task - 1.
-    initial_state_offset: int = 0
-    # Where instructions come from: filename or bddl. None: bddl for the `_lan` and `_task` suites, else filename.
-    language_source: LanguageSource | None = None
-    # Radius (mm) of the disc from which each movable object's extra displacement is drawn; 0: none.
-    init_noise_mm: float = 0.0
+    # --- Which episodes
+    task_ids: str = flag("", "Comma-separated task numbers, e.g. '0,3'; empty: all tasks of the suite.")
+    initial_state_offset: int = flag(
+        0, "Index of the first initial state: trials use offset .. offset + num_trials_per_task - 1.", at_least=0
+    )
+    language_source: LanguageSource | None = flag(
+        None,
+        "Where instructions come from: filename or bddl. None: bddl for the `_lan` and `_task` suites, else filename.",
+    )
+    init_noise_mm: float = flag(
+        0.0,
+        "Radius (mm) of the disc from which each movable object's extra displacement is drawn; 0: none.",
+        at_least=0,
+        at_most=1000,
+    )
 
-    # --- How they run ---
-    # 0: one episode after the other in this process, as published. More: this many simulator processes, which share
-    # the policy of this process; every episode ends the same.
-    num_workers: int = 0
-    # True: observations that wait for the policy at the same time share one forward pass. Faster on a GPU, but actions
-    # then depend in their last bits on what else was waiting. False: one by one.
-    batch_inference: bool = False
-    # "2/3": only the second third of the episodes (episode numbers 2, 5, 8, ...); `merge_shards` joins the results.
-    shard: str | None = None
-    # A worker that reports nothing for this long is ended and its episode tried once more.
-    worker_timeout_s: float = 3600.0
-    # Give up after this many errors in a row: a broken renderer would otherwise grind through all episodes.
-    max_consecutive_errors: int = 10
-    # None: as in the checkpoint's training data where recorded, else `published`.
-    render_mode: RenderMode | None = None
-    # `hard` rebuilds the simulation model before every episode, as published; `soft` returns to the state a hard reset
-    # leaves: the same episodes bit for bit, without the seconds of rebuilding.
-    reset_mode: ResetMode = ResetMode.SOFT
-    # None: cuda when there is one, else cpu.
-    device: str | None = None
+    # --- How they run
+    num_workers: int = flag(
+        0,
+        "simulator processes that share this process's policy; 0: one episode after the other in this process, as "
+        "published. Every episode ends the same",
+        at_least=0,
+        at_most=1024,
+    )
+    batch_inference: bool = flag(
+        False,
+        "observations that wait for the policy at the same time share one forward pass: faster on a GPU, but actions "
+        "then depend in their last bits on what else was waiting",
+    )
+    shard: str | None = flag(
+        None,
+        "'2/3': only the second third of the episodes (numbers 2, 5, 8, ...); `merge_shards` joins the results",
+    )
+    worker_timeout_s: float = flag(
+        3600.0,
+        "A worker that reports nothing for this long is ended and its episode tried once more.",
+        at_least=1,
+        at_most=1e7,
+    )
+    max_consecutive_errors: int = flag(
+        10,
+        "Give up after this many errors in a row: a broken renderer would otherwise grind through all episodes.",
+        at_least=1,
+    )
+    render_mode: RenderMode | None = flag(
+        None, "None: as in the checkpoint's training data where recorded, else `published`."
+    )
+    reset_mode: ResetMode = flag(
+        ResetMode.SOFT,
+        "hard rebuilds the simulation model before every episode, as published; soft returns to the state a hard reset "
+        "leaves: the same episodes bit for bit, without the seconds of rebuilding",
+    )
+    device: str | None = flag(None, "None: cuda when there is one, else cpu.")
 
-    # --- Videos ---
+    # --- Videos
     save_videos: SaveVideos = SaveVideos.ALL
-    # Videos per task; None: no limit (`first`: 1).
-    max_videos: int | None = None
-    # Control steps per video frame. None: one per query, which needs no further image; each other frame costs one.
-    video_frame_interval: int | None = None
+    max_videos: int | None = flag(None, "Videos per task; None: no limit (`first`: 1).", at_least=0)
+    video_frame_interval: int | None = flag(
+        None,
+        "Control steps per video frame. None: one per query, which needs no further image; each other frame costs one.",
+        at_least=1,
+    )
     rollout_dir: str = "./rollouts"
 
-    # --- Controls ---
-    # none, replay, blind (grey_images) or frozen (frozen_image).
-    control: Control = Control.NONE
-    # RLDS data set directory (.../<name>/1.0.0) for `--control replay`.
-    replay_dataset: str | None = None
-    # Episode index; None: for each task the first episode with its instruction.
-    replay_episode: int | None = None
-    # Comma-separated results folders of control runs on the same episodes: their rates go into results.json.
-    control_results: str = ""
+    # --- Controls
+    control: Control = flag(Control.NONE, "none, replay, blind (grey_images) or frozen (frozen_image).")
+    replay_dataset: str | None = flag(None, "RLDS data set directory (.../<name>/1.0.0) for `--control replay`.")
+    replay_episode: int | None = flag(
+        None, "Episode index; None: for each task the first episode with its instruction.", at_least=0
+    )
+    control_results: str = flag(
+        "", "Comma-separated results folders of control runs on the same episodes: their rates go into results.json."
+    )
 
-    # --- Results ---
-    # Folder of episodes.jsonl and results.json; None: `<local_log_dir>/<run id>`.
-    results_dir: str | None = None
-    # True: continue an existing results_dir, skipping the episodes it holds.
-    resume: bool = False
+    # --- Results
+    results_dir: str | None = flag(None, "Folder of episodes.jsonl and results.json; None: `<local_log_dir>/<run id>`.")
+    resume: bool = flag(False, "True: continue an existing results_dir, skipping the episodes it holds.")
 
     def validate(self) -> None:
         """Check everything that needs neither simulator nor checkpoint.
@@ -132,7 +167,7 @@ class EvalConfig:
             EvalInputError: naming the flag, what was found and what was expected.
         """
         _check_supported(self)
-        _check_counts(self)
+        check_values(self)
         _check_paths(self)
         self.shard_part()
 
@@ -202,27 +237,6 @@ def _check_supported(cfg: EvalConfig) -> None:
             raise EvalInputError(f"--{name} {found}: expected {expected} ({reason})")
 
 
-def _check_counts(cfg: EvalConfig) -> None:
-    minimum = {
-        "num_open_loop_steps": 1,
-        "num_steps_wait": 0,
-        "num_trials_per_task": 1,
-        "env_img_res": 16,
-        "initial_state_offset": 0,
-        "num_workers": 0,
-        "max_consecutive_errors": 1,
-        "max_videos": 0,
-        "video_frame_interval": 1,
-        "replay_episode": 0,
-        "worker_timeout_s": 1,
-        "init_noise_mm": 0,
-    }
-    for name, low in minimum.items():
-        value = getattr(cfg, name)
-        if value is not None and value < low:
-            raise EvalInputError(f"--{name}: expected at least {low}, found {value}")
-
-
 def _check_paths(cfg: EvalConfig) -> None:
     if cfg.resume and not cfg.results_dir:
         raise EvalInputError("--resume True: expected --results_dir, the folder to continue; found none")
@@ -240,3 +254,18 @@ def _check_paths(cfg: EvalConfig) -> None:
         )
     if cfg.initial_states_path != DEFAULT_INITIAL_STATES and not os.path.isfile(cfg.initial_states_path):
         raise EvalInputError(f"--initial_states_path: no such file: {cfg.initial_states_path}")
+
+
+FOREIGN = {
+    "use_diffusion": ForeignFlag("diffusion heads are not implemented", harmless=("false",)),
+    "num_diffusion_steps_train": ForeignFlag("diffusion heads are not implemented", harmless=None),
+    "num_diffusion_steps_inference": ForeignFlag("diffusion heads are not implemented", harmless=None),
+    "lora_rank": ForeignFlag("the checkpoint knows its adapters", harmless=None),
+    "vla_path": ForeignFlag("use --pretrained_checkpoint FOLDER"),
+}
+"""Flags of published evaluation commands that this program does not have (docs/migrating.md)."""
+
+
+def parse_flags(args: Sequence[str] | None = None) -> EvalConfig:
+    """The flags of `run_libero_eval.py`, from `args` or the command line; UsageError for those that cannot be used."""
+    return parse(EvalConfig, args, FOREIGN, "Evaluate a checkpoint on a LIBERO suite.")

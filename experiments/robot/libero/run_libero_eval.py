@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import sys
 
+from prismatic.command_line import UsageError, bad_input_in_one_line
+
 
 def main() -> int:
     """Parse the command line, evaluate, report the outcome as exit code."""
-    import draccus
-
     from experiments.robot.libero.control_results import control_lines
-    from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
+    from experiments.robot.libero.eval_config import parse_flags
     from experiments.robot.libero.evaluation import evaluate
 
-    cfg = draccus.parse(EvalConfig)
-    try:
-        results = evaluate(cfg)
-    except EvalInputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with bad_input_in_one_line("run_libero_eval.py", (UsageError,)):
+        results = evaluate(parse_flags())
     if not results["valid"]:
         print(f"error: {results['overall']['errors']} episodes ended in an error: no valid result", file=sys.stderr)
         return 1
