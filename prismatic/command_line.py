@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import math
 import os
 import sys
@@ -251,6 +252,12 @@ def check_name(what: str, name: str) -> None:
             f"{what} is {name!r}, expected a name of 1 to 200 bytes that starts with neither dot nor dash and has "
             "no blanks around it"
         )
+
+
+def require_package(what: str, package: str, extra: str) -> None:
+    """UsageError unless an optional package is there; `what` asks for it, `extra` of this project installs it."""
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{what} needs {package}, which is not installed: pip install 'craft-vla[{extra}]'")
 
 
 def nearest(word: str, known: Sequence[str] | set[str], prefix: str = "") -> str:

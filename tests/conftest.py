@@ -1,6 +1,9 @@
 """Shared fixtures: where the golden numbers are, one thread per process, small training runs."""
 
 import os
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,32 @@ GOLDEN = Path(os.environ.get("CRAFT_GOLDEN_DIR", Path(__file__).parent / "golden
 def golden_dir() -> Path:
     """Folder of reference numbers (environment variable CRAFT_GOLDEN_DIR, default tests/golden)."""
     return GOLDEN
+
+
+@pytest.fixture
+def held_elsewhere():
+    """Context: another process is the writer of a folder; yields it."""
+    program = """
+import sys
+from pathlib import Path
+from prismatic.output_folder import hold
+hold(Path(sys.argv[1]), "")
+print("held", flush=True)
+input()
+"""
+
+    @contextmanager
+    def holding(folder: Path):
+        words = [sys.executable, "-c", program, str(folder)]
+        root = Path(__file__).parents[1]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root) as other:
+            assert other.stdout.readline() == b"held\n"
+            try:
+                yield other
+            finally:
+                other.kill()
+
+    return holding
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from prismatic.command_line import bad_input_in_one_line
 from prismatic.training.command_line import parse_flags
 from prismatic.training.loop import Trainer, seed_everything
 from prismatic.training.processes import build_accelerator, end_processes
+from prismatic.training.run_folder import claim_run_folder
 from prismatic.training.setup import build_setup
 
 
@@ -19,6 +20,8 @@ def finetune() -> None:
     with bad_input_in_one_line("finetune.py"):
         cfg = parse_flags()
         accelerator = build_accelerator(cfg)
+        if accelerator.is_main_process:
+            claim_run_folder(cfg)
         seed_everything(cfg.seed)
         trainer = Trainer(cfg, build_setup(cfg), accelerator)
     trainer.fit()

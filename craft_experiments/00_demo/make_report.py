@@ -245,7 +245,7 @@ def training_table(results: DemoResults) -> str:
         seconds = results.seconds(f"train-{run.row}")
         cells = [
             row_label(run.row),
-            str(last["step"] + 1),
+            str(last["step"]),
             f"{last['samples_seen']:,}" if "samples_seen" in last else "-",
             number(metrics.tail_mean(ACTION_LOSS)),
             number(metrics.tail_mean(DRIFT)),
@@ -339,7 +339,7 @@ def draw_figures(results: DemoResults) -> list[str]:
 def too_small(results: DemoResults) -> str | None:
     """One line when the demo was too small to judge a method by; None otherwise."""
     trials = min((e.trials for cells in results.table.values() for e in cells.values()), default=0)
-    steps = min((run.metrics.rows[-1]["step"] + 1 for run in results.runs), default=SMALLEST_STEPS)
+    steps = min((run.metrics.rows[-1]["step"] for run in results.runs), default=SMALLEST_STEPS)
     if trials >= SMALLEST_TRIALS and steps >= SMALLEST_STEPS:
         return None
     return (

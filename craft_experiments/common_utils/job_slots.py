@@ -33,7 +33,7 @@ class Job:
         name: `{kind}-{rest}`; jobs of one kind share their measured speed.
         result: exists when the job is done; an evaluation's `results.json` must also be complete and without errors.
         after: names of the jobs whose results the command reads.
-        progress: JSON lines that the command appends: an optimizer step (`step`, from 0) or an episode a line.
+        progress: JSON lines that the command appends: an optimizer step (`step`, from 1) or an episode a line.
         units: steps or episodes of the whole job, at least 1.
         unit: their name.
         start_up_s, unit_s: rough seconds before the first unit and per unit, for the first estimates.
@@ -79,7 +79,7 @@ class Job:
         if not rows:
             return 0
         done = json.loads(rows[-1]).get("step")
-        return min(self.units, len(rows) if done is None else done + 1)
+        return min(self.units, len(rows) if done is None else done)
 
 
 @dataclass

@@ -75,6 +75,8 @@ def read_metrics(name: str, path: str | os.PathLike) -> TrainingMetrics:
         if not isinstance(step, int) or step <= last:
             raise ResultFormatError(f"{path}: line {number}: step: found {step!r}, expected an integer above {last}")
         last = step
+    if rows[0]["step"] == 0:  # records made while metrics counted steps from 0; the first step is always logged
+        rows = [row | {"step": row["step"] + 1} for row in rows]
     return TrainingMetrics(name, rows)
 
 

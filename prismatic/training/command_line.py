@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prismatic.command_line import ForeignFlag, given_flags, parse
+from prismatic.command_line import ForeignFlag, given_flags, parse, require_package
 from prismatic.training.config import FinetuneConfig
 
 _DIFFUSION = ForeignFlag("diffusion heads are not implemented; leave it out", harmless=None)
@@ -26,4 +26,7 @@ def parse_flags(args: Sequence[str] | None = None) -> FinetuneConfig:
     """
     cfg = parse(FinetuneConfig, args, FOREIGN, "Fine-tune a vision-language-action policy, plain or under CRaFT.")
     cfg.check_switches(given_flags(args))
+    for name in ("wandb", "tensorboard"):
+        if getattr(cfg, f"use_{name}"):
+            require_package(f"--use_{name} True", name, name)
     return cfg

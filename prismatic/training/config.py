@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -26,6 +28,40 @@ AIM = 1.1
 """A run that lands steers to this multiple of its budget."""
 # What a preset says beyond the settings of the constraint. memory_share: of the batch.
 _PRESET_TRAINING: dict[str, dict] = {"keep": {"memory": "instructions", "every": 2, "memory_share": 0.25}}
+
+
+# Flags that do not change what a run learns.
+_NOT_LEARNED = frozenset(
+    [
+        "run_root_dir",
+        "run_id_note",
+        "run_id_override",
+        "overwrite",
+        "resume",
+        "resum_vla_path",
+        "resume_step",
+        "save_freq",
+        "keep_last",
+        "keep_every",
+        "save_latest_checkpoint_only",
+        "save_training_state",
+        "async_save",
+        "export_published_layout",
+        "merge_lora_during_training",
+        "use_wandb",
+        "use_tensorboard",
+        "wandb_entity",
+        "wandb_project",
+        "wandb_log_freq",
+        "craft_log_freq",
+        "craft_probe_data",
+        "craft_probe_size",
+        "device",
+        "ddp_timeout",
+        "num_data_workers",
+        "shuffle_buffer_size",
+    ]
+)
 
 
 class TuningMode(str, Enum):
@@ -139,6 +175,7 @@ class FinetuneConfig:
     save_latest_checkpoint_only: bool = False
     save_training_state: bool = flag(True, "optimizer, RNG, data position: needed to resume")
     resume: bool | str = flag(False, "True: from the newest checkpoint; auto: from the newest undamaged one, or afresh")
+    overwrite: bool = flag(False, "delete what a run of this id left, and begin anew")
     resume_step: int | None = flag(None, at_least=0)
     keep_last: int | None = flag(None, "delete all but the N newest checkpoints of the run; None keeps all", at_least=1)
     keep_every: int | None = flag(None, "with --keep_last: checkpoints of steps divisible by this stay", at_least=1)
@@ -275,6 +312,8 @@ class FinetuneConfig:
     def _check_saving_flags(self) -> None:
         if not isinstance(self.resume, bool) and self.resume != "auto":
             raise ValueError(f"--resume is {self.resume!r}, expected True, False or auto")
+        if self.overwrite and self.resume:
+            raise ValueError("--overwrite True excludes --resume: a run is continued or replaced")
         if self.keep_every is not None and self.keep_last is None:
             raise ValueError(f"--keep_every {self.keep_every} needs --keep_last: without it every checkpoint is kept")
         if self.keep_last is not None and self.save_latest_checkpoint_only:
@@ -386,14 +425,19 @@ class FinetuneConfig:
         if self.use_lora:
             run_id += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout}"
         run_id += "+frozen" * (self.tuning_mode is TuningMode.FROZEN) + "--image_aug" * self.image_aug
-        run_id += "--blind_images" * self.blind_images
-        if self.proprio_dropout:
-            run_id += f"--proprio_dropout-{self.proprio_dropout:g}"
         if self.retention is not RetentionMethod.NONE:
             run_id += f"--{self.retention_method}"
-        if self.n_shot_episodes is not None:
-            run_id += f"--{self.n_shot_episodes}shot"
+        if self.retention.measures_drift:
+            run_id += f"-{self.craft_preset}-eps{self.craft_retention_budget:g}"
+        if self.replay_data is not None:
+            run_id += f"--replay-{self.replay_fraction:g}"
+        run_id += f"--{self.max_steps}steps--seed{self.seed}--{self._digest()}"
         return run_id if self.run_id_note is None else f"{run_id}--{self.run_id_note}"
+
+    def _digest(self) -> str:
+        """Eight digits of everything that decides what is learned: other settings, another run."""
+        learned = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_LEARNED}
+        return hashlib.sha256(json.dumps(plain_values(learned), sort_keys=True).encode()).hexdigest()[:8]
 
     def craft_config(self) -> CRaFTConfig:
         """The `craft_*` flags as the algorithm's settings; `feature_penalty` has neither projection nor dual."""

@@ -115,7 +115,7 @@ class Trainer:
         self._warn_out_of_reach(metrics)
         if measured:
             # Steps between two constrained ones report the last measurement and where it was made.
-            self._constraint_metrics = measured | {"CRaFT/Measured Step": self.step}
+            self._constraint_metrics = measured | {"CRaFT/Measured Step": self.step + 1}
         self.step += 1
         return self._constraint_metrics | metrics | {"VLA Train/Learning Rate": learning_rate}
 
@@ -311,8 +311,7 @@ class Trainer:
             with self._state().policy_weights():
                 metrics = metrics | self.monitor.measure()
         metrics = {**metrics, "samples_seen": self.samples_seen, **self.throughput.measure()}
-        # A metrics line describes the step that used the weights before it: step indices are 0-based.
-        self.tracker.log(self.step - 1, metrics)
+        self.tracker.log(self.step, metrics)
         line = f"step {self.step:>6}  loss {metrics['VLA Train/Loss']:.4f}  {throughput_text(metrics)}"
         if "VLA Val/Loss" in metrics:
             line += f"  val loss {metrics['VLA Val/Loss']:.4f}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from prismatic.output_folder import release
 from prismatic.training.checkpoint_folder import (
     TRAINING_STATE,
     CheckpointError,
@@ -21,6 +22,7 @@ from prismatic.training.checkpoint_folder import (
 )
 from prismatic.training.checkpoints import Snapshot, checkpoint_path, take_snapshot, write_checkpoint
 from prismatic.training.config import FinetuneConfig
+from prismatic.training.run_folder import claim_run_folder
 from prismatic.training.training_state import TrainingState, generator_states
 
 
@@ -41,6 +43,7 @@ class CheckpointSaver:
         self._writing: Future | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if cfg.async_save and accelerator.is_main_process else None
         if accelerator.is_main_process:
+            claim_run_folder(cfg)
             remove_leftovers(Path(cfg.run_root_dir), cfg.run_id)
         accelerator.wait_for_everyone()
 
@@ -57,6 +60,7 @@ class CheckpointSaver:
         finally:
             if self._thread is not None:
                 self._thread.shutdown()
+            release(Path(self._cfg.run_root_dir) / self._cfg.run_id)
 
     def save(self, state: TrainingState) -> None:
         """Write the checkpoint of `state.step`, or start to; first waits for the one before.

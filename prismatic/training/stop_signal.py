@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 as a request: finish the step, save, end the process with exit code 0."""
+"""SIGTERM, SIGUSR1 and Ctrl-C as a request: finish the step, save, end the process with exit code 0."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from accelerate import Accelerator
 class StopSignal:
     """Notes that a signal asked the run to stop. A context, which puts the previous handlers back.
 
-    A second SIGTERM ends the process at once. Outside the main thread, where Python allows no handlers, nothing is
-    noted.
+    A second SIGTERM or Ctrl-C ends the process at once. Outside the main thread, where Python allows no handlers,
+    nothing is noted.
 
     Args:
         accelerator: the processes that have to agree.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -48,9 +48,9 @@ class StopSignal:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name
-        if number == signal.SIGTERM:
+        if number != signal.SIGUSR1:
             # The kernel ends the process at the next one, whatever the main thread is doing.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL)
 
 
 def ignore_stop_signals(_worker: int = 0) -> None:

@@ -11,8 +11,6 @@ finished (`<output_dir>/.scratch/<dataset_name>/`); starting the same command ag
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import itertools
 import json
 import multiprocessing
@@ -49,6 +47,7 @@ from experiments.robot.libero.simulator import (
     simulator_versions,
     task_count,
 )
+from prismatic.output_folder import held
 from prismatic.vla.datasets.rlds import Episode, write_rlds
 from prismatic.vla.images import encode_jpeg
 
@@ -385,7 +384,7 @@ def collect(settings: CollectSettings) -> Path:
     if settings.target.exists():
         raise FileExistsError(f"{settings.target} exists already")
     _check_task_ids(settings)
-    with _exclusive(settings.scratch):
+    with held(settings.scratch, "--output_dir"):
         _check_fingerprint(settings)
         _run_processes(settings)
         return _finish(settings)
@@ -404,18 +403,6 @@ def _finish(settings: CollectSettings) -> Path:
     written = write_rlds(settings.target, settings.dataset_name, episodes, image_shape=shape, metadata=metadata)
     _write_text(written.parent / REPORT_FILE, json.dumps(report, indent=2))
     return written
-
-
-@contextlib.contextmanager
-def _exclusive(scratch: Path) -> Iterator[None]:
-    """Hold the scratch directory's lock: two runs would collect the same episodes twice."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    with (scratch / "lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CollectionError(f"another run is collecting into {scratch}") from error
-        yield
 
 
 def _check_task_ids(settings: CollectSettings) -> None:

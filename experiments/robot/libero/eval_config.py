@@ -14,7 +14,7 @@ from experiments.robot.libero.controls import Control
 from experiments.robot.libero.simulator import RenderMode, ResetMode
 from experiments.robot.libero.suites import LanguageSource, resolve_language_source, split_suite
 from experiments.robot.libero.video import SaveVideos
-from prismatic.command_line import ForeignFlag, UsageError, check_values, flag, parse
+from prismatic.command_line import ForeignFlag, UsageError, check_values, flag, parse, require_package
 
 DEFAULT_INITIAL_STATES = "DEFAULT"
 
@@ -168,6 +168,8 @@ class EvalConfig:
         """
         _check_supported(self)
         check_values(self)
+        if self.use_wandb:
+            require_package("--use_wandb True", "wandb", "wandb")
         _check_paths(self)
         self.shard_part()
 

@@ -33,6 +33,7 @@ from experiments.robot.libero.scheduler import CrashReport, Report, SessionRepor
 from experiments.robot.libero.suites import language_warnings, with_language
 from experiments.robot.libero.tracking import make_tracker
 from experiments.robot.libero.video import SaveVideos, require_encoder
+from prismatic.output_folder import hold, release
 from prismatic.training.checkpoint_folder import MANIFEST
 
 PINNED_VERSIONS = {"mujoco": "3.3.0", "robosuite": "1.4.0"}
@@ -243,6 +244,7 @@ class _Evaluation:
         self.whole_plan, self.plans = plans, shard_plans(plans, *cfg.shard_part())
         folder = Path(cfg.results_dir) if cfg.results_dir else Path(cfg.local_log_dir) / run.run_id
         self.results_path = folder / "results.json"
+        hold(folder, "--results_dir")
         if not cfg.resume and (folder / "episodes.jsonl").exists():
             raise EvalInputError(
                 f"--results_dir {folder}: holds the episodes of another run; pass --resume True to continue it, "
@@ -273,6 +275,7 @@ class _Evaluation:
                 text_log.finish()
             finally:
                 results = self._write_results(time.monotonic() - started)
+                release(self.results_path.parent)
         tracker.finish(results, log_path)
         return results
 

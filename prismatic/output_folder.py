@@ -1,0 +1,96 @@
+"""One writer per output folder: a lock that dies with its process.
+
+The lock is a record lock of the operating system on `.{name}.lock` beside the folder, so that the folder itself may be
+replaced as a whole. Processes that a writer starts do not inherit it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from prismatic.command_line import UsageError
+
+_HELD: dict[Path, int] = {}
+# Some network file systems have no locks; there the check is left out.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+def hold(folder: Path, flag: str) -> None:
+    """Be the only writer of a folder until `release` or the end of the process; again in the same process is fine.
+
+    Raises UsageError naming the flag, the folder and the process that writes to it.
+    """
+    path = _lock_file(folder)
+    if path in _HELD:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        if not _lock(descriptor):
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            raise UsageError(
+                f"{flag} {folder}: {holder} writes to it at this moment; wait for its end, or choose another one"
+            )
+        if _is_still(path, descriptor):
+            break
+        os.close(descriptor)  # its holder ended, and deleted the file, in between
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
+    _HELD[path] = descriptor
+
+
+def release(folder: Path) -> None:
+    """Let others write to a folder that this process holds; nothing happens when it does not."""
+    path = _lock_file(folder)
+    descriptor = _HELD.pop(path, None)
+    if descriptor is not None:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def held(folder: Path, flag: str) -> Iterator[None]:
+    """`hold` and `release`."""
+    hold(folder, flag)
+    try:
+        yield
+    finally:
+        release(folder)
+
+
+def _lock_file(folder: Path) -> Path:
+    folder = Path(os.path.abspath(folder))
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return True
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _NO_LOCKS
+    return True
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(descriptor: int) -> str:
+    with suppress(ValueError, KeyError, TypeError):
+        holder = json.loads(os.pread(descriptor, 1000, 0))
+        return f"process {holder['process']} on host {holder['host']}"
+    return "another process"

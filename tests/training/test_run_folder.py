@@ -1,0 +1,102 @@
+"""A run's folder is taken over only when that is asked for, and before anything is written."""
+
+import pytest
+
+from prismatic.command_line import UsageError, check_name
+from prismatic.training import saving
+from prismatic.training.checkpoint_folder import find_checkpoints
+from prismatic.training.config import FinetuneConfig
+from prismatic.training.run_folder import claim_run_folder
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_used_run_id_is_refused_and_left_as_it_is(make_trainer, tmp_path):
+    make_trainer("run", max_steps=2).fit()
+    before = contents(tmp_path / "runs")
+    ways_out = "run run is in .*newest checkpoint: .*run--2_chkpt.*--resume auto.*--overwrite True"
+    with pytest.raises(UsageError, match=ways_out):
+        make_trainer("run", max_steps=1)
+    assert contents(tmp_path / "runs") == before
+
+
+def test_the_ways_out(make_trainer, tmp_path):
+    make_trainer("run", max_steps=2).fit()
+    assert make_trainer("run", max_steps=3, resume="auto").step == 2
+    make_trainer("run--other", max_steps=1).fit()
+    anew = make_trainer("run", max_steps=1, overwrite=True)
+    assert anew.step == 0 and find_checkpoints(tmp_path / "runs", "run") == []
+    anew.fit()
+    assert [step for step, _ in find_checkpoints(tmp_path / "runs", "run")] == [1]
+    assert [step for step, _ in find_checkpoints(tmp_path / "runs", "run--other")] == [1]
+
+
+def test_metrics_alone_are_a_run_too(tmp_path):
+    cfg = FinetuneConfig(run_root_dir=str(tmp_path), run_id_override="run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    claim_run_folder(cfg)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UsageError, match="metrics: .*metrics.jsonl"):
+        claim_run_folder(cfg)
+
+
+def test_continuing_another_run_is_no_licence_for_this_folder(make_trainer, tmp_path):
+    make_trainer("a", max_steps=1).fit()
+    make_trainer("b", max_steps=1).fit()
+    other = {"resume": True, "resum_vla_path": str(tmp_path / "runs" / "b--1_chkpt"), "max_steps": 2}
+    with pytest.raises(UsageError, match="run a is in"):
+        make_trainer("a", **other)
+    assert make_trainer("b", **other).step == 1
+    assert make_trainer("c", **other).step == 1
+
+
+def test_a_run_has_one_writer(make_trainer, tmp_path, held_elsewhere, monkeypatch):
+    folder, removed = tmp_path / "runs" / "run", []
+    with monkeypatch.context() as patch, held_elsewhere(folder):
+        patch.setattr(saving, "remove_leftovers", lambda *words: removed.append(words))
+        with pytest.raises(UsageError, match=f"{folder}: process .* writes to it"):
+            make_trainer("run", resume="auto")
+    assert removed == []
+    make_trainer("run", max_steps=1).fit()
+    with held_elsewhere(folder):  # released with the end of the run
+        pass
+
+
+@pytest.mark.parametrize("run_id", ["exp/a", "../a", "a\\b", "", ".", "a\nb", "x" * 300])
+def test_a_run_id_is_a_name(run_id):
+    with pytest.raises(UsageError, match="--run_id_override is"):
+        FinetuneConfig(run_id_override=run_id)
+
+
+BASE = {"use_craft": True, "craft_preset": "keep"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 8},
+        {"max_steps": 5},
+        {"batch_size": 3},
+        {"craft_retention_budget": 0.02},
+        {"craft_preset": "budget"},
+        {"craft_every": 3},
+        {"craft_memory_data": "x"},
+        {"use_craft": False, "craft_preset": "original"},
+        {"replay_data": "x"},
+        {"replay_data": "x", "replay_fraction": 0.5},
+        {"use_lora": True},
+        {"use_lora": True, "lora_rank": 8},
+        {"freeze_vision": True},
+    ],
+)
+def test_runs_with_other_settings_have_other_default_ids(change):
+    ids = {FinetuneConfig(**BASE).run_id, FinetuneConfig(**BASE | change).run_id}
+    assert len(ids) == 2 and FinetuneConfig(**BASE, save_freq=7, run_root_dir="elsewhere").run_id in ids
+
+
+def test_a_default_id_is_a_name():
+    many = {"run_id_note": "note", "config_file_path": "/models/start/", "use_lora": True, "replay_data": "x"}
+    check_name("run id", FinetuneConfig(dataset_name="libero_spatial:0.5,libero_object:2", **BASE, **many).run_id)
