@@ -296,9 +296,22 @@ def bad_input_in_one_line(program: str, mistakes: tuple[type[Exception], ...] = 
         yield
     except mistakes as error:
         _once_of_all_processes()
-        message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        _end(program, error, 2)
+
+
+@contextmanager
+def faults_in_one_line(program: str, faults: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Faults that are known by name end the program with one line on stderr and exit code 1."""
+    try:
+        yield
+    except faults as error:
+        _end(program, error, 1)
+
+
+def _end(program: str, error: Exception, code: int) -> NoReturn:
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(code) from None
 
 
 def _once_of_all_processes() -> None:

@@ -6,8 +6,9 @@ torchrun --standalone --nproc-per-node N vla-scripts/finetune.py ...
 
 from transformers.utils import logging as transformers_logging
 
-from prismatic.command_line import bad_input_in_one_line
+from prismatic.command_line import bad_input_in_one_line, faults_in_one_line
 from prismatic.training.command_line import parse_flags
+from prismatic.training.faults import FAULTS
 from prismatic.training.loop import Trainer, seed_everything
 from prismatic.training.processes import build_accelerator, end_processes
 from prismatic.training.run_folder import claim_run_folder
@@ -24,7 +25,8 @@ def finetune() -> None:
             claim_run_folder(cfg)
         seed_everything(cfg.seed)
         trainer = Trainer(cfg, build_setup(cfg), accelerator)
-    trainer.fit()
+    with faults_in_one_line("finetune.py", FAULTS):
+        trainer.fit()
     del trainer
     end_processes(accelerator)
 

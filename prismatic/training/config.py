@@ -118,7 +118,7 @@ class FinetuneConfig:
     num_images_in_input: int | None = flag(None, at_least=1)
     use_proprio: bool | None = None
     use_pro_version: bool | None = None
-    phase: str = "Training"
+    phase: str = flag("Training", choices=("Training",))
     legacy_slices: bool | None = flag(
         None,
         "token positions and rotary angles of published heads; None: as the start model says. True on a new head: the "
@@ -164,7 +164,7 @@ class FinetuneConfig:
         at_most=1,
     )
     num_data_workers: int = flag(0, at_least=0, at_most=256)
-    device: str = flag("auto", "auto: cuda when there is one")
+    device: str = flag("auto", "auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
     mixed_precision: str = flag("auto", "auto: bf16 on cuda, no on the CPU", choices=("auto", "no", "bf16", "fp16"))
     gradient_checkpointing: bool = False
     compile: bool = flag(False, "torch.compile of the policy's forward pass; see compilation.py")
@@ -297,6 +297,7 @@ class FinetuneConfig:
         measures, l2sp = self.retention.measures_drift, self.retention is RetentionMethod.L2SP
         switches = {  # flags by name or prefix: (their switch is on, the switch)
             "craft_": (measures, "--use_craft True (or --retention_method feature_penalty)"),
+            "compile_backend": (self.compile, "--compile True"),
             "craft_probe_size": (self.craft_probe_data is not None, "--craft_probe_data FOLDER"),
             "l2sp_weight": (l2sp, "--retention_method l2sp"),
             "lora_": (self.use_lora, "--use_lora True; without it all weights are trained"),

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 from torch.utils.data import DataLoader
 
+from prismatic.craft import NonFiniteRetentionError
+from prismatic.training.checkpoint_folder import CheckpointWriteError
 from prismatic.training.config import FinetuneConfig
+from prismatic.training.step import NonFiniteLossError
 
 # What gloo, NCCL and the store say when another process is gone or silent.
 _LOST = re.compile(
@@ -22,6 +25,10 @@ class DataWorkerError(RuntimeError):
 
 class LostProcessError(RuntimeError):
     """Another process of a distributed run is gone or did not answer in time."""
+
+
+FAULTS = (NonFiniteLossError, NonFiniteRetentionError, DataWorkerError, LostProcessError, CheckpointWriteError)
+"""How a training can end by no mistake of this code; the message says what to do."""
 
 
 def batches_of(loader: DataLoader) -> Iterator[dict]:

@@ -199,7 +199,7 @@ def test_a_dead_data_worker_is_named(trainer, monkeypatch, workers):
     assert run.step < 30
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(trainer, monkeypatch, tmp_path, number):
     before = signal.getsignal(number)
     run = trainer()
