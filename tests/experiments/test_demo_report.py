@@ -45,8 +45,8 @@ def write_evaluation(folder, outcomes, suite="libero_spatial", task_id=0, errors
 def write_run(folder, row, budget=None, drift=0.0, steps=800, signal="actions"):
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for step in range(9, steps, 10):
-        line = {"step": step, "VLA Train/Curr Action L1 Loss": 0.5 / (1 + step), "samples_seen": 16 * (step + 1)}
+    for step in range(10, steps + 1, 10):
+        line = {"step": step, "VLA Train/Curr Action L1 Loss": 0.5 / step, "samples_seen": 16 * step}
         if budget is not None:
             line |= {"CRaFT/Retention Loss": drift, "CRaFT/Lambda": 2.5}
             line |= {"CRaFT/Out Of Reach": float(step > steps / 2)} if drift > budget else {"CRaFT/Out Of Reach": 0.0}
@@ -272,3 +272,10 @@ def test_moving_average():
 def test_a_drift_that_was_never_logged_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="run r: found no metric"):
         plot_drift([(TrainingMetrics("r", [{"step": 0}]), 0.1)], tmp_path / "p.png")
+
+
+def test_records_that_count_steps_from_0_are_read_as_those_that_count_from_1(tmp_path):
+    for name, first in (("old", 0), ("new", 1)):
+        rows = [{"step": step, "x": 1.0} for step in (first, first + 9)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_metrics("a", tmp_path / "old") == read_metrics("a", tmp_path / "new")

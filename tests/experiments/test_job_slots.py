@@ -89,8 +89,8 @@ def test_an_unfinished_or_invalid_evaluation_is_not_done(tmp_path, complete, val
     ("text", "done"),
     [
         ("", 0),
-        ('{"step": 0}\n{"step": 9}\n', 10),
-        ('{"step": 9}\n{"st', 10),
+        ('{"step": 1}\n{"step": 10}\n', 10),
+        ('{"step": 10}\n{"st', 10),
         ('{"init_idx": 4}\n' * 3, 3),
         ("{}\n" * 99, 40),
     ],
@@ -126,7 +126,7 @@ def test_the_time_left_is_no_shorter_than_the_longest_chain(tmp_path):
 def test_progress_is_told_while_a_job_runs(tmp_path, capsys):
     progress, result = tmp_path / "metrics.jsonl", tmp_path / "done"
     program = (
-        f"import time; open({str(progress)!r}, 'w').write('{{\"step\": 6}}\\n'); time.sleep(1); "
+        f"import time; open({str(progress)!r}, 'w').write('{{\"step\": 7}}\\n'); time.sleep(1); "
         f"open({str(result)!r}, 'w')"
     )
     job = Job("train-a", [sys.executable, "-c", program], result, progress=progress, units=20, unit="steps")

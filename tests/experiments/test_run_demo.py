@@ -113,7 +113,7 @@ def finish(jobs) -> None:
     for job in jobs:
         job.progress.parent.mkdir(parents=True, exist_ok=True)
         job.result.parent.mkdir(parents=True, exist_ok=True)
-        row = {"suite": "s", "task_id": 0, "init_idx": 0, "status": "success"} if job.kind == "eval" else {"step": 799}
+        row = {"suite": "s", "task_id": 0, "init_idx": 0, "status": "success"} if job.kind == "eval" else {"step": 800}
         job.progress.write_text(json.dumps(row) + "\n")
         job.result.write_text(json.dumps({"complete": True, "valid": True, "training": {"use_craft": False}}))
 

@@ -93,11 +93,11 @@ def test_the_run_folder_may_be_the_checkpoint(trainer_of):
     whole = trainer_of("whole", **flags)
     whole.fit()
     trainer_of("run", **flags | {"max_steps": 2, "lr_schedule": "constant"}).fit()
-    assert [line["step"] for line in metrics(whole)] == [0, 1, 2, 3]
+    assert [line["step"] for line in metrics(whole)] == [1, 2, 3, 4]
     resumed = trainer_of("whole", **flags | {"max_steps": 5}, resume="auto")
     assert resumed.step == 4
     resumed.fit()
-    assert [line["step"] for line in metrics(resumed)] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in metrics(resumed)] == [1, 2, 3, 4, 5]
     assert (resumed.setup.run_dir / LATEST).read_text() == "whole\n"
     load_checkpoint(resumed.setup.run_dir)
 

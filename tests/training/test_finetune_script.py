@@ -42,7 +42,7 @@ def test_a_craft_run_from_the_command_line(tmp_path, launcher, accumulation, lor
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1]
+    assert [line["step"] for line in lines] == [1, 2]
     assert lines[1]["CRaFT/Retention Loss"] > 0 and lines[1]["CRaFT/Lambda"] == pytest.approx(0.999)
     assert lines[1]["samples_seen"] == 2 * int(accumulation) * (2 if launcher == "torchrun" else 1)
     assert done.stdout.count("CRaFT: saved") == 1  # the banner of the main process

@@ -48,7 +48,7 @@ def test_d4_saving_and_logging_happen_once_per_optimizer_step(make_trainer, monk
     trainer.fit()
     assert saved == [2, 4]
     assert stepped == [3, 3, 3, 3]
-    assert [line["step"] for line in metrics(trainer)] == [0, 1, 2, 3]
+    assert [line["step"] for line in metrics(trainer)] == [1, 2, 3, 4]
 
 
 def test_d5_validation_runs_on_held_out_episodes_and_ends_the_run_alive(make_trainer):
