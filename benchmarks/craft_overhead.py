@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils import flop_counter
 from torch.utils.module_tracker import ModuleTracker
 
-from prismatic.command_line import parse
+from prismatic.command_line import parse_or_exit
 from prismatic.craft import CRaFTConfig, CRaFTFeatureExtractor, Plan, SignalKind
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.models.presets import build_policy_parts, build_vla
@@ -830,7 +830,7 @@ def read_results(folder: Path) -> list[dict]:
 
 def main() -> None:
     """Measure unless `--report_only`, then write the page."""
-    cfg = parse(OverheadConfig)
+    cfg = parse_or_exit(OverheadConfig, __doc__)
     if cfg.size not in SIZES or cfg.tuning not in ("lora", "full"):
         raise ValueError(f"--size {cfg.size} --tuning {cfg.tuning}: expected one of {SIZES} and lora or full")
     if cfg.variant:

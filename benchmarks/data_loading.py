@@ -29,7 +29,7 @@ from pathlib import Path
 
 from benchmark_page import write_section
 
-from prismatic.command_line import parse
+from prismatic.command_line import parse_or_exit
 
 HERE = Path(__file__).parent
 
@@ -77,7 +77,7 @@ ROWS = (
 
 def main() -> None:
     """Measure all rows in shuffled rounds, or one row."""
-    cfg = parse(LoadingConfig)
+    cfg = parse_or_exit(LoadingConfig, __doc__)
     if cfg.measure_workers is not None:
         print(json.dumps(measure(cfg)))
         return

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from prismatic.command_line import parse
+from prismatic.command_line import parse_or_exit
 from prismatic.craft import CRaFTConfig
 from prismatic.models.presets import build_vla
 from prismatic.models.vla_policy import VLAPolicyModel
@@ -47,7 +47,7 @@ class FullSizeConfig:
 
 def main() -> None:
     """Measure, then write both files."""
-    cfg = parse(FullSizeConfig)
+    cfg = parse_or_exit(FullSizeConfig, __doc__)
     torch.set_num_threads(cfg.threads)
     measured = measure(cfg)
     for path, text in ((cfg.output, json.dumps(measured, indent=2) + "\n"), (cfg.report, report(measured))):

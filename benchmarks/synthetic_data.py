@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prismatic.command_line import parse
+from prismatic.command_line import parse_or_exit
 from prismatic.vla.datasets.rlds import Episode, write_rlds
 from prismatic.vla.images import encode_jpeg
 
@@ -74,4 +74,4 @@ def generate(cfg: SyntheticConfig) -> Path:
 
 
 if __name__ == "__main__":
-    print(generate(parse(SyntheticConfig)))
+    print(generate(parse_or_exit(SyntheticConfig, __doc__)))

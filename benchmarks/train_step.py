@@ -27,7 +27,7 @@ from benchmark_page import write, write_section
 from craft_overhead import ROWS, memory_of, paired_ratio, require_plan
 from torch.utils.data import DataLoader
 
-from prismatic.command_line import parse
+from prismatic.command_line import parse_or_exit
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.retention.craft import CRaFT
 from prismatic.training.retention.memory import to_device
@@ -277,7 +277,7 @@ def report(results: list[dict]) -> str:
 
 def main() -> None:
     """Measure unless `--report_only`, then write the section."""
-    cfg = parse(StepTimesConfig)
+    cfg = parse_or_exit(StepTimesConfig, __doc__)
     if cfg.tuning not in ("lora", "full"):
         raise ValueError(f"--tuning is {cfg.tuning!r}, expected lora or full")
     output = Path(cfg.output.format(tuning=cfg.tuning))

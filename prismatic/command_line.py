@@ -314,6 +314,12 @@ def _end(program: str, error: Exception, code: int) -> NoReturn:
     raise SystemExit(code) from None
 
 
+def parse_or_exit(config: type[Config], description: str | None = None) -> Config:
+    """The flags of this command line; what cannot be used ends the program with one line and exit code 2."""
+    with bad_input_in_one_line(os.path.basename(sys.argv[0])):
+        return parse(config, description=description)
+
+
 def _once_of_all_processes() -> None:
     """Let rank 0 speak first: it ends all processes of the run, so that what all of them found is said once."""
     if os.environ.get("RANK", "0") != "0":

@@ -6,6 +6,7 @@ replaced as a whole. Processes that a writer starts do not inherit it.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
 import os
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from prismatic.command_line import UsageError
 
-_HELD: dict[Path, int] = {}
+_HELD: dict[Path, tuple[int, list[Path]]] = {}
+"""Lock file -> descriptor, and the folders above it that were made for it, outermost first."""
 # Some network file systems have no locks; there the check is left out.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -29,6 +31,7 @@ def hold(folder: Path, flag: str) -> None:
     path = _lock_file(folder)
     if path in _HELD:
         return
+    made = [parent for parent in reversed(path.parents) if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -43,16 +46,34 @@ def hold(folder: Path, flag: str) -> None:
         os.close(descriptor)  # its holder ended, and deleted the file, in between
     os.ftruncate(descriptor, 0)
     os.write(descriptor, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
-    _HELD[path] = descriptor
+    if not _HELD:
+        atexit.register(_release_all, os.getpid())
+    _HELD[path] = descriptor, made
 
 
 def release(folder: Path) -> None:
-    """Let others write to a folder that this process holds; nothing happens when it does not."""
-    path = _lock_file(folder)
-    descriptor = _HELD.pop(path, None)
-    if descriptor is not None:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+    """Let others write to a folder that this process holds; nothing happens when it does not.
+
+    Folders that were made for the lock and are empty go with it.
+    """
+    _release(_lock_file(folder))
+
+
+def _release(path: Path) -> None:
+    descriptor, made = _HELD.pop(path, (None, []))
+    if descriptor is None:
+        return
+    path.unlink(missing_ok=True)
+    os.close(descriptor)
+    for parent in reversed(made):
+        with suppress(OSError):  # something was written there
+            parent.rmdir()
+
+
+def _release_all(owner: int) -> None:
+    if os.getpid() == owner:  # not in a copy of the process that took them
+        for path in list(_HELD):
+            _release(path)
 
 
 @contextmanager

@@ -26,9 +26,14 @@ def test_a_killed_writer_leaves_the_folder_free(tmp_path, held_elsewhere):
 
 
 def test_nothing_is_left_behind(tmp_path, held_elsewhere):
-    with held(tmp_path / "out", "--output_dir"):
+    with held(tmp_path / "a" / "b" / "out", "--output_dir"):
         assert list(tmp_path.iterdir())
     assert list(tmp_path.iterdir()) == []
+    with held(tmp_path / "a" / "out", "--output_dir"):
+        (tmp_path / "a" / "out").mkdir()
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a", tmp_path / "a" / "out"]
+    (tmp_path / "a" / "out").rmdir()
+    (tmp_path / "a").rmdir()
     with held_elsewhere(tmp_path / "out"):  # and the next one can have it
         pass
 

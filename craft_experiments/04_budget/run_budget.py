@@ -24,7 +24,7 @@ from craft_experiments.common_utils.drift_runs import (
     run_missing,
     seeds_of,
 )
-from prismatic.command_line import parse
+from prismatic.command_line import parse_or_exit
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
@@ -58,7 +58,7 @@ class BudgetConfig(DriftConfig):
 
 def main() -> None:
     """Run what is missing, then write the report."""
-    cfg = parse(BudgetConfig)
+    cfg = parse_or_exit(BudgetConfig, __doc__)
     os.chdir(ROOT)
     run_missing(cfg, cells(cfg), KEPT)
     subprocess.run([sys.executable, str(Path(__file__).with_name("make_report.py")), cfg.results_dir], check=True)

@@ -26,7 +26,7 @@ from craft_experiments.common_utils.drift_runs import (
     run_missing,
     seeds_of,
 )
-from prismatic.command_line import parse
+from prismatic.command_line import parse_or_exit
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = ("--lr_schedule", "cosine", "--craft_preset", "budget")
@@ -55,7 +55,7 @@ class ControllerConfig(DriftConfig):
 
 def main() -> None:
     """Run what is missing, then write the report."""
-    cfg = parse(ControllerConfig)
+    cfg = parse_or_exit(ControllerConfig, __doc__)
     os.chdir(ROOT)
     run_missing(cfg, cells(cfg), KEPT, compact=True)
     subprocess.run([sys.executable, str(Path(__file__).with_name("make_report.py")), cfg.results_dir], check=True)

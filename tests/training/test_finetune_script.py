@@ -54,7 +54,7 @@ def test_a_craft_run_from_the_command_line(tmp_path, launcher, accumulation, lor
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--craft_retention_budget", "0"], "--craft_retention_budget is 0.0, expected a number > 0"),
+        (["--craft_retention_budget", "0"], "--craft_retention_budget is 0.0, expected more than 0"),
         (["--craft_projection_rule", "sometimes"], "--craft_projection_rule is 'sometimes', expected one of add, max"),
         (["--craft_anchor", "disable_adapter"], "the model has no adapters; use --use_lora True"),
     ],
@@ -64,6 +64,13 @@ def test_bad_settings_end_with_a_sentence(tmp_path, flags, message):
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_what_all_processes_find_is_said_once(tmp_path):
+    done = run(tmp_path, "torchrun", "--max_steps", "0")
+    assert done.returncode != 0
+    assert done.stderr.count("finetune.py: error: --max_steps is 0, expected at least 1") == 1
 
 
 def test_fsdp_is_refused_with_the_alternative():
