@@ -8,8 +8,7 @@
         cfg = parse(Config)
 
 A text flag takes the word as it was typed; a number must be in the range that its field declares. The same check is
-made for objects that Python code builds (`check_values` in `__post_init__`). No parser of the field's code bases does
-this: they read values as YAML, where 001 is 1 and `off` is False.
+made for objects that Python code builds (`check_values` in `__post_init__`).
 """
 
 from __future__ import annotations
@@ -33,14 +32,12 @@ Config = TypeVar("Config")
 
 LARGEST = 2**31 - 1
 """Largest whole number of a flag that states no other limit."""
+LONGEST = 4000
+"""Most bytes of a text flag; the operating system takes no longer path."""
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-MISTAKES = (ValueError, KeyError) + (
-    FileNotFoundError,
-    NotADirectoryError,
-    FileExistsError,
-    IsADirectoryError,
-    PermissionError,
-)  # KeyError: a name that a data set or its statistics do not have
+_PATH_ERRORS = (FileNotFoundError, NotADirectoryError, FileExistsError, IsADirectoryError, PermissionError)
+MISTAKES = (ValueError, KeyError, *_PATH_ERRORS)
+"""What a user's mistake raises. KeyError: a name that a data set or its statistics do not have."""
 
 
 class UsageError(ValueError):
@@ -226,8 +223,8 @@ def check_values(config: Any) -> None:
         numbers, choices = entry.metadata.get("range"), entry.metadata.get("choices")
         if isinstance(value, int | float) and not isinstance(value, bool) and numbers is not None:
             _check_number(entry.name, value, numbers)
-        elif isinstance(value, str) and "\0" in value:
-            raise UsageError(f"--{entry.name}: found a NUL character in {value!r}, expected text")
+        elif isinstance(value, str):
+            _check_text(entry.name, value)
         if choices and value not in choices:
             raise UsageError(f"--{entry.name} is {value!r}, expected {_one_of(choices, str(value))}")
         if entry.metadata.get("name"):
@@ -240,6 +237,13 @@ def _check_number(name: str, value: float, numbers: Range) -> None:
     if value not in numbers:
         finite = "" if math.isfinite(value) or numbers.infinite or numbers == Range() else "a finite number, "
         raise UsageError(f"--{name} is {value}, expected {finite}{numbers}")
+
+
+def _check_text(name: str, text: str) -> None:
+    if "\0" in text:
+        raise UsageError(f"--{name}: found a NUL character in {text[:100]!r}, expected text")
+    if len(text.encode(errors="replace")) > LONGEST:
+        raise UsageError(f"--{name}: found {len(text):,} characters, expected at most {LONGEST:,} bytes")
 
 
 def check_name(what: str, name: str) -> None:

@@ -31,6 +31,15 @@ def hold(folder: Path, flag: str) -> None:
     path = _lock_file(folder)
     if path in _HELD:
         return
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{flag} {folder}: is no folder; choose another one")
+        _hold(path, folder, flag)
+    except OSError as error:
+        raise UsageError(f"{flag} {folder}: cannot be written to: {error.strerror}; choose another folder") from error
+
+
+def _hold(path: Path, folder: Path, flag: str) -> None:
     made = [parent for parent in reversed(path.parents) if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:

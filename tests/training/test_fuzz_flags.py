@@ -18,7 +18,7 @@ SHIPPED = Path(__file__).parents[2] / "datasets" / "rlds"
 OLD = str(SHIPPED / "libero_object_scripted_no_noops")
 NUMBERS = ("0", "-1", "0.5", "nan", "-inf", "inf", "1e30", "1e-300", "99999999999999999999", "", "abc", "None", "0x1")
 TEXTS = ("", "0", "nan", "None", "a/b", "../b", "/dev/null", "/proc/1/mem", "a\nb", "\x1b[31m", "{}", "ä 'x' \"y\" #z")
-TEXTS += ("x" * 5000, "a:b", ",", "a,,b")
+TEXTS += ("x" * 300, "x" * 5000, "a:b", ",", "a,,b")
 # What makes a flag matter.
 SWITCHES = {
     "lora_": {"use_lora": True},
