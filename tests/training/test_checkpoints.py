@@ -193,7 +193,7 @@ def test_auto_passes_over_a_damaged_checkpoint_with_a_warning(trainer_of, tmp_pa
 
 def test_changed_data_is_refused(trainer_of, monkeypatch):
     trainer_of(max_steps=1).fit()
-    found = trainer_of().setup.dataset.fingerprints
+    found = trainer_of(resume="auto").setup.dataset.fingerprints
     assert found.keys() == {"libero_mini_no_noops"}
     monkeypatch.setattr(VLADataset, "fingerprints", property(lambda _self: {"libero_mini_no_noops": "other"}))
     for resume in (True, "auto"):
