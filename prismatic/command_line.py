@@ -35,8 +35,7 @@ LARGEST = 2**31 - 1
 LONGEST = 4000
 """Most bytes of a text flag; the operating system takes no longer path."""
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-_PATH_ERRORS = (FileNotFoundError, NotADirectoryError, FileExistsError, IsADirectoryError, PermissionError)
-MISTAKES = (ValueError, KeyError, *_PATH_ERRORS)
+MISTAKES = (ValueError, KeyError, OSError)
 """What a user's mistake raises. KeyError: a name that a data set or its statistics do not have."""
 
 

@@ -205,7 +205,7 @@ class FinetuneConfig:
     )
     l2sp_weight: float = flag(0.01, more_than=0)
     replay_data: str | None = flag(None, "data-set folders, comma separated, whose samples are mixed into the batches")
-    replay_fraction: float = flag(0.2, "of replayed samples among all", more_than=0, less_than=1)
+    replay_fraction: float = flag(0.2, "of replayed samples among all", at_least=0.001, at_most=0.999)
     replay_labels: str = flag(
         "data", "or start: the start policy's actions (distilled replay)", choices=("data", "start")
     )

@@ -398,7 +398,7 @@ class TestBadInput:
             ({"retention_method": "l2sp", "craft_every": 2}, "--craft_every 2 has no effect"),
             ({"l2sp_weight": 1.0}, "--l2sp_weight 1.0 has no effect: it needs --retention_method l2sp"),
             ({"replay_fraction": 0.5}, "--replay_fraction 0.5 has no effect: it needs --replay_data FOLDER"),
-            ({"replay_data": "x", "replay_fraction": 1.0}, "--replay_fraction is 1.0, expected more than 0"),
+            ({"replay_data": "x", "replay_fraction": 1.0}, "--replay_fraction is 1.0, expected at least 0.001"),
             ({"replay_data": "x", "replay_labels": "start", "use_craft": True}, "--replay_labels start excludes"),
         ],
     )
