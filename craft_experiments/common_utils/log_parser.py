@@ -25,7 +25,7 @@ if not __package__:  # run as a script
 
 from craft_experiments.common_utils.log_figures import read_rate
 from craft_experiments.common_utils.log_runs import EvalLog, LogFormatError, TaskOutcome, parse_runs, select_runs
-from craft_experiments.common_utils.log_text import decode_text, message_lines, read_log_bytes
+from craft_experiments.common_utils.log_text import decode_text, message_lines, read_log_bytes, unwrapped
 
 __all__ = ["EvalLog", "LogFormatError", "TaskOutcome"]
 
@@ -69,7 +69,24 @@ def _parse(path: Path) -> list[EvalLog]:
         data = read_log_bytes(path, "evaluation log")
     except ValueError as error:
         raise LogFormatError(str(error)) from None
-    return select_runs(parse_runs(path, message_lines(decode_text(data))))
+    text = message_lines(decode_text(data))
+    try:
+        runs = select_runs(parse_runs(path, text))
+    except LogFormatError:
+        if (rejoined := _of_a_narrow_terminal(path, text)) is None:
+            raise
+        return rejoined
+    return runs if all(run.complete for run in runs) else _of_a_narrow_terminal(path, text) or runs
+
+
+def _of_a_narrow_terminal(path: Path, text: str) -> list[EvalLog] | None:
+    """Runs of text that a terminal broke at its last column; None unless all figures then agree."""
+    joined = unwrapped(text)
+    try:
+        runs = select_runs(parse_runs(path, joined)) if joined else []
+    except LogFormatError:
+        return None
+    return runs if runs and all(run.has_final_line and run.tasks for run in runs) else None
 
 
 def parse_eval_log(path: str | os.PathLike) -> EvalLog:

@@ -20,8 +20,6 @@ _BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# ASCII text in UTF-16 between text of another encoding: PowerShell appends so.
-_WIDE_ASCII = re.compile(rb"(?:\xff\xfe)?((?:[\t\n\r -~\x1b]\x00){3,})|(?:\xfe\xff)?((?:\x00[\t\n\r -~\x1b]){3,})")
 
 
 def read_log_bytes(path: Path, what: str) -> bytes:
@@ -44,12 +42,14 @@ def read_log_bytes(path: Path, what: str) -> bytes:
 def decode_text(data: bytes, errors: str = "replace") -> str:
     """Text of UTF-8 or UTF-16 bytes, without byte order marks and NUL characters.
 
+    Of UTF-16 that was appended to UTF-8, or the other way round, only the ASCII part survives.
+
     Raises:
         UnicodeDecodeError: bytes that are no text, with `errors="strict"`.
     """
-    encoding = next((name for mark, name in _BOMS if data.startswith(mark)), None) or _utf16_without_mark(data)
-    if encoding is None:
-        data = _WIDE_ASCII.sub(lambda match: (match[1] or match[2]).replace(b"\0", b""), data)
+    encoding = next((name for mark, name in _BOMS if data.startswith(mark)), None) or _utf16_without_mark(data[:256])
+    if b"\0" not in data[-64:]:
+        encoding = None
     return data.decode(encoding or "utf-8", errors).replace("\ufeff", "").replace("\0", "")
 
 
@@ -67,8 +67,8 @@ def _utf16_without_mark(data: bytes) -> str | None:
 _CONTROL = re.compile(
     r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)?"  # strings: links, window titles
     r"|(?:\x1b\[|\x9b)(?P<amount>[0-?]*)[ -/]*(?P<command>[@-~])"
-    r"|\x1b[ -/]*(?P<short>[0-~])|\x1b"
-    r"|\r*(?P<end>\n)|(?P<return>\r)|(?P<other>[\x00-\x08\x0b-\x1f\x7f])|[\x80-\x9f]"
+    r"|\x1b(?:[#%()*+./-][0-~]|(?P<short>[6-9=<>cDEHMZ\\])|)"
+    r"|\r{0,8}(?P<end>\n)|(?P<return>\r)|(?P<other>[\x00-\x08\x0b-\x1f\x7f])|[\x80-\x9f]"
 )
 _KEEPS_PLACE = frozenset("mKXhlnqrctp")  # commands after which text goes on where it was
 _AMOUNT = r"\d+(?:\.\d+)?[kMG]?"
@@ -100,7 +100,7 @@ def without_decoration(text: str) -> str:
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 # Time, level in eight characters, a blank: the message column begins behind it.
 _HEAD = re.compile(r"[^\n]{0,80}?(?:" + "|".join(level.ljust(9) for level in _LEVELS) + ")")
-_TIME = re.compile(r"[\d:/\[\] .-]*(?:[AP]M)?[\] ]*")
+_TIME = re.compile(r"[\dTZ:/\[\] .+-]*(?:[AP]M)?[\] ]*")
 # The last column, in a narrow terminal cut with an ellipsis.
 _SOURCE_AT_END = re.compile(r"(?:^|(?<=\s))(?:\S+\.py:\d+|\S*\u2026)$")
 # In other lines it is only looked for where a word starts: from every letter of a long word it would take quadratic
@@ -151,3 +151,21 @@ def message_lines(text: str) -> str:
     if block is not None:
         lines.append(block.message())
     return _SOURCE.sub(" ", "\n".join(lines))
+
+
+_NEW_MESSAGE = re.compile(
+    r"$|\d{4}-\d\d-\d\d|[A-Z]+:\w+:|# |Task( suite)?:|Success:|Current t|Total |Overall |Final |Starting |Saved "
+)
+
+
+def unwrapped(text: str) -> str | None:
+    """Text with the rows joined that end at the last column of a terminal; None when no three rows end there."""
+    lines = text.split("\n")
+    width = max(map(len, lines))
+    if width < 20 or sum(len(line) == width for line in lines) < 3:
+        return None
+    joined = [
+        line if len(line) == width and not _NEW_MESSAGE.match(following) else line + "\n"
+        for line, following in pairwise([*lines, ""])
+    ]
+    return "".join(joined)
