@@ -1,9 +1,7 @@
 """Reads LIBERO evaluation logs and result lists, finds checkpoints, writes the Markdown table.
 
-Two shapes of one log are read: the plain text file an evaluation writes, and a console capture in which Rich wrapped
-every message at the terminal width, put time, level and source columns around it, and progress bars and escape
-sequences were glued in front. Both become the same stream of words once the decoration is removed, so one set of
-expressions reads them. Standard library only; runs as a module or as a script::
+A log may be a text file or the capture of a console of any width (`log_text.py`), its rates may have units
+(`log_figures.py`), and it may hold several runs (`log_runs.py`). Standard library only; runs as a module or a script::
 
     python -m craft_experiments.common_utils.log_parser rate EVAL.txt
     python -m craft_experiments.common_utils.log_parser episodes EVAL.txt
@@ -18,11 +16,18 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from enum import Enum
 from math import fsum
 from pathlib import Path
+
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from craft_experiments.common_utils.log_figures import read_rate
+from craft_experiments.common_utils.log_runs import EvalLog, LogFormatError, TaskOutcome, parse_runs, select_runs
+from craft_experiments.common_utils.log_text import decode_text, message_lines, read_log_bytes, unwrapped
+
+__all__ = ["EvalLog", "LogFormatError", "TaskOutcome"]
 
 
 class FailureCode(str, Enum):
@@ -34,209 +39,67 @@ class FailureCode(str, Enum):
     PARSE_FAILED = "PARSE_FAILED"
 
 
-class LogFormatError(ValueError):
-    """A log or result list that contradicts itself or has an unreadable line; names the file and the field."""
-
-
-@dataclass
-class TaskOutcome:
-    """Outcome of one task of a suite, in the order of the log.
-
-    ``success_rate`` is the log's own figure in [0, 1]; None while the task was still running when the log ended.
-    """
-
-    name: str
-    outcomes: list[int] = field(default_factory=list)
-    success_rate: float | None = None
-
-    @property
-    def episodes(self) -> int:
-        """Number of finished episodes."""
-        return len(self.outcomes)
-
-    @property
-    def successes(self) -> int:
-        """Number of successful episodes."""
-        return sum(self.outcomes)
-
-
-@dataclass
-class EvalLog:
-    """Everything an evaluation log states. Rates are in [0, 1].
-
-    ``complete`` is False when the final line is absent (the run was cut); the rate is then the rate of the episodes
-    finished so far, or None when not one finished.
-    """
-
-    path: str
-    task_suite: str | None
-    complete: bool
-    overall_success_rate: float | None
-    total_episodes: int
-    total_successes: int
-    tasks: list[TaskOutcome]
-    num_video_lines: int
-    num_video_successes: int
-    num_episode_errors: int
-
-    @property
-    def success_sequence(self) -> list[int]:
-        """1 or 0 per finished episode, in log order."""
-        return [outcome for task in self.tasks for outcome in task.outcomes]
-
-    def to_dict(self) -> dict:
-        """JSON-ready form, with the sequence as a string of 0 and 1."""
-        tasks = [asdict(t) | {"episodes": t.episodes, "successes": t.successes} for t in self.tasks]
-        for task in tasks:
-            task["outcomes"] = "".join(map(str, task["outcomes"]))
-        return asdict(self) | {"tasks": tasks, "success_sequence": "".join(map(str, self.success_sequence))}
-
-
 # --- Evaluation logs ----------------------------------------------------------------------------------------------
 
-_ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
-# Rich's right-hand column, in the middle of a wrapped message. It is only looked for where a word starts: from every
-# letter of a long word (a progress bar without blanks) would take quadratic time.
-_SOURCE_COLUMN = re.compile(r"(?<!\S)\S+\.py:\d+")
-_MAX_DIGITS = 18  # of a count: no evaluation has more episodes, and int() refuses thousands of digits
-_NUMBER = r"(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
-_EVENTS = re.compile(
-    "|".join(
-        (
-            r"\bTask suite: (?P<suite>\S+)",
-            # The name ends at the next message; a date, a level or a bracket opens one.
-            r"(?<![\w=])Task: (?P<task>.+?)(?= (?:\d{2,4}[-/]\d\d|\[|INFO\b|Starting episode|Skipping task|#)|$)",
-            r"(?P<error>\bEpisode error:|(?<!Episode error: )\bCaught exception:)",
-            r"--success=(?P<video>True|False)--task=",
-            r"(?<![\w=])Success: (?P<success>True|False)",
-            rf"\bCurrent task success rate: (?P<task_rate>{_NUMBER})",
-            r"\bTotal episodes: (?P<total_episodes>\d+)",
-            r"\bTotal successes: (?P<total_successes>\d+)",
-            rf"\b(?:Overall|Total) success rate: (?P<overall>{_NUMBER})",
-        )
-    )
-)
 
-
-def _undecorated_words(text: str) -> str:
-    """The log as one line of words: no escape sequences, no source column, every run of white space one blank."""
-    return " ".join(_SOURCE_COLUMN.sub(" ", _ANSI.sub(" ", text)).split())
-
-
-def _events(text: str) -> Iterator[tuple[str, str]]:
-    for match in _EVENTS.finditer(_undecorated_words(text)):
-        yield match.lastgroup, match.group(match.lastgroup)
-
-
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    # Tee-Object of Windows PowerShell writes UTF-16 with a byte order mark.
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
-    return data.decode(encoding, errors="replace")
-
-
-class _LogState:
-    """Accumulates the events of one log; one method per kind of event that is more than an assignment."""
-
-    def __init__(self) -> None:
-        self.tasks: list[TaskOutcome] = []
-        self.pending_task_name = ""
-        self.stated: dict[str, str] = {}
-        self.videos: list[int] = []
-        self.errors = 0
-
-    def feed(self, kind: str, value: str) -> None:
-        if kind == "task":
-            self.pending_task_name = value
-        elif kind == "success":
-            self._current_task().outcomes.append(int(value == "True"))
-        elif kind == "task_rate":
-            self._current_task().success_rate = float(value)
-        elif kind == "video":
-            self.videos.append(int(value == "True"))
-        elif kind == "error":
-            self.errors += 1
-        else:
-            self.stated[kind] = value
-
-    def _current_task(self) -> TaskOutcome:
-        # A task ends with its rate line. The "Task:" line does not tell: it repeats before every episode, and other
-        # programs' lines can be glued to it.
-        if not self.tasks or self.tasks[-1].success_rate is not None:
-            self.tasks.append(TaskOutcome(self.pending_task_name))
-        return self.tasks[-1]
-
-
-def parse_eval_log(path: str | os.PathLike) -> EvalLog:
-    """Parse an evaluation log, plain or captured from a console of any width that does not break a number.
+def parse_eval_runs(path: str | os.PathLike) -> list[EvalLog]:
+    """Parse the runs of an evaluation log, plain or captured from a console.
 
     Args:
-        path: UTF-8 text file, or UTF-16 with a byte order mark. Undecodable bytes become replacement characters:
-            progress bars may be cut.
+        path: UTF-8 or UTF-16 text. Undecodable bytes become replacement characters: progress bars may be cut.
 
     Returns:
-        The log's figures. Without a final line the result is partial and ``complete`` is False.
+        One run per suite, in the order of the file: of several the last complete one, which its notes say.
 
     Raises:
         FileNotFoundError: no such file.
-        LogFormatError: figures of the log that contradict each other, or that are no rates or counts.
+        LogFormatError: no evaluation log, figures that contradict each other, or numbers that are no rates or counts.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"evaluation log not found: {path}")
-    state = _LogState()
-    for kind, value in _events(_read_text(path)):
-        state.feed(kind, value)
-    counted = [outcome for task in state.tasks for outcome in task.outcomes]
-    stated = state.stated
-    complete = "overall" in stated
-    partial_rate = sum(counted) / len(counted) if counted else None
-    log = EvalLog(
-        path=str(path),
-        task_suite=stated.get("suite"),
-        complete=complete,
-        overall_success_rate=float(stated["overall"]) if complete else partial_rate,
-        total_episodes=_stated_count(path, stated, "total_episodes", len(counted)),
-        total_successes=_stated_count(path, stated, "total_successes", sum(counted)),
-        tasks=state.tasks,
-        num_video_lines=len(state.videos),
-        num_video_successes=sum(state.videos),
-        num_episode_errors=state.errors,
-    )
-    _check_consistency(log, counted)
-    return log
+    logs = _parse(Path(path))
+    if not logs:
+        raise LogFormatError(
+            f"{path}: found no line of an evaluation log such as 'Task suite: libero_goal', 'Success: True' or "
+            "'Overall success rate: 0.8500'"
+        )
+    return logs
 
 
-def _stated_count(path: Path, stated: dict[str, str], name: str, default: int) -> int:
-    digits = stated.get(name, str(default))
-    if len(digits) > _MAX_DIGITS:
-        field_name = name.replace("_", " ").capitalize()
-        raise LogFormatError(f"{path}: {field_name}: found a number of {len(digits)} digits, expected a count")
-    return int(digits)
+def _parse(path: Path) -> list[EvalLog]:
+    try:
+        data = read_log_bytes(path, "evaluation log")
+    except ValueError as error:
+        raise LogFormatError(str(error)) from None
+    text = message_lines(decode_text(data))
+    try:
+        runs = select_runs(parse_runs(path, text))
+    except LogFormatError:
+        if (rejoined := _of_a_narrow_terminal(path, text)) is None:
+            raise
+        return rejoined
+    return runs if all(run.complete for run in runs) else _of_a_narrow_terminal(path, text) or runs
 
 
-def _check_consistency(log: EvalLog, counted: list[int]) -> None:
-    """Final block, episode lines and task rates are three statements of one thing; a contradiction is an error."""
-    rates = [(f"Current task success rate of task {task.name!r}", task.success_rate) for task in log.tasks]
-    for name, rate in [*rates, ("Overall success rate", log.overall_success_rate)]:
-        if rate is not None and not 0.0 <= rate <= 1.0:
-            raise LogFormatError(f"{log.path}: {name}: found {rate}, expected a rate in [0, 1]")
-    checks = []
-    if counted and log.complete:
-        checks.append(("Total episodes", log.total_episodes, len(counted), 0))
-        checks.append(("Total successes", log.total_successes, sum(counted), 0))
-    if log.complete and log.total_episodes:
-        # Four decimals are written.
-        rate = log.total_successes / log.total_episodes
-        if counted or log.total_successes:
-            checks.append(("Overall success rate", log.overall_success_rate, rate, 5.1e-5))
-    for task in log.tasks:
-        if task.success_rate is not None and task.episodes:
-            rate = task.successes / task.episodes
-            checks.append((f"Current task success rate of task {task.name!r}", task.success_rate, rate, 5.1e-5))
-    for name, found, expected, tolerance in checks:
-        if abs(found - expected) > tolerance:
-            raise LogFormatError(f"{log.path}: {name}: found {found}, the episode lines give {expected}")
+def _of_a_narrow_terminal(path: Path, text: str) -> list[EvalLog] | None:
+    """Runs of text that a terminal broke at its last column; None unless all figures then agree."""
+    joined = unwrapped(text)
+    try:
+        runs = select_runs(parse_runs(path, joined)) if joined else []
+    except LogFormatError:
+        return None
+    return runs if runs and all(run.has_final_line and run.tasks for run in runs) else None
+
+
+def parse_eval_log(path: str | os.PathLike) -> EvalLog:
+    """Parse a log of one suite, which may have been cut before its first line.
+
+    Raises:
+        FileNotFoundError, LogFormatError: see :func:`parse_eval_runs`; also runs of several suites.
+    """
+    logs = _parse(Path(path)) or [EvalLog(str(path))]
+    if len(logs) > 1:
+        suites = ", ".join(str(log.task_suite) for log in logs)
+        raise LogFormatError(f"{path}: found runs of {len(logs)} suites ({suites}), expected one; `rate` lists them")
+    return logs[0]
 
 
 def extract_success_rate_from_log(path: str | os.PathLike) -> float | None:
@@ -250,7 +113,7 @@ def extract_success_rate_from_log(path: str | os.PathLike) -> float | None:
         FileNotFoundError, LogFormatError: see :func:`parse_eval_log`.
     """
     log = parse_eval_log(path)
-    return log.overall_success_rate if log.complete else None
+    return log.overall_success_rate if log.has_final_line else None
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------------
@@ -281,13 +144,13 @@ def extract_checkpoint_path(run_root_dir: str | os.PathLike, run_id: str) -> Pat
 
 # --- Result lists and tables --------------------------------------------------------------------------------------
 
-_RESULT_LINE = re.compile(r"(?P<suite>[\w.-]+): (?P<value>\S+)")
+_RESULT_LINE = re.compile(r"(?P<suite>[\w.-]+): (?P<value>\S.*)")
 
 
 def parse_all_results(path: str | os.PathLike) -> dict[str, float | FailureCode]:
     """Read a result list: one line ``libero_spatial: 0.8500`` or ``libero_goal: EVAL_FAILED`` per suite.
 
-    Empty lines and lines starting with ``#`` are skipped.
+    Rates may have units: ``85.0%``, ``17/20``. Empty lines and lines starting with ``#`` are skipped.
 
     Returns:
         suite -> rate in [0, 1] or failure code, in file order.
@@ -298,12 +161,12 @@ def parse_all_results(path: str | os.PathLike) -> dict[str, float | FailureCode]
             listed twice.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"result list not found: {path}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = decode_text(read_log_bytes(path, "result list"), errors="strict")
     except UnicodeDecodeError as error:
         raise LogFormatError(f"{path}: not UTF-8 text: {error}") from error
+    except ValueError as error:
+        raise LogFormatError(str(error)) from None
     results: dict[str, float | FailureCode] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.strip()
@@ -322,14 +185,10 @@ def parse_all_results(path: str | os.PathLike) -> dict[str, float | FailureCode]
 def _result_value(value: str, where: str) -> float | FailureCode:
     if value in FailureCode.__members__:
         return FailureCode(value)
-    codes = ", ".join(FailureCode.__members__)
     try:
-        rate = float(value)
-    except ValueError:
-        raise LogFormatError(f"{where}: found {value!r}, expected a rate in [0, 1] or one of {codes}") from None
-    if not 0.0 <= rate <= 1.0:
-        raise LogFormatError(f"{where}: found rate {rate}, expected a rate in [0, 1]")
-    return rate
+        return read_rate(value).value
+    except ValueError as error:
+        raise LogFormatError(f"{where}: {error}, or one of {', '.join(FailureCode.__members__)}") from None
 
 
 def format_rate(value: float | FailureCode) -> str:
@@ -416,19 +275,29 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
 
 
 def _command_rate(args: argparse.Namespace) -> int:
-    log = parse_eval_log(args.log)
-    if log.num_episode_errors:
-        print(f"{args.log}: {log.num_episode_errors} episodes ended in an error and count as failures", file=sys.stderr)
-    if log.complete:
-        print(f"{log.overall_success_rate:.4f}")
-        return 0
-    done = f"{log.total_successes} of {log.total_episodes} episodes so far"
-    print(f"{args.log}: incomplete: no 'Overall success rate' line ({done})", file=sys.stderr)
-    return 3
+    logs = parse_eval_runs(args.log)
+    found = [log for log in logs if log.complete or log.ended_evenly]
+    for log in logs:
+        for note in log.notes:
+            _remark(args.log, log, note)
+        if log.num_episode_errors:
+            _remark(args.log, log, f"{log.num_episode_errors} episodes ended in an error and count as failures")
+        if log in found:
+            name = f"{log.task_suite}: " if len(logs) > 1 else ""
+            print(f"{name}{log.overall_success_rate:.4f}")
+        else:
+            done = f"{log.total_successes} of {log.total_episodes} episodes succeeded so far"
+            _remark(args.log, log, f"incomplete: no 'Overall success rate' line behind the last task ({done})")
+    return 0 if len(found) == len(logs) else 3
+
+
+def _remark(path: str, log: EvalLog, text: str) -> None:
+    print(f"{path}: {log.task_suite or 'no suite named'}: {text}", file=sys.stderr)
 
 
 def _command_episodes(args: argparse.Namespace) -> int:
-    print(json.dumps(parse_eval_log(args.log).to_dict(), indent=1))
+    logs = [log.to_dict() for log in parse_eval_runs(args.log)]
+    print(json.dumps(logs[0] if len(logs) == 1 else logs, indent=1))
     return 0
 
 
@@ -467,9 +336,9 @@ def _command_checkpoint(args: argparse.Namespace) -> int:
 def _argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Read evaluation logs, find checkpoints, write result tables.")
     commands = parser.add_subparsers(dest="command", required=True)
-    rate = commands.add_parser("rate", help="print the overall success rate; exit 3 when the log has no final line")
+    rate = commands.add_parser("rate", help="print the success rate of each suite; exit 3 when a run is incomplete")
     rate.set_defaults(run=_command_rate)
-    episodes = commands.add_parser("episodes", help="print everything the log states as JSON")
+    episodes = commands.add_parser("episodes", help="print everything the log states as JSON; several suites: a list")
     episodes.set_defaults(run=_command_episodes)
     for sub in (rate, episodes):
         sub.add_argument("log")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from fake_libero_world import LANGUAGES, FakeBackend, RaiseAt, comparable, lines
 from experiments.robot.libero import evaluation, run_libero_eval
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
-from experiments.robot.libero.evaluation import checkpoint_fingerprint, evaluate
+from experiments.robot.libero.eval_records import protocol_differences, read_run
+from experiments.robot.libero.evaluation import checkpoint_fingerprint, evaluate, run_fingerprint
 from experiments.robot.libero.scheduler import WorkerFailedError
 from experiments.robot.libero.simulator import RenderMode
 from experiments.robot.libero.video import SaveVideos
@@ -236,3 +238,61 @@ def test_a_suite_without_statistics_names_the_flag_and_the_keys():
     cfg = EvalConfig(pretrained_checkpoint=checkpoint, task_suite_name="libero_goal", device="cpu")
     with pytest.raises(EvalInputError, match=r"--unnorm_key: .*'libero_goal'.*libero_object_scripted_no_noops"):
         evaluation.LiberoBackend().load_policy(cfg)
+
+
+def states_file(path: Path, state=(0.0, 0.5)) -> str:
+    demos = {f"demo_{i}": {"success": True, "initial_state": list(state)} for i in range(3)}
+    names = [language.replace(" ", "_") for language in LANGUAGES]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict.fromkeys(names, demos)))
+    return str(path)
+
+
+def test_the_fingerprint_is_of_what_files_hold_not_of_where_they_lie(cfg, tmp_path):
+    def fingerprint(**changes):
+        return run_fingerprint(replace(cfg, **changes))[0]
+
+    one, copy = states_file(tmp_path / "a@b" / "states.json"), states_file(tmp_path / "c" / "other.json")
+    before = fingerprint(initial_states_path=one)
+    assert before == fingerprint(initial_states_path=copy) != fingerprint()
+    states_file(Path(one), (0.0, 0.25))
+    assert fingerprint(initial_states_path=one) != before
+
+    shutil.copytree(cfg.pretrained_checkpoint, tmp_path / "moved" / "checkpoint")
+    assert fingerprint(pretrained_checkpoint=str(tmp_path / "moved" / "checkpoint")) == fingerprint()
+
+    replay = {"control": Control.REPLAY, "pretrained_checkpoint": ""}
+    for name in ("x", "y@z"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data").write_bytes(b"one")
+    first = fingerprint(replay_dataset=str(tmp_path / "x"), **replay)
+    assert first == fingerprint(replay_dataset=str(tmp_path / "y@z"), **replay)
+    assert first != fingerprint(replay_dataset=str(tmp_path / "x"), replay_episode=1, **replay)
+    (tmp_path / "x" / ".craft_index").mkdir()
+    (tmp_path / "x" / ".craft_index" / "index.json").write_text("{}")  # ours, written when it is opened
+    assert first == fingerprint(replay_dataset=str(tmp_path / "x"), **replay)
+    (tmp_path / "x" / "data").write_bytes(b"two")
+    assert first != fingerprint(replay_dataset=str(tmp_path / "x"), **replay)
+
+
+def test_the_middle_of_a_large_file_counts(cfg):
+    weights = Path(cfg.pretrained_checkpoint) / "model.safetensors"
+    with open(weights, "wb") as file:
+        file.truncate(1 << 25)  # sparse
+    before = checkpoint_fingerprint(cfg.pretrained_checkpoint)
+    with open(weights, "r+b") as file:
+        file.seek(1 << 24)
+        file.write(b"1")
+    assert checkpoint_fingerprint(cfg.pretrained_checkpoint) != before
+
+
+def test_runs_from_copies_of_one_initial_states_file_compare(cfg, tmp_path):
+    runs = []
+    for name, state in (("a", (0.0, 0.5)), ("b", (0.0, 0.5)), ("c", (0.0, 0.25))):
+        own = {"results_dir": str(tmp_path / f"r_{name}"), "local_log_dir": str(tmp_path / f"l_{name}")}
+        states = states_file(tmp_path / name / "states.json", state)
+        evaluate(replace(cfg, initial_states_path=states, **own), FakeBackend())
+        runs.append(read_run(own["results_dir"]))
+    a, b, c = runs
+    assert "initial_states_path" not in {d.field for d in protocol_differences(a, b, a.episodes)}
+    assert "initial_states_path" in {d.field for d in protocol_differences(a, c, a.episodes) if d.decisive}

@@ -218,7 +218,9 @@ def _facts_protocol(run: RecordedRun) -> Iterator[tuple[str, Any]]:
     for facts in run.facts:
         for name, value in (facts.get("config") or {}).items():
             if name not in _NO_PROTOCOL:
-                yield name, value
+                # One file may lie in two places; records of earlier versions hold its path alone.
+                is_states = name == "initial_states_path"
+                yield name, facts.get("initial_states", value) if is_states else value
         for name in _FACTS_AS_PROTOCOL:
             if name in facts:
                 yield name, facts[name]

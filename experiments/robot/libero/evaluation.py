@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,10 +13,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from experiments.robot.libero.content import file_hash, files_hash, folder_hash
 from experiments.robot.libero.control_results import read_control_results
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.episode import Backend, EnvSettings, Job, RunInfo
-from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
+from experiments.robot.libero.eval_config import DEFAULT_INITIAL_STATES, EvalConfig, EvalInputError
 from experiments.robot.libero.eval_log import (
     EpisodeRecord,
     EpisodeStatus,
@@ -40,9 +40,6 @@ PINNED_VERSIONS = {"mujoco": "3.3.0", "robosuite": "1.4.0"}
 """Simulator versions behind the published numbers; others change success rates by up to 86 points on single tasks."""
 
 PLAN_FILE = "plan.json"
-
-_HASH_WHOLE_BELOW = 1 << 24
-_HASH_EDGE = 1 << 20
 
 
 class LiberoBackend:
@@ -146,7 +143,7 @@ def shard_plans(plans: Iterable[TaskPlan], part: int, parts: int) -> list[TaskPl
 
 
 def checkpoint_fingerprint(path: str) -> str:
-    """Hash of a checkpoint directory's files: names, sizes and contents (of files above 16 MB, the first and last MB).
+    """Hash of a checkpoint directory's files: names, sizes and contents.
 
     The instructions that `craft_checkpoint.json` records do not count: they decide nothing that the policy does.
 
@@ -158,22 +155,10 @@ def checkpoint_fingerprint(path: str) -> str:
     if not files:
         found = "an empty directory" if root.is_dir() else "no such directory"
         raise EvalInputError(f"--pretrained_checkpoint {path}: expected a checkpoint directory, found {found}")
-    digest = hashlib.sha256()
-    for item in files:
-        if item == root / MANIFEST:
-            content = _without_instructions(item.read_bytes())
-            digest.update(f"{MANIFEST}:{len(content)}\n".encode() + content)
-            continue
-        size = item.stat().st_size
-        digest.update(f"{item.relative_to(root).as_posix()}:{size}\n".encode())
-        with open(item, "rb") as file:
-            if size <= _HASH_WHOLE_BELOW:
-                digest.update(file.read())
-                continue
-            digest.update(file.read(_HASH_EDGE))
-            file.seek(-_HASH_EDGE, os.SEEK_END)
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
+    manifest = root / MANIFEST
+    return files_hash(
+        root, files, {manifest: _without_instructions(manifest.read_bytes())} if manifest in files else {}
+    )
 
 
 def _without_instructions(manifest: bytes) -> bytes:
@@ -194,16 +179,25 @@ def run_fingerprint(cfg: EvalConfig) -> tuple[str, str]:
     Two runs with the same fingerprint may share a results folder. Raises EvalInputError for a missing checkpoint.
     """
     if cfg.control is Control.REPLAY:
-        checkpoint = f"replay:{cfg.replay_dataset}#{'auto' if cfg.replay_episode is None else cfg.replay_episode}"
+        content = folder_hash(cfg.replay_dataset)  # None: opening it says what is wrong
+        data = f"{cfg.replay_dataset}@{content}" if content else cfg.replay_dataset
+        checkpoint = f"replay:{data}#{'auto' if cfg.replay_episode is None else cfg.replay_episode}"
     else:
         checkpoint = f"{cfg.pretrained_checkpoint}@{checkpoint_fingerprint(cfg.pretrained_checkpoint)}"
     names = ("task_suite_name", "control", "seed", "num_open_loop_steps", "num_steps_wait", "env_img_res")
     names += ("initial_states_path", "render_mode", "reset_mode", "unnorm_key", "init_noise_mm")
     names += ("batch_inference",) if cfg.batch_inference else ()  # as the default, it changes nothing
     settings = {name: _plain(getattr(cfg, name)) for name in names} | {"checkpoint": checkpoint.rpartition("@")[2]}
+    settings["initial_states_path"] = _initial_states(cfg)
     settings["language_source"] = cfg.resolved_language_source().value
     text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16], checkpoint
+
+
+def _initial_states(cfg: EvalConfig) -> str:
+    """What `--initial_states_path` holds: DEFAULT, or the hash of the file."""
+    path = cfg.initial_states_path
+    return path if path == DEFAULT_INITIAL_STATES else file_hash(path)
 
 
 def evaluate(cfg: EvalConfig, backend: Backend | None = None) -> dict[str, Any]:
@@ -241,6 +235,7 @@ class _Evaluation:
         self, cfg: EvalConfig, backend: Backend, run: RunInfo, plans: list[TaskPlan], controls: list[dict[str, Any]]
     ) -> None:
         self.cfg, self.backend, self.run, self.controls = cfg, backend, run, controls
+        self.initial_states = _initial_states(cfg)
         self.whole_plan, self.plans = plans, shard_plans(plans, *cfg.shard_part())
         folder = Path(cfg.results_dir) if cfg.results_dir else Path(cfg.local_log_dir) / run.run_id
         self.results_path = folder / "results.json"
@@ -341,6 +336,7 @@ class _Evaluation:
         speed = {"wall_s": wall_s, "episodes_run": self.new_episodes, "episodes_per_minute": rate}
         language = {"language_source": self.cfg.resolved_language_source().value}
         beside = {"controls": self.controls, "init_noise_mm": self.cfg.init_noise_mm} | language
+        beside["initial_states"] = self.initial_states
         facts = speed | measured_facts(self.store.records.values()) | beside
         results = head | summary | facts | {"config": _plain(dataclasses.asdict(self.cfg))}
         write_json(self.results_path, results)

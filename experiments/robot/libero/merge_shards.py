@@ -123,7 +123,7 @@ def _read_all(folders: Sequence[Path]) -> tuple[list[EpisodeRecord], list[TaskPl
 def _head(results: dict[str, Any]) -> dict[str, Any]:
     """What the shards share."""
     names = ("run_id", "suite", "control", "checkpoint", "fingerprint", "versions", "policy_metadata", "render_mode")
-    return {name: results[name] for name in (*names, "env_img_res") if name in results}
+    return {name: results[name] for name in (*names, "env_img_res", "initial_states") if name in results}
 
 
 def _write_text_log(output: Path, plans: list[TaskPlan], records: list[EpisodeRecord], results: dict[str, Any]) -> None:

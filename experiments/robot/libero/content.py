@@ -1,0 +1,45 @@
+"""Hashes of what files hold, wherever they lie: a record's fingerprint is made of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+_BLOCK = 1 << 22
+
+
+def files_hash(root: Path, files: Iterable[Path], replaced: Mapping[Path, bytes] | None = None) -> str:
+    """16 hexadecimal digits of the names below `root`, sizes and contents of files, in the order given.
+
+    Args:
+        root: folder of the files; where it lies does not count.
+        files: regular files.
+        replaced: content to take instead of a file's own.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        content = (replaced or {}).get(path)
+        size = path.stat().st_size if content is None else len(content)
+        digest.update(f"{path.relative_to(root).as_posix()}:{size}\n".encode())
+        if content is not None:
+            digest.update(content)
+            continue
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def folder_hash(folder: str) -> str | None:
+    """:func:`files_hash` of all files of a data set but hidden ones (our index); None when there is no such folder."""
+    root = Path(folder)
+    if not root.is_dir():
+        return None
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    return files_hash(root, [p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts)])
+
+
+def file_hash(path: str) -> str:
+    """16 hexadecimal digits of a file's content.  Raises OSError."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
