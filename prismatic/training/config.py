@@ -65,6 +65,9 @@ class FinetuneConfig:
     resum_vla_path: str = ""  # checkpoint folder to resume from; empty: found from run_root_dir and the run id
     data_root_dir: str = "datasets/rlds"
     dataset_name: str = "libero_spatial_no_noops"  # several: a,b or, with weights, a:0.5,b:2
+    split: str | None = None  # of the data sets; None: train, or the only one there is
+    # Leave out what cannot be read or is not finite. Episodes without a sample (short, no text) always are.
+    skip_bad_episodes: bool = False
     run_root_dir: str = "runs"
     shuffle_buffer_size: int = 100_000  # accepted for compatibility; sampling is a true permutation
     n_shot_episodes: int | None = None  # keep N demonstrations per instruction
@@ -101,6 +104,7 @@ class FinetuneConfig:
     seed: int = 7
     use_val_set: bool = False  # hold out episodes and measure the action error on them
     val_fraction: float = 0.05  # of the episodes of each task
+    val_split: str | None = None  # measure on this split of the data sets instead of held-out episodes
     val_freq: int = 1000  # optimizer steps between two measurements
     val_batches: int = 16  # batches per measurement over all processes, always the same; 0: all samples
     image_aug: bool = True
@@ -242,6 +246,7 @@ class FinetuneConfig:
             "l2sp_weight": (l2sp, "--retention_method l2sp"),
             "lora_": (self.use_lora, "--use_lora True; without it all weights are trained"),
             "merge_lora_during_training": (self.use_lora, "--use_lora True"),
+            "val_split": (self.use_val_set, "--use_val_set True"),
             "replay_fraction": (self.replay_data is not None, "--replay_data FOLDER"),
             "replay_labels": (self.replay_data is not None, "--replay_data FOLDER"),
         }
@@ -275,6 +280,8 @@ class FinetuneConfig:
             raise ValueError(f"--proprio_dropout is {self.proprio_dropout}, expected a share from 0 to 1")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val_fraction is {self.val_fraction}, expected more than 0 and less than 1")
+        if self.val_split is not None and self.val_split == (self.split or "train"):
+            raise ValueError(f"--val_split {self.val_split} is the split that is trained on, expected another one")
         if self.val_batches < 0:
             raise ValueError(f"--val_batches is {self.val_batches}, expected 0 (all) or more")
 
@@ -382,7 +389,9 @@ class FinetuneConfig:
             return self.run_id_override
         start = self.config_file_path.rstrip("/").split("/")[-1]
         effective = self.batch_size * self.grad_accumulation_steps
-        run_id = f"{start}+{self.dataset_name.replace(',', '+').replace(':', 'x')}+b{effective}+lr-{self.learning_rate}"
+        run_id = (
+            f"{start}+{self.dataset_name.translate(str.maketrans(',:/', '+x_'))}+b{effective}+lr-{self.learning_rate}"
+        )
         if self.use_lora:
             run_id += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout}"
         run_id += "+frozen" * (self.tuning_mode is TuningMode.FROZEN) + "--image_aug" * self.image_aug

@@ -87,7 +87,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(directory, tmp_pa
 def test_a_damaged_index_is_built_again(directory, monkeypatch):
     calls = build_count(monkeypatch)
     expected = all_frames(RLDSSource(directory, KEYS))
-    folder = directory / ".craft_index" / "train"
+    (folder,) = (directory / ".craft_index").iterdir()
     for damage in (
         lambda: (folder / "index.json").write_text("{"),
         lambda: (folder / "index.json").write_text("[]"),
@@ -137,7 +137,7 @@ def test_processes_that_build_at_once_all_read_the_same(directory):
     with ProcessPoolExecutor(4, get_context("fork")) as pool:
         results = list(pool.map(open_and_read, [directory] * 4))
     assert all(result == results[0] for result in results)
-    assert [child.name for child in (directory / ".craft_index").iterdir()] == ["train"]
+    assert len(list((directory / ".craft_index").iterdir())) == 1
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
