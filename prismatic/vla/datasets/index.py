@@ -50,7 +50,7 @@ class EpisodeIndex:
         self.folder = folder
         self.fingerprint: str = header["fingerprint"]
         self.info: dict = header["info"]
-        self.instructions: list[str] = header["instructions"]
+        self.instructions: list[str] = list(header["instructions"])
         self.records: list = header["records"]
         self.problems: dict[str, str] = header["problems"]
         self.warnings: list[str] = header["warnings"]
