@@ -1,4 +1,4 @@
-"""An episode that cannot be used does not stop the others: what is left out always, what on request, and who says so."""
+"""An episode that cannot be used does not stop the others: what is left out always, what on request, who says so."""
 
 import json
 from dataclasses import replace

@@ -46,6 +46,7 @@ _OPEN_FILES = 16
 _BLOCK = 32  # frames read at once for the fingerprint: bounds memory
 _MOST_VALUES = 1 << 26  # numbers of one array of one demonstration
 _MOST_CHUNK_BYTES = 1 << 29  # a chunk is decompressed as a whole, whatever is read of it
+_MOST_TEXT_BYTES = 1 << 26
 _MOST_LISTED = 20
 
 
@@ -215,7 +216,7 @@ def _masks(file, path: Path) -> dict[str, list[str]]:
     masks = {}
     for name in groups if isinstance(groups, h5py.Group) else ():
         values = _dataset(groups, name, f"{path}: mask")
-        if values.ndim != 1 or values.dtype.kind not in "SO" or len(values) > MAX_STEPS or values.dtype.itemsize > 4096:
+        if values.ndim != 1 or values.dtype.kind not in "SO" or values.nbytes > _MOST_TEXT_BYTES:
             raise DataSetError(f"{path}: mask/{name}: {values.dtype} {values.shape}, expected names of demonstrations")
         masks[name] = [_text(value) for value in values[:]]
     return masks
@@ -311,7 +312,8 @@ def _texts_at(demo, key: str, length: int, where: str) -> str | list[str]:
                 return _text(group.attrs[key])
         raise MissingFeatureError(f"{where}: no dataset or attribute {key!r}, found {_keys(demo)}")
     values = _dataset(demo, key, where)
-    if values.shape not in ((), (1,), (length,)) or values.dtype.kind not in "SO" or values.dtype.itemsize > 1 << 16:
+    shapes = (), (1,), (length,)
+    if values.shape not in shapes or values.dtype.kind not in "SO" or values.nbytes > _MOST_TEXT_BYTES:
         raise DataSetError(f"{where}/{key}: {values.dtype} {values.shape}, expected one text or {length}")
     texts = [_text(value) for value in np.atleast_1d(values[()])]
     return texts if values.shape == (length,) else texts[0]

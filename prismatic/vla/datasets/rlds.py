@@ -151,7 +151,8 @@ class RLDSReader:
         self._skip_bad = skip_bad
         for file_name in ("features.json", "dataset_info.json"):
             if not (self.directory / file_name).is_file():
-                raise FileNotFoundError(f"{self.directory / file_name} is missing")
+                raise FileNotFoundError(f"{self.directory / file_name} is missing or no regular file")
+            regular_file(self.directory / file_name, self.directory)
         self.features_path = self.directory / "features.json"
         self.features = read_features(self.features_path)
         for name in required:
@@ -183,6 +184,7 @@ class RLDSReader:
         if not path.is_file():
             return None
         try:
+            regular_file(path, self.directory)
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise DataSetError(f"{path}: not valid JSON: {error}") from error

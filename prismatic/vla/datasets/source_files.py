@@ -73,8 +73,7 @@ def regular_file(path: Path, folder: Path) -> Path:
     if not os.path.isfile(path):
         raise DataSetError(f"{path} is {'no regular file' if os.path.lexists(path) else 'missing'}")
     root = folder.resolve()
-    if root.parent.name == "snapshots":
-        root = root.parent.parent
+    root = next((above.parent for above in root.parents if above.name == "snapshots"), root)
     if not path.resolve().is_relative_to(root):
         raise DataSetError(
             f"{path} leads to {path.resolve()}, expected a file inside {root}: copy it there, or open the folder that "
