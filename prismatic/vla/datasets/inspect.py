@@ -37,17 +37,33 @@ def open_folder(directory: str | os.PathLike, split: str | None = None) -> tuple
         (name, source, configuration). Raises what `open_data_set` raises.
     """
     directory = Path(os.path.abspath(directory))  # `.` has no name
-    version = directory if _is_version(directory) else None
-    folder = directory.parent if version else directory
+    folder = directory.parent if _is_version(directory) else directory
+    # Of `<root>/<name>/<configuration>` the configuration may be that of `<name>`.
+    name = folder.name if _is_registered(folder.name) else f"{folder.parent.name}/{folder.name}"
+    if _is_registered(name):
+        config = get_data_set_config(name)
+    elif find_format(folder) == "rlds":
+        name, config = (
+            folder.name,
+            _guess_config(directory if folder != directory else version_directories(folder)[-1], split),
+        )
+    else:
+        config = get_data_set_config(folder.name)  # raises
+    if folder == directory:
+        return name, open_data_set(_root_of(folder, name), name, config, split), config
+    return name, _open_version(directory, config, split), config
+
+
+def _is_registered(name: str) -> bool:
     try:
-        config = get_data_set_config(folder.name)
+        get_data_set_config(name)
     except KeyError:
-        if find_format(folder) != "rlds":
-            raise
-        config = _guess_config(version or version_directories(folder)[-1], split)
-    if version is None:
-        return folder.name, open_data_set(folder.parent, folder.name, config, split), config
-    return folder.name, _open_version(version, config, split), config
+        return False
+    return True
+
+
+def _root_of(folder: Path, name: str) -> Path:
+    return folder.parents[name.count("/")]
 
 
 def _is_version(directory: Path) -> bool:
