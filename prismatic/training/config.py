@@ -104,6 +104,10 @@ class FinetuneConfig:
     resum_vla_path: str = flag("", "checkpoint folder to resume from; empty: found from run_root_dir and the run id")
     data_root_dir: str = "datasets/rlds"
     dataset_name: str = flag("libero_spatial_no_noops", "several: a,b or, with weights, a:0.5,b:2")
+    split: str | None = flag(None, "of the data sets; None: train, or the only one there is")
+    skip_bad_episodes: bool = flag(
+        False, "leave out what cannot be read or is not finite; episodes without a sample (short, no text) always are"
+    )
     run_root_dir: str = "runs"
     shuffle_buffer_size: int = flag(100_000, "accepted for compatibility; sampling is a true permutation", at_least=1)
     n_shot_episodes: int | None = flag(None, "keep N demonstrations per instruction", at_least=1)
@@ -148,6 +152,7 @@ class FinetuneConfig:
     seed: int = flag(7, at_least=0)
     use_val_set: bool = flag(False, "hold out episodes and measure the action error on them")
     val_fraction: float = flag(0.05, "of the episodes of each task", more_than=0, less_than=1)
+    val_split: str | None = flag(None, "measure on this split of the data sets instead of held-out episodes")
     val_freq: int = flag(1000, "optimizer steps between two measurements", at_least=1)
     val_batches: int = flag(
         16, "batches per measurement over all processes, always the same; 0: all samples", at_least=0
@@ -287,6 +292,7 @@ class FinetuneConfig:
         if self.use_lora and self.tuning_mode is not TuningMode.LORA:
             raise ValueError("--use_lora True excludes --use_fz True and --retention_method frozen")
         self.schedule_settings  # noqa: B018 - validates
+        self._check_data_flags()
         self._resolve_lora_flags()
         self._check_replay_flags()
         self._resolve_craft_flags()
@@ -302,6 +308,7 @@ class FinetuneConfig:
             "l2sp_weight": (l2sp, "--retention_method l2sp"),
             "lora_": (self.use_lora, "--use_lora True; without it all weights are trained"),
             "merge_lora_during_training": (self.use_lora, "--use_lora True"),
+            "val_split": (self.use_val_set, "--use_val_set True"),
             "replay_fraction": (self.replay_data is not None, "--replay_data FOLDER"),
             "replay_labels": (self.replay_data is not None, "--replay_data FOLDER"),
         }
@@ -325,6 +332,10 @@ class FinetuneConfig:
                 "--async_save True excludes --merge_lora_during_training True and --export_published_layout True: "
                 "merge and export afterwards with merge_lora_weights_and_save.py"
             )
+
+    def _check_data_flags(self) -> None:
+        if self.val_split is not None and self.val_split == (self.split or "train"):
+            raise ValueError(f"--val_split {self.val_split} is the split that is trained on, expected another one")
 
     def _resolve_lora_flags(self) -> None:
         if not self.use_lora:
@@ -422,7 +433,9 @@ class FinetuneConfig:
             return self.run_id_override
         start = self.config_file_path.rstrip("/").split("/")[-1]
         effective = self.batch_size * self.grad_accumulation_steps
-        run_id = f"{start}+{self.dataset_name.replace(',', '+').replace(':', 'x')}+b{effective}+lr-{self.learning_rate}"
+        run_id = (
+            f"{start}+{self.dataset_name.translate(str.maketrans(',:/', '+x_'))}+b{effective}+lr-{self.learning_rate}"
+        )
         if self.use_lora:
             run_id += f"+lora-r{self.lora_rank}+dropout-{self.lora_dropout}"
         run_id += "+frozen" * (self.tuning_mode is TuningMode.FROZEN) + "--image_aug" * self.image_aug

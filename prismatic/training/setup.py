@@ -110,13 +110,15 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
         subset_seed=cfg.subset_seed,
         n_shot_episodes=cfg.n_shot_episodes,
         frame_stride=cfg.frame_stride,
-        val_fraction=cfg.val_fraction if cfg.use_val_set else 0.0,
+        split=cfg.split,
+        skip_bad_episodes=cfg.skip_bad_episodes,
+        val_fraction=cfg.val_fraction if cfg.use_val_set and cfg.val_split is None else 0.0,
         # What the start can do is in its units: a name that it knows keeps them, in training, replay and memory.
         known_statistics=start.statistics,
     )
     new = VLADataset(cfg.data_root_dir, cfg.dataset_name, settings)
     for line in new.warnings:
-        say(f"Warning: --dataset_name: {line}; data of another robot or convention need a name of their own")
+        say(f"Warning: --dataset_name: {line}")
     dataset = new if cfg.replay_data is None else _with_replay(cfg, new)
     # Random crops in training go with the centre crop at evaluation: both show 90 % of the image.
     start.image_spec = replace(start.image_spec, center_crop=cfg.image_aug, **_jpeg_quality(new.metadata))
@@ -139,18 +141,18 @@ def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
 
 def _with_replay(cfg: FinetuneConfig, new: VLADataset) -> ReplayMixture:
     """The new data with `--replay_data` mixed in; what contradicts the start's statistics is said."""
-    settings = replace(new.settings, n_shot_episodes=None, val_fraction=0.0)
+    settings = replace(new.settings, n_shot_episodes=None, val_fraction=0.0, split=None)
     folders = [folder.strip() for folder in cfg.replay_data.split(",")]
     old = [open_old_data("--replay_data", folder, settings) for folder in folders]
     return ReplayMixture(new, old, cfg.replay_fraction)
 
 
 def _held_out(cfg: FinetuneConfig, training: VLADataset) -> VLADataset:
-    """The episodes that `training` leaves out, without augmentation, normalised as it is."""
-    settings = replace(
-        training.settings, part="val", image_aug=False, proprio_dropout=0.0, normalizer=training.normalizers
-    )
-    return VLADataset(cfg.data_root_dir, cfg.dataset_name, settings)
+    """The episodes that `training` leaves out, or another split, without augmentation, normalised as it is."""
+    settings = replace(training.settings, image_aug=False, proprio_dropout=0.0, normalizer=training.normalizers)
+    if cfg.val_split is None:
+        return VLADataset(cfg.data_root_dir, cfg.dataset_name, replace(settings, part="val"))
+    return VLADataset(cfg.data_root_dir, cfg.dataset_name, replace(settings, split=cfg.val_split, n_shot_episodes=None))
 
 
 def load_start_model(cfg: FinetuneConfig) -> StartModel:

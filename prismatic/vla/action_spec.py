@@ -14,6 +14,9 @@ class NormalizationType(str, Enum):
     BOUNDS_Q99 = "bounds_q99"
 
 
+_LARGEST = 10_000
+
+
 @dataclass(frozen=True)
 class ActionSpec:
     """Numbers that policy, data and evaluation must share; saved with every checkpoint.
@@ -29,8 +32,8 @@ class ActionSpec:
     def __post_init__(self) -> None:
         for name in ("chunk_len", "action_dim", "proprio_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"ActionSpec.{name} is {value!r}, expected a positive integer")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+                raise ValueError(f"ActionSpec.{name} is {value!r}, expected a positive integer up to {_LARGEST}")
         # Accepts the JSON spelling; an unknown one is a ValueError that lists nothing useful, hence the re-raise.
         try:
             kind = NormalizationType(self.normalization)

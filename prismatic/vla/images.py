@@ -7,7 +7,10 @@ Images are uint8 (H, W, 3) RGB. Resize and crop follow TensorFlow's `resize(lanc
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -16,6 +19,8 @@ from PIL import Image
 
 # Every pixel of an image that shows nothing (`blind_images`). JPEG, resize and crop leave this level as it is.
 GREY_LEVEL = 128
+# Of one image: 100 MB of pixels. A small file can declare any size.
+MAX_PIXELS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -77,16 +82,46 @@ def decode_image(data: bytes) -> np.ndarray:
     return _decode(data, ("JPEG", "PNG"))
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """(H, W) of JPEG or PNG bytes by their header. ValueError as `decode_image`, but for most damage behind the header.
+
+    PNG checksums are checked, and a JPEG without an end mark is decoded.
+    """
+    with _opened(data, ("JPEG", "PNG")) as image:
+        if image.format == "PNG":
+            image.verify()
+    if image.format == "JPEG" and b"\xff\xd9" not in data[-64:]:
+        decode_image(data)
+    return image.height, image.width
+
+
 def _decode(data: bytes, formats: tuple[str, ...]) -> np.ndarray:
+    with _opened(data, formats) as image:
+        return np.asarray(image)
+
+
+@contextmanager
+def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """The image with its header read, RGB and of a size that can be decoded."""
     kind = " or ".join(formats)
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
-            pixels = np.asarray(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's PNG reader raises SyntaxError
+            if image.mode != "RGB":
+                found = f"{(image.height, image.width)} and mode {image.mode}"
+                raise _NoImageError(f"{kind} image has shape {found}, expected (H, W, 3) RGB")
+            if image.width * image.height > MAX_PIXELS:
+                size = f"{image.width}x{image.height}"
+                raise _NoImageError(f"{kind} image of {size} pixels, expected at most {MAX_PIXELS} in all")
+            yield image
+    except _NoImageError:
+        raise
+    # Pillow's PNG reader raises SyntaxError, of struct.error and zlib.error many a damaged chunk.
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError) as error:
         raise ValueError(f"not a complete {kind} image ({len(data)} bytes): {error}") from error
-    if pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"{kind} image has shape {pixels.shape}, expected (H, W, 3)")
-    return pixels
+
+
+class _NoImageError(ValueError):
+    """An image that is whole and cannot be used."""
 
 
 def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:

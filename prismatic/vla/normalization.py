@@ -19,6 +19,8 @@ from prismatic.vla.action_spec import ActionSpec, NormalizationType
 STATISTICS_FILE = "dataset_statistics.json"
 _QUANTITIES = ("mean", "std", "max", "min", "q01", "q99")
 _EPSILON = 1e-8
+# No unit of an action or a state gives larger numbers, and float32 arithmetic with them stays finite.
+_LARGEST = 1e10
 _BOUND_KEYS = {NormalizationType.BOUNDS: ("min", "max"), NormalizationType.BOUNDS_Q99: ("q01", "q99")}
 
 
@@ -109,6 +111,8 @@ class _Scaling:
             wrong = np.flatnonzero(self.values[low] > self.values[high])
             if wrong.size:
                 raise StatisticsError(f"{where}: {group}.{low} > {group}.{high} in dimensions {wrong.tolist()}")
+        if (self.values["std"] < 0).any():
+            raise StatisticsError(f"{where}: {group}.std is {self.values['std'].tolist()}, expected 0 or more")
 
     def normalize(self, x: np.ndarray, kind: NormalizationType, zero_constant: bool) -> np.ndarray:
         x = self._checked(x)
@@ -155,6 +159,8 @@ def _vector(group: Mapping, name: str, dim: int, where: str) -> np.ndarray:
         raise StatisticsError(f"{where}.{name} holds an integer that is too large: {error}") from error
     if not np.isfinite(vector).all():
         raise StatisticsError(f"{where}.{name} holds values that are not finite: {vector.tolist()}")
+    if (np.abs(vector) > _LARGEST).any():
+        raise StatisticsError(f"{where}.{name} is {vector.tolist()}, expected an action scale: at most {_LARGEST:g}")
     return vector
 
 
@@ -233,6 +239,8 @@ def save_statistics(path: str | os.PathLike, all_stats: Mapping[str, Mapping]) -
 def load_statistics(path: str | os.PathLike) -> dict[str, dict]:
     """Read a `dataset_statistics.json`; StatisticsError when it does not map names to statistics."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # reading a device or a pipe would not end
+        raise StatisticsError(f"{path}: no regular file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset, select_few_shot, select_validation
+from prismatic.vla.datasets.registry import get_data_set_config, register_data_set
 from prismatic.vla.datasets.rlds import MissingFeatureError, RLDSReader, find_version_directory
 from prismatic.vla.datasets.sampler import EpochSampler
 from prismatic.vla.datasets.source import DataSetError
@@ -266,9 +268,8 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, monkeypatch):
     episode = make_episode(0)
     episode.images["wrist_image"][3] = episode.images["wrist_image"][3][:-200]
     write_data_set(tmp_path, "libero_torn", [episode])
-    dataset = VLADataset(tmp_path, "libero_torn", SMALL)
-    with pytest.raises(DataSetError, match="libero_torn: episode 0, camera wrist_image, step 3: not a complete JPEG"):
-        dataset[0, 3]
+    with pytest.raises(DataSetError, match="record 0 .*wrist_image step 3: not a complete JPEG"):
+        VLADataset(tmp_path, "libero_torn", SMALL)
 
 
 def write_unchecked(root, episode, monkeypatch):
@@ -286,9 +287,9 @@ def test_nan_is_located(tmp_path, monkeypatch, field, group, dim):
         VLADataset(tmp_path, "libero_bad", SMALL)
 
 
-def test_episode_shorter_than_a_chunk(tmp_path):
-    write_data_set(tmp_path, "libero_short", [make_episode(0), make_episode(1, length=7)])
-    with pytest.raises(ValueError, match="libero_short: episode 1 has 7 steps"):
+def test_only_episodes_shorter_than_a_chunk(tmp_path):
+    write_data_set(tmp_path, "libero_short", [make_episode(i, length=7) for i in range(2)])
+    with pytest.raises(ValueError, match="libero_short: episode 0 has 7 steps.*none of 2 episodes"):
         VLADataset(tmp_path, "libero_short", SMALL)
 
 
@@ -318,3 +319,60 @@ def test_camera_missing_from_features(tmp_path):
 def test_settings_must_be_positive(name):
     with pytest.raises(ValueError, match=name):
         DatasetSettings(**{name: 0})
+
+
+# Folders and splits
+
+
+def test_folders_of_configurations(tmp_path):
+    for name in ("libero_a/one", "libero_a/two", "libero_b/only", "someone/libero_c"):
+        write_data_set(tmp_path / name / "..", name.rpartition("/")[2], [make_episode(0)])
+    for name in ("libero_a/one", "libero_b", "libero_b/only"):
+        data = VLADataset(tmp_path, name, SMALL)
+        assert data.data_set_names == [name] and data[0, 0]["dataset_name"] == name
+    both = VLADataset(tmp_path, "libero_a/one,libero_a/two:2", SMALL)
+    assert list(both.statistics) == ["libero_a/one", "libero_a/two"] and both.weights == [1, 2]
+    with pytest.raises(
+        ValueError, match="'libero_a' has several configurations: name one of libero_a/one, libero_a/two"
+    ):
+        VLADataset(tmp_path, "libero_a", SMALL)
+    with pytest.raises(FileNotFoundError, match=r"libero_x.*found data sets \['libero_a/one', .*'someone/libero_c'\]"):
+        VLADataset(tmp_path, "libero_x", SMALL)
+    register_data_set("someone/libero_c", get_data_set_config("libero_"))
+    assert len(VLADataset(tmp_path, "someone/libero_c", SMALL)) == 5
+
+
+@pytest.mark.parametrize("name", ["libero_a/../libero_a", "libero_a/..", "libero_a//b", "libero_a/.", "libero_\0"])
+def test_names_are_names(small_root, name):
+    with pytest.raises(ValueError, match="expected the name of a folder below"):
+        VLADataset(small_root, name, SMALL)
+
+
+def test_a_split_that_nobody_named_is_said(tmp_path):
+    directory = write_data_set(tmp_path, "libero_late", [make_episode(0)])
+    info = json.loads((directory / "dataset_info.json").read_text())
+    info["splits"][0]["name"] = "valid"
+    (directory / "dataset_info.json").write_text(json.dumps(info))
+    next(directory.glob("*tfrecord*")).rename(directory / "libero_late-valid.tfrecord-00000-of-00001")
+    data, named = (VLADataset(tmp_path, "libero_late", dataclasses.replace(SMALL, split=s)) for s in (None, "valid"))
+    assert [line for line in data.warnings if "split" in line] == [
+        "libero_late: split 'valid' is read, the only one (--split)"
+    ]
+    assert not any("split" in line for line in named.warnings)
+    assert data.manifest()["libero_late"]["split"] == "valid"
+
+
+def test_a_folder_of_somebody_else_does_not_matter(tmp_path, monkeypatch):
+    write_data_set(tmp_path, "libero_mine", [make_episode(0)])
+    (tmp_path / "theirs").mkdir()
+    iterdir = pathlib.Path.iterdir
+
+    def guarded(path):
+        if path.name == "theirs":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", guarded)
+    assert len(VLADataset(tmp_path, "libero_mine", SMALL)) == 5
+    with pytest.raises(FileNotFoundError, match="libero_mine"):
+        VLADataset(tmp_path, "libero_other", SMALL)

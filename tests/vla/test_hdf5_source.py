@@ -1,3 +1,6 @@
+import dataclasses
+import json
+
 import h5py
 import numpy as np
 import pytest
@@ -77,7 +80,7 @@ def test_wrong_arguments(folder):
 
 def test_no_files(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing")
-    with pytest.raises(DataSetError, match=r"no \*_demo.hdf5, found \['notes.txt'\]"):
+    with pytest.raises(DataSetError, match=r"no \*.hdf5, found \['notes.txt'\]"):
         HDF5Source(tmp_path, HDF5_KEYS)
     with pytest.raises(DataSetError, match="no such directory"):
         HDF5Source(tmp_path / "absent", HDF5_KEYS)
@@ -109,8 +112,10 @@ def replace(key, value):
     ("change", "message"),
     [
         (replace("obs/ee_states", np.zeros((9, 6))), r"ee_states: float64 \(9, 6\), expected numbers \(10, D\)"),
-        (replace("actions", np.zeros(10)), r"actions: float64 \(10,\), expected numbers \(T, D\)"),
-        (replace("actions", np.zeros((0, 7))), r"actions: float64 \(0, 7\), expected .* T and D > 0"),
+        (replace("actions", np.zeros(10)), r"actions is .*'shape': \[1\].*, earlier episodes have .*\[7\]"),
+        (replace("actions", np.zeros(())), r"actions: float64 \(\), expected numbers \(T, D\)"),
+        (replace("actions", np.zeros((10, 0))), r"actions: float64 \(10, 0\), expected numbers \(T, D\), D > 0"),
+        (replace("actions", np.zeros((0, 7))), r"ee_states: float64 \(10, 6\), expected numbers \(0, D\)"),
         (replace("actions", np.full((10, 7), b"text")), r"actions: \|S4 \(10, 7\), expected numbers"),
         (
             replace("obs/agentview_rgb", np.zeros((10, 4, 4, 3))),
@@ -153,3 +158,117 @@ def test_steps_changed_after_opening(folder):
     edit(folder, replace("obs/agentview_rgb", np.zeros((8, 32, 32, 3), np.uint8)))
     with pytest.raises(DataSetError, match="agentview_rgb has 8 steps, expected 10"):
         source.frame(HDF5_KEYS.cameras[0], 1, 0)
+
+
+# What the file says
+
+
+def tell(folder, name, value, path=PLATE):
+    with h5py.File(folder / path, "r+") as file:
+        file["data"].attrs[name] = value
+
+
+@pytest.mark.parametrize(
+    ("told", "instruction"),
+    [
+        ("Open the top drawer", "Open the top drawer"),
+        (' "open it" ', "open it"),
+        (["open", "the", "door"], "open the door"),
+        (list("open it"), "open it"),
+        ("push the plate", "push the plate"),
+        ("", "push the plate"),
+        (None, "push the plate"),
+        (7, "push the plate"),
+    ],
+)
+def test_the_instruction_in_the_file_comes_before_its_name(folder, told, instruction):
+    tell(folder, "problem_info", json.dumps({"domain_name": "robosuite", "language_instruction": told}))
+    source = HDF5Source(folder, HDF5_KEYS)
+    assert list(source.instructions) == [instruction] * 2
+    assert len(source.warnings) == (instruction != "push the plate")
+    assert all(PLATE in line and repr(instruction) in line and "'push the plate'" in line for line in source.warnings)
+
+
+@pytest.mark.parametrize("value", ["{", "[]", "\xff", b"{}", 3])
+def test_a_description_that_says_nothing_is_not_read(folder, value):
+    tell(folder, "problem_info", value)
+    assert HDF5Source(folder, HDF5_KEYS).instructions[0] == "push the plate"
+
+
+def test_the_control_rate_of_the_file(folder):
+    assert HDF5Source(folder, HDF5_KEYS).recorded_hz is None
+    tell(folder, "env_args", json.dumps({"env_kwargs": {"control_freq": 10}}))
+    assert HDF5Source(folder, HDF5_KEYS).recorded_hz == 10
+
+
+@pytest.mark.parametrize("place", ["attribute", "above", "scalar", "per step", "one"])
+def test_an_instruction_key_of_your_own(folder, place):
+    def change(demo):
+        if place == "attribute":
+            demo.attrs["ask"] = "fold it"
+        elif place == "above":
+            demo.parent.attrs["ask"] = "fold it"
+        else:
+            value = {"scalar": "fold it", "one": ["fold it"], "per step": ["fold it"] * 4 + ["drop it"] * 6}[place]
+            demo["ask"] = value
+
+    edit(folder, change)
+    keys = dataclasses.replace(HDF5_KEYS, instruction="ask")
+    if place == "above":
+        assert list(HDF5Source(folder, keys).instructions) == ["fold it"] * 2
+        return
+    source = HDF5Source(folder, keys, skip_bad=True)
+    assert list(source.problems) == ["0"] and "no dataset or attribute 'ask'" in source.problems["0"]
+    assert source.instructions[1] == "fold it"
+    assert source.instruction_at(1, 5) == ("drop it" if place == "per step" else "fold it")
+
+
+def mask(folder, path=PLATE, **groups):
+    with h5py.File(folder / path, "r+") as file:
+        for name, demos in groups.items():
+            file[f"mask/{name}"] = np.array(demos, dtype="S")
+
+
+def test_masks_are_splits(tmp_path):
+    texts = ["a first"] * 3 + ["b second"] * 2
+    episodes = [make_smooth_episode(i, 3 + i, texts[i], side=16) for i in range(5)]
+    folder = write_hdf5(tmp_path, episodes)
+    mask(folder, "a_first_demo.hdf5", train=["demo_2", "demo_0"], valid=["demo_1"], few=["demo_0"])
+    lengths = {split: HDF5Source(folder, HDF5_KEYS, split).lengths.tolist() for split in (None, "valid", "few")}
+    # The second file says nothing, so all of it is for training.
+    assert lengths == {None: [3, 5, 6, 7], "valid": [4], "few": [3]}
+    with pytest.raises(DataSetError, match=r"no split 'test', found splits \['few', 'train', 'valid'\]"):
+        HDF5Source(folder, HDF5_KEYS, "test")
+
+
+def test_what_is_held_out_is_not_trained_on(folder):
+    mask(folder, valid=["demo_0"])
+    assert HDF5Source(folder, HDF5_KEYS).lengths.tolist() == [10]
+
+
+def test_a_mask_that_names_what_is_not_there(folder):
+    mask(folder, train=["demo_1", "demo_8"])
+    with pytest.raises(DataSetError, match=rf"{PLATE}: mask/train names \['demo_8'\]"):
+        HDF5Source(folder, HDF5_KEYS)
+
+
+def test_other_names_of_files_and_demonstrations(tmp_path):
+    folder = write_hdf5(tmp_path, [make_smooth_episode(i, 3 + i, side=16) for i in range(12)])
+    with h5py.File(folder / PLATE, "r+") as file:
+        for number in range(12):
+            file.move(f"data/demo_{number}", f"data/episode-{number}")
+    (folder / PLATE).rename(folder / "push_the_plate.hdf5")
+    source = HDF5Source(folder, HDF5_KEYS)
+    assert source.lengths.tolist() == list(range(3, 15)) and source.instructions[0] == "push the plate"
+    assert source.frame(HDF5_KEYS.cameras[0], 11, 13).shape == (16, 16, 3)
+
+
+def test_scalars_and_matrices_are_laid_flat(folder):
+    for number in range(2):
+        with h5py.File(folder / PLATE, "r+") as file:
+            demo = file[f"data/demo_{number}"]
+            length = len(demo["actions"])
+            demo["obs/grip"] = np.arange(length)
+            demo["obs/pose"] = np.arange(6 * length).reshape(length, 2, 3)
+    keys = dataclasses.replace(HDF5_KEYS, state=("obs/grip", "obs/pose"))
+    np.testing.assert_array_equal(HDF5Source(folder, keys).state(0)[2], [2, 12, 13, 14, 15, 16, 17])

@@ -11,6 +11,7 @@ from prismatic.vla.datasets.rlds import (
     find_version_directory,
     write_rlds,
 )
+from prismatic.vla.datasets.source import DataSetError
 from prismatic.vla.datasets.tfrecord import index_records
 
 
@@ -136,11 +137,13 @@ def test_feature_missing_from_features_json(tmp_path):
         RLDSReader(directory)
 
 
-def test_feature_of_unknown_type(tmp_path):
+def test_features_of_unknown_types_are_nobodys_business_until_they_are_read(tmp_path):
     directory = write_data_set(tmp_path, "demo", [make_episode(0)])
     edit_json(directory / "features.json", lambda tree: tree["featuresDict"]["features"].update(audio={"waves": {}}))
-    with pytest.raises(ValueError, match=r"features.json: unsupported feature description: audio has type"):
-        RLDSReader(directory)
+    reader = RLDSReader(directory)
+    assert reader.features["audio"].kind == "other" and len(reader.episode(0)) == 12
+    with pytest.raises(DataSetError, match="audio is declared as other of .*waves"):
+        reader.numbers(reader.record(0).values() | {"audio": np.zeros(12)}, "audio", 12, "here")
 
 
 def test_truncated_and_corrupt_shards(tmp_path):

@@ -1,7 +1,9 @@
+import json
 import os
 import pickle
 import shutil
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import numpy as np
@@ -12,9 +14,12 @@ from hypothesis import strategies as st
 
 from prismatic.vla.datasets import index as index_module
 from prismatic.vla.datasets import rlds_source
+from prismatic.vla.datasets.example_proto import build_example
 from prismatic.vla.datasets.rlds import RLDSReader
+from prismatic.vla.datasets.rlds_features import libero_features
 from prismatic.vla.datasets.rlds_source import RLDSSource
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
+from prismatic.vla.datasets.tfrecord import write_records
 from prismatic.vla.images import decode_jpeg
 
 KEYS = SourceKeys("rlds", ("image", "wrist_image"), ("state",), "action")
@@ -87,7 +92,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(directory, tmp_pa
 def test_a_damaged_index_is_built_again(directory, monkeypatch):
     calls = build_count(monkeypatch)
     expected = all_frames(RLDSSource(directory, KEYS))
-    folder = directory / ".craft_index" / "train"
+    (folder,) = (directory / ".craft_index").iterdir()
     for damage in (
         lambda: (folder / "index.json").write_text("{"),
         lambda: (folder / "index.json").write_text("[]"),
@@ -137,7 +142,7 @@ def test_processes_that_build_at_once_all_read_the_same(directory):
     with ProcessPoolExecutor(4, get_context("fork")) as pool:
         results = list(pool.map(open_and_read, [directory] * 4))
     assert all(result == results[0] for result in results)
-    assert [child.name for child in (directory / ".craft_index").iterdir()] == ["train"]
+    assert len(list((directory / ".craft_index").iterdir())) == 1
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -179,3 +184,145 @@ def test_places_hold_the_bytes_wherever_they_are(values, random):
     payload = b"".join(gap + value for gap, value in zip(gaps, values, strict=True))
     for (offset, size), value in zip(rlds_source._places(payload, values, 100), values, strict=True):
         assert payload[offset - 100 :][:size] == value
+
+
+# What is declared, and where
+
+
+def write_tree(root, features, values, observation=None, splits=("train",), name="demo", length=6):
+    """An RLDS folder with cameras, state, action and text, and further features; one episode per split."""
+    steps = libero_features((16, 16, 3))["featuresDict"]["features"]["steps"]
+    tree = steps["sequence"]["feature"]["featuresDict"]["features"]
+    tree |= features
+    tree["observation"]["featuresDict"]["features"] |= observation or {}
+    folder = root / name / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "features.json").write_text(json.dumps({"featuresDict": {"features": {"steps": steps}}}))
+    entries = [{"name": split, "shardLengths": ["1"]} for split in splits]
+    info = {"name": name, "fileFormat": "tfrecord", "splits": entries}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    for number, split in enumerate(splits):
+        episode = make_episode(number, length)
+        record = {
+            "steps/action": episode.actions,
+            "steps/observation/state": episode.state,
+            "steps/language_instruction": [b"push"] * length,
+        }
+        record |= {f"steps/observation/{key}": frames for key, frames in episode.images.items()}
+        record = {name: value for name, value in (record | values).items() if value is not None}
+        write_records(folder / f"{name}-{split}.tfrecord-00000-of-00001", [build_example(record)])
+    return folder
+
+
+def tensor(shape, dtype="float32", **more):
+    return {"tensor": {"shape": {"dimensions": [str(size) for size in shape]}, "dtype": dtype} | more}
+
+
+SEQUENCE = {"sequence": {"feature": tensor((7,)), "length": "-1"}}
+STRANGE = {
+    "a video": {"pythonClassName": "video_feature.Video", "video": {"shape": {}}},
+    "an encoded tensor": tensor((4, 4), encoding="zlib"),
+    "a list in every step": SEQUENCE,
+    "lists of lists": {"sequence": {"feature": SEQUENCE, "length": "-1"}},
+    "texts in every step": {"sequence": {"feature": {"text": {}}, "length": "2"}},
+    "a type of the future": tensor((2,), dtype="float8"),
+    "no description": {"tensor": []},
+    "a name": {"text": {}},
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_only_what_is_read_has_to_be_understood(tmp_path, what):
+    folder = write_tree(tmp_path, {"odd": STRANGE[what]}, {})
+    source = RLDSSource(folder, KEYS)
+    np.testing.assert_array_equal(source.actions(0), make_episode(0, 6).actions)
+    if what != "a name":
+        with pytest.raises(DataSetError, match="features.json: steps/odd is .*expected numbers of a fixed shape"):
+            RLDSSource(folder, replace(KEYS, action="odd"))
+
+
+@pytest.mark.parametrize(
+    ("node", "values", "width"),
+    [
+        (tensor(()), np.arange(6, dtype=np.float32), 1),
+        (tensor((2, 2)), np.arange(24, dtype=np.float32), 4),
+        ({"classLabel": {"numClasses": "9"}}, np.arange(6), 1),
+        ({"boundingBox": {"shape": {"dimensions": ["4"]}, "dtype": "float32"}}, np.arange(24, dtype=np.float32), 4),
+        ({"sequence": {"feature": tensor((2,)), "length": "3"}}, np.arange(36, dtype=np.float32), 6),
+        ({"featuresDict": {"features": {"deep": tensor((3,), "int32")}}}, None, 3),
+    ],
+)
+def test_numbers_of_any_fixed_shape_are_laid_flat(tmp_path, node, values, width):
+    nested = values is None
+    values = np.arange(18) if nested else values
+    name = "extra/deep" if nested else "extra"
+    folder = write_tree(tmp_path, {}, {f"steps/observation/{name}": values}, observation={"extra": node})
+    source = RLDSSource(folder, replace(KEYS, state=(name, "state")))
+    np.testing.assert_array_equal(source.state(0)[:, :width], values.reshape(6, width))
+    assert source.state(0).shape == (6, width + 8)
+
+
+def test_whole_names_reach_everywhere(tmp_path):
+    extra = {"proprio": tensor((2,)), "moves": {"featuresDict": {"features": {"arm": tensor((7,))}}}}
+    arm = np.arange(42, dtype=np.float32).reshape(6, 7)
+    folder = write_tree(tmp_path, extra, {"steps/proprio": np.ones((6, 2), np.float32), "steps/moves/arm": arm})
+    source = RLDSSource(folder, replace(KEYS, state=("steps/proprio",), action="moves/arm"))
+    np.testing.assert_array_equal(source.state(0), np.ones((6, 2)))
+    np.testing.assert_array_equal(source.actions(0), arm)
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "node"),
+    [
+        (None, "steps/observation/natural_language_instruction", {"text": {}}),
+        ("ask", "steps/ask", {"text": {}}),
+        ("observation/ask", "steps/observation/ask", tensor((), "string")),
+        ("episode_metadata/ask", "episode_metadata/ask", {"text": {}}),
+    ],
+)
+def test_where_the_instruction_is(tmp_path, key, name, node):
+    texts = [b"fold it"] * (1 if name.startswith("episode") else 6)
+    folder = write_tree(tmp_path, {}, {name: texts, "steps/language_instruction": None})
+    content = json.loads((folder / "features.json").read_text())
+    root = content["featuresDict"]["features"]
+    root["episode_metadata"] = {"featuresDict": {"features": {}}}
+    steps = root["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+    del steps["language_instruction"]
+    *above, last = name.split("/")
+    inner = {"steps": steps, "episode_metadata": root["episode_metadata"]["featuresDict"]["features"]}[above[0]]
+    for part in above[1:]:
+        inner = inner[part]["featuresDict"]["features"]
+    inner[last] = node
+    (folder / "features.json").write_text(json.dumps(content))
+    source = RLDSSource(folder, replace(KEYS, instruction=key))
+    assert source.instructions[0] == "fold it" and source.lengths.tolist() == [6]
+
+
+def test_an_instruction_that_is_no_text(tmp_path):
+    folder = write_tree(tmp_path, {}, {})
+    with pytest.raises(DataSetError, match="steps/action is tensor of 'float32', expected text"):
+        RLDSSource(folder, replace(KEYS, instruction="action"))
+    with pytest.raises(MissingFeatureError, match="no feature 'steps/ask', found"):
+        RLDSSource(folder, replace(KEYS, instruction="ask"))
+
+
+def test_the_split_is_train_or_the_only_one_or_named(tmp_path):
+    only = write_tree(tmp_path, {}, {}, splits=("valid",), name="only")
+    assert RLDSSource(only, KEYS).split == "valid"
+    several = write_tree(tmp_path, {}, {}, splits=("val", "train", "test"), name="several")
+    assert RLDSSource(several, KEYS).split == "train"
+    np.testing.assert_array_equal(RLDSSource(several, KEYS, "test").actions(0), make_episode(2, 6).actions)
+    none = write_tree(tmp_path, {}, {}, splits=("a", "b"), name="none")
+    with pytest.raises(DataSetError, match=r"no split 'train', found splits \['a', 'b'\]: name one with --split"):
+        RLDSSource(none, KEYS)
+
+
+def test_shards_in_another_format_and_with_other_templates(tmp_path):
+    folder = write_tree(tmp_path, {}, {})
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["splits"][0]["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}-of-{NUM_SHARDS}"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    assert len(RLDSSource(folder, KEYS)) == 1
+    (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "array_record"}))
+    with pytest.raises(DataSetError, match="fileFormat is 'array_record', expected 'tfrecord'"):
+        RLDSSource(folder, KEYS)

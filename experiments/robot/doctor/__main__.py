@@ -25,7 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments.robot.doctor", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", help="checkpoint folder; without it, statistics, crop, images and attention are not checked")
-    add("--data", help="RLDS data set the checkpoint was trained on (default: the shipped demonstrations, if any)")
+    add("--data", help="data set the checkpoint was trained on (default: the shipped demonstrations, if any)")
+    add("--data_set_file", help="Python file that registers the data set (docs/datasets.md)")
     add("--suite", help="suite to be evaluated (default: that of the data)")
     add("--unnorm_key", help="key of the normalisation statistics (default: by the suite's name)")
     add("--num_images_in_input", type=int, help="images per sample of a published checkpoint")
@@ -42,7 +43,10 @@ def collect_checks(args: argparse.Namespace) -> list[Check]:
     from experiments.robot.doctor.demonstrations import open_data_set, recorded_starts
     from experiments.robot.doctor.installation import version_checks
     from experiments.robot.doctor.simulator_checks import physics_checks, render_checks
+    from prismatic.vla.datasets.registry import load_data_set_file
 
+    if args.data_set_file is not None:
+        load_data_set_file(args.data_set_file)
     shipped = open_data_set(SHIPPED_DATA) if SHIPPED_DATA.is_dir() else None
     data = open_data_set(args.data) if args.data else shipped
     checks = version_checks() + convention_checks()
@@ -53,7 +57,7 @@ def collect_checks(args: argparse.Namespace) -> list[Check]:
     mode = RenderMode(args.render_mode or recorded or RenderMode.PUBLISHED.value)
     if data is not None:
         found = data_checks(data)
-        checks += found[:1] if args.quick else found
+        checks += found[:2] if args.quick else found
     if not args.quick:
         checks += render_checks(mode)
         replayable = next((d for d in (data, shipped) if d is not None and len(recorded_starts(d)) > 1), None)
@@ -85,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         checks = collect_checks(args)
     except (OSError, ValueError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.args[0] if isinstance(error, KeyError) and error.args else error}", file=sys.stderr)
         return 2
     findings = []
     for check in checks:

@@ -20,7 +20,9 @@ from experiments.robot.libero import simulator
 from experiments.robot.libero.controls import PolicyActor
 from experiments.robot.libero.episode import EpisodeLimits, run_episode
 from experiments.robot.libero.simulator import RenderMode, ResetMode
-from prismatic.vla.images import decode_jpeg
+from prismatic.vla.datasets.inspect_checks import check_for_training
+from prismatic.vla.datasets.registry import LiberoStandardization
+from prismatic.vla.datasets.source import DataSetError
 
 MAX_EPISODES = 5
 """Recorded first frames that the simulator's is compared with."""
@@ -33,13 +35,19 @@ _TURNS = ("upright", "turned left", "rotated by 180 degrees", "turned right")
 
 
 def data_checks(data: DataSet) -> list[Check]:
-    """Gripper in the data, and the simulator's images against the recorded ones."""
+    """Gripper and conventions in the data, and the simulator's images against the recorded ones."""
     return [
         Check(
             "gripper of the data",
-            "the fingers close after raw action +1 and open after -1",
+            "the fingers close after the raw action that closes (+1 in LIBERO) and open after the other",
             "nothing is ever grasped: 0 %",
             lambda: _recorded_gripper(data),
+        ),
+        Check(
+            "conventions of the data",
+            "values, images and control rate as the data set is registered",
+            "training refuses contradictions; the rest is learned as it is",
+            lambda: _conventions(data),
         ),
         Check(
             "images against data",
@@ -61,17 +69,34 @@ def replay_check(data: DataSet) -> Check:
 
 
 def _recorded_gripper(data: DataSet) -> tuple[Status, str]:
+    convention = data.config.standardize
+    if not isinstance(convention, LiberoStandardization):
+        return Status.SKIP, f"{data.name} is registered with other conventions than LIBERO's"
+    sign = np.sign(convention.closes - convention.opens)
+    middle, quarter = (convention.closes + convention.opens) / 2, abs(convention.closes - convention.opens) / 4
     closing, opening = [], []
-    for index in range(min(MAX_EPISODES, len(data))):
-        episode = data.reader.episode(index)
-        width = np.diff(episode.state[:, 6] - episode.state[:, 7])
-        command = episode.actions[:-1, 6]
-        closing += width[command > 0.5].tolist()
-        opening += width[command < -0.5].tolist()
+    for index in np.flatnonzero(data.source.lengths)[:MAX_EPISODES].tolist():
+        state, actions = data.source.state(index), data.source.actions(index)
+        width = np.diff(state[:, 6] - state[:, 7])
+        command = sign * (actions[:-1, 6] - middle)
+        closing += width[command > quarter].tolist()
+        opening += width[command < -quarter].tolist()
     if not closing or not opening:
-        return Status.WARN, "the data hold no closing or no opening command of size 1"
-    text = f"mean change per step {1000 * np.mean(closing):+.2f} mm after +1, {1000 * np.mean(opening):+.2f} after -1"
+        return Status.WARN, "the data hold no closing or no opening command"
+    text = (
+        f"mean change per step {1000 * np.mean(closing):+.2f} mm after {convention.closes:+g}, "
+        f"{1000 * np.mean(opening):+.2f} after {convention.opens:+g}"
+    )
     return judge(np.mean(closing) < np.mean(opening), text)
+
+
+def _conventions(data: DataSet) -> tuple[Status, str]:
+    try:
+        lines = check_for_training(data.source, data.config, data.name)
+    except DataSetError as error:
+        return Status.FAIL, str(error)
+    lines = [*data.source.warnings, *lines]
+    return (Status.WARN, "; ".join(lines)) if lines else (Status.OK, "nothing stands out")
 
 
 def _first_frames(data: DataSet) -> tuple[Any, dict[str, list[np.ndarray]]]:
@@ -79,14 +104,13 @@ def _first_frames(data: DataSet) -> tuple[Any, dict[str, list[np.ndarray]]]:
     tasks = [simulator.load_task(data.suite, number) for number in range(simulator.task_count(data.suite))]
     by_language = {task.language.lower(): task for task in tasks}
     task, frames = None, {camera: [] for camera in CAMERAS}
-    for index in range(len(data)):
-        episode = data.reader.episode(index)
-        found = by_language.get(episode.instruction.strip().lower())
+    for index in np.flatnonzero(data.source.lengths).tolist():
+        found = by_language.get(data.source.instructions[index].strip().lower())
         task = task or found
         if found is None or found is not task:
             continue
-        for camera in CAMERAS:
-            frames[camera].append(thumbnail(decode_jpeg(episode.images[camera][0])))
+        for number, camera in enumerate(CAMERAS):
+            frames[camera].append(thumbnail(data.picture(number, index, 0)))
         if len(frames[CAMERAS[0]]) == MAX_EPISODES:
             break
     return task, frames
@@ -95,6 +119,8 @@ def _first_frames(data: DataSet) -> tuple[Any, dict[str, list[np.ndarray]]]:
 def _orientation(data: DataSet) -> tuple[Status, str]:
     if data.suite is None:
         return Status.SKIP, f"{data.name}: the suite is not known (--suite)"
+    if len(data.source.keys.cameras) < len(CAMERAS):
+        return Status.SKIP, f"{data.name} has the cameras {data.source.keys.cameras}, LIBERO two"
     task, frames = _first_frames(data)
     if task is None:
         return Status.SKIP, f"{data.name}: no instruction of {data.suite}"

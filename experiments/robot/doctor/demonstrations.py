@@ -13,8 +13,12 @@ from PIL import Image
 from experiments.robot.libero.collect_demos import Start, episode_start
 from experiments.robot.libero.suites import split_suite
 from prismatic.vla.action_spec import ActionSpec, NormalizationType
-from prismatic.vla.datasets.registry import standardize_libero
-from prismatic.vla.datasets.rlds import Episode, RLDSReader, version_directories
+from prismatic.vla.datasets.formats import find_format
+from prismatic.vla.datasets.inspect import open_folder
+from prismatic.vla.datasets.inspect_measures import read_pixels
+from prismatic.vla.datasets.registry import DataSetConfig, standardize_libero
+from prismatic.vla.datasets.rlds import Episode, RLDSReader
+from prismatic.vla.datasets.source import EpisodeSource
 from prismatic.vla.images import decode_jpeg
 from prismatic.vla.normalization import Normalizer, compute_statistics
 
@@ -28,36 +32,50 @@ MAX_STATE_DIFFERENCE = 0.15
 
 @dataclass(frozen=True)
 class DataSet:
-    """RLDS demonstrations. suite: base suite they show, None when it cannot be told; metadata: as collected, or {}."""
+    """Demonstrations in any format that training reads.
+
+    suite: base suite they show, None when it cannot be told. reader: of whole episodes, None but for RLDS. metadata: as
+    collected, or {}.
+    """
 
     path: Path
     name: str
     suite: str | None
-    reader: RLDSReader
+    source: EpisodeSource
+    config: DataSetConfig
+    reader: RLDSReader | None
     metadata: dict[str, Any]
 
     def statistics(self) -> dict[str, Any]:
         """Statistics of the whole data set, as training computes them."""
-        pairs = [standardize_libero(e.actions, e.state) for e in map(self.reader.episode, range(len(self)))]
-        return compute_statistics([a for a, _ in pairs], [s for _, s in pairs], [True] * 6 + [False])
+        numbers = [(self.source.actions(e), self.source.state(e)) for e in np.flatnonzero(self.source.lengths).tolist()]
+        pairs = [self.config.standardize(actions, state) for actions, state in numbers]
+        return compute_statistics([a for a, _ in pairs], [s for _, s in pairs], self.config.action_mask)
+
+    def picture(self, camera: int, episode: int, step: int) -> np.ndarray:
+        """What the policy's first, second, ... camera saw, uint8 (H, W, 3)."""
+        return read_pixels(self.source, self.source.keys.cameras[camera], episode, step)
 
     def __len__(self) -> int:
-        return self.reader.num_episodes
+        return len(self.source)
 
 
 def open_data_set(path: str | Path) -> DataSet:
-    """Open `<name>/<x.y.z>` or `<name>` (its highest version). Raises FileNotFoundError when there is no data set."""
+    """Open the folder of a data set, or one version of an RLDS one.
+
+    Raises FileNotFoundError when there is no data set, KeyError for a name that is not registered, and DataSetError.
+    """
     folder = Path(path)
-    if not (folder / "dataset_info.json").is_file():
-        versions = version_directories(folder)
-        if not versions:
-            raise FileNotFoundError(f"--data {path}: expected a folder with dataset_info.json, found none")
-        folder = versions[-1]
-    reader = RLDSReader(folder)
-    metadata = reader.metadata or {}
-    name = folder.resolve().parent.name
+    if find_format(folder) is None and not (folder / "dataset_info.json").is_file():
+        raise FileNotFoundError(
+            f"--data {path}: expected a folder with dataset_info.json (RLDS), meta/info.json (LeRobot) or *.hdf5, "
+            "found none of them"
+        )
+    name, source, config = open_folder(folder)
+    reader = RLDSReader(source.directory) if source.keys.format == "rlds" else None
+    metadata = source.metadata or {}
     suite = metadata.get("task_suite_name") or split_suite(name)[0]
-    return DataSet(folder, name, suite, reader, metadata)
+    return DataSet(source.directory, name, suite, source, config, reader, metadata)
 
 
 @dataclass(frozen=True)
@@ -74,11 +92,11 @@ def recorded_starts(data: DataSet) -> list[RecordedStart]:
 
     Empty when the data set does not record how it was collected.
     """
-    if not {"seed", "initial_states", "tasks"} <= set(data.metadata):
+    if data.reader is None or not {"seed", "initial_states", "tasks"} <= set(data.metadata):
         return []
     known = _starts_by_seed(data.metadata)
     found = []
-    for index in range(len(data)):
+    for index in range(len(data.reader)):
         episode = data.reader.episode(index)
         seed = episode.file_path.rpartition("/")[2]
         match = known.get(int(seed)) if seed.isdigit() else None

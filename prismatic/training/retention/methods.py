@@ -105,6 +105,7 @@ def observations(flag: str, folder: str, setup, cfg: FinetuneConfig, image_aug: 
         blind_images=training.blind_images,  # a blind run sees no image, here neither
         seed=cfg.seed,
         observations_only=True,
+        skip_bad_episodes=cfg.skip_bad_episodes,
         known_statistics=setup.statistics,
     )
     return open_old_data(flag, folder, settings)

@@ -8,12 +8,14 @@ import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from prismatic.vla.action_spec import ActionSpec
-from prismatic.vla.datasets.formats import list_data_sets, open_data_set
+from prismatic.vla.datasets.formats import open_data_set
+from prismatic.vla.datasets.inspect_checks import check_for_training
 from prismatic.vla.datasets.registry import (
     DataSetConfig,
     alternative_name,
@@ -41,7 +43,9 @@ class DatasetSettings:
     is. frame_stride: every n-th window start of an episode. normalizer: statistics to use instead of computing them,
     one Normalizer or {data set name: Normalizer}. known_statistics: {data set name: statistics} that are kept where a
     data set has one of these names (either spelling). observations_only: images, state and instruction of every frame;
-    actions are not read and need not be there.
+    actions are not read and need not be there. split: of the files, None is `train` or the only one there is.
+    skip_bad_episodes: episodes that cannot be read, or hold values that are not finite, are left out. Those without a
+    sample (shorter than a chunk, without text) always are; `manifest` lists both.
     """
 
     action_spec: ActionSpec = field(default_factory=ActionSpec)
@@ -56,7 +60,8 @@ class DatasetSettings:
     val_fraction: float = 0.0
     part: str = "train"
     frame_stride: int = 1
-    split: str = "train"
+    split: str | None = None
+    skip_bad_episodes: bool = False
     normalizer: Normalizer | Mapping[str, Normalizer] | None = None
     known_statistics: Mapping[str, dict] | None = None
     observations_only: bool = False
@@ -86,13 +91,14 @@ class _Part:
     """The kept episodes of one data set: where their frames are, and their numbers, ready for the model.
 
     actions (F, A), None without, and proprio (F, P) float32, normalised, of the kept episodes one after another: 60
-    bytes per frame for LIBERO, shared by forked workers. Images stay on disk.
+    bytes per frame for LIBERO, shared by forked workers. Images stay on disk. left_out: {episode or file: reason}.
     """
 
     def __init__(
         self, name: str, source: EpisodeSource, kept: list[int], config: DataSetConfig, spec: ActionSpec
     ) -> None:
         self.name, self.source, self.kept = name, source, kept
+        self.left_out: dict[str, str] = {}
         self.lengths = source.lengths[kept]
         self.starts = np.cumsum(self.lengths) - self.lengths
         episodes = [_numbers(source, episode, config, name) for episode in kept]
@@ -117,7 +123,7 @@ class _Part:
             return []
         _, worst = max(found)
         others = f" (and {len(found) - 1} more dimensions)" if len(found) > 1 else ""
-        return [f"{self.name}: {worst}{others}: the statistics are kept, so check units and conventions of the data"]
+        return [f"{self.name}: {worst}{others}: check units and conventions, data of others need a name of their own"]
 
     def own_normalizer(self, config: DataSetConfig, spec: ActionSpec) -> Normalizer:
         """With the statistics of these values. Without actions it is good for the state alone: zeros stand for them."""
@@ -141,16 +147,18 @@ class _Part:
 class VLADataset(Dataset):
     """Map-style data set over all windows t = 0 .. T - chunk_len of all kept episodes; images are read when needed.
 
-    `dataset_name` is a folder of `data_root_dir`, a registered mixture or a comma separated list with optional weights
-    (`a,b:0.5`); `libero_x` and `libero_x_no_noops` stand for each other when only one is there. Several data sets are
-    concatenated, each with its own statistics (of the episodes kept); `group_sizes` and `weights` are for the sampler.
+    `dataset_name` is a folder of `data_root_dir` (or `folder/folder`), a registered mixture or a comma separated list
+    with optional weights (`a,b:0.5`); `libero_x` and `libero_x_no_noops` stand for each other when only one is there.
+    Several data sets are concatenated, each with its own statistics (of the episodes kept); `group_sizes` and `weights`
+    are for the sampler.
 
     normalizers: {data set name: Normalizer}, without data sets whose actions have no statistics (`observations_only`
-    and not known). warnings: one line for each data set that contradicts its known statistics.
+    and not known). warnings: lines about what stands out, what was left out, and data that contradict their known
+    statistics.
 
     Raises FileNotFoundError (data root, data set), ValueError (split, NaN, too few demonstrations, statistics that do
-    not fit, episodes shorter than a chunk), MissingFeatureError (camera, actions), DataSetError (damaged files, another
-    number of state or action values than `action_spec` says).
+    not fit, no episode with a chunk), MissingFeatureError (camera, actions), DataSetError (damaged files, values that
+    contradict the registered conventions, another number of state or action values than `action_spec` says).
     """
 
     def __init__(self, data_root_dir: str | os.PathLike, dataset_name: str, settings: DatasetSettings):
@@ -221,14 +229,21 @@ class VLADataset(Dataset):
         return [int(ends[-1]) for ends in self._windows]
 
     def manifest(self) -> dict[str, dict]:
-        """Which episodes are used: {data set name: {fingerprint, seed, episodes: {instruction: ids}}}, JSON-ready."""
+        """Which episodes are used: {data set name: {fingerprint, seed, episodes: {instruction: ids}}}, JSON-ready.
+
+        An episode with several instructions is listed with each. Where there is something to say also `split` (another
+        than `train`) and `left_out` {episode or file: reason}.
+        """
         seed = _subset_seed(self.settings)
         content = {}
         for part in self._parts:
             episodes: dict[str, list[int]] = defaultdict(list)
             for episode in part.kept:
-                episodes[part.source.instructions[episode]].append(int(episode))
+                for text in part.source.texts(episode):
+                    episodes[text].append(int(episode))
             content[part.name] = {"fingerprint": part.source.fingerprint, "seed": seed, "episodes": dict(episodes)}
+            content[part.name] |= {"split": part.source.split} if part.source.split != "train" else {}
+            content[part.name] |= {"left_out": part.left_out} if part.left_out else {}
         return content
 
     def __len__(self) -> int:
@@ -247,7 +262,7 @@ class VLADataset(Dataset):
         return ({} if part.actions is None else {"actions": part.actions[chunk]}) | {
             "images": self._images(part, position, step, key),
             "proprio": np.zeros_like(part.proprio[row]) if self._drops_proprio(key) else part.proprio[row],
-            "instruction": part.source.instructions[episode],
+            "instruction": part.source.instruction_at(episode, step),
             "dataset_name": part.name,
             "sample_id": (int(episode), step),
             "key": (int(key[0]), int(key[1])),
@@ -278,24 +293,12 @@ class VLADataset(Dataset):
 
     def _load(self, data_root: str | os.PathLike, name: str, normalizer: Normalizer | None) -> _Part:
         settings, config = self.settings, get_data_set_config(name)
-        source = open_data_set(data_root, name, config, settings.split, settings.num_images, settings.observations_only)
-        if not len(source):
-            raise DataSetError(f"{source.directory}: split {settings.split!r} has no episodes")
-        if source.keys.action is None and not settings.observations_only:
-            raise MissingFeatureError(f"{name}: its configuration names no actions, so only observations_only opens it")
-        part = _Part(name, source, _kept_episodes(source.instructions, settings, name), config, settings.action_spec)
-        if settings.observations_only:
-            self._check_unread_actions(data_root, name, config)
+        source = self._open(data_root, name, config)
+        part = self._make_part(name, source, config)
         known = None if normalizer is not None else known_key(settings.known_statistics or {}, name)
         if known is not None:
             normalizer = Normalizer(settings.known_statistics[known], settings.action_spec, name)
             self.warnings += part.contradiction(normalizer.statistics)
-        for episode, length in zip(part.kept, part.lengths, strict=True):
-            if length < settings.window_length:
-                raise ValueError(
-                    f"{name}: episode {episode} has {length} steps, "
-                    f"expected at least one chunk of {settings.action_spec.chunk_len}"
-                )
         given = normalizer is not None
         normalizer = normalizer if given else part.own_normalizer(config, settings.action_spec)
         # Statistics of actions that were not read are made up: nobody may act with them.
@@ -304,19 +307,73 @@ class VLADataset(Dataset):
         part.normalize(normalizer)
         return part
 
-    def _check_unread_actions(self, data_root: str | os.PathLike, name: str, config: DataSetConfig) -> None:
-        """Actions of another robot are a sign of the wrong folder, also where only observations are wanted."""
+    def _open(self, data_root: str | os.PathLike, name: str, config: DataSetConfig) -> EpisodeSource:
+        """The data set, checked against its conventions; of observations without actions."""
         settings = self.settings
+        choices = settings.split, settings.num_images, settings.skip_bad_episodes
         try:
-            source = open_data_set(data_root, name, config, settings.split, settings.num_images)
-        except MissingFeatureError:
-            return
-        if source.keys.action is not None:
-            try:
-                actions, _ = config.standardize(source.actions(0), source.state(0))
-            except ValueError as error:
-                raise DataSetError(f"{name}: episode 0: {error}") from error
-            _check_size(name, "actions", actions.shape[1:], settings.action_spec.action_dim)
+            source = open_data_set(data_root, name, config, *choices)
+        except (MissingFeatureError, DataSetError):
+            if not settings.observations_only:
+                raise
+            source = open_data_set(data_root, name, config.without_actions(), *choices)
+        if not len(source):
+            raise DataSetError(f"{source.directory}: split {source.split!r} has no episodes")
+        if source.keys.action is None and not settings.observations_only:
+            raise MissingFeatureError(f"{name}: its configuration names no actions, so only observations_only opens it")
+        if settings.observations_only and source.keys.action is not None:
+            self._check_unread_actions(source, name, config)
+            source.forget_actions()
+        if settings.split is None and source.split != "train":
+            self.warnings.append(f"{name}: split {source.split!r} is read, the only one (--split)")
+        lines = [*source.warnings, *check_for_training(source, config, name)]
+        self.warnings += [f"{name}: {line}" for line in lines]
+        return source
+
+    def _make_part(self, name: str, source: EpisodeSource, config: DataSetConfig) -> _Part:
+        """The kept episodes; what was left out is said."""
+        settings = self.settings
+        left_out = dict(source.problems)
+        for episode in range(len(source)):
+            reason = None if str(episode) in left_out else _why_unusable(source, episode, settings, config)
+            if reason is not None:
+                left_out[str(episode)] = reason
+        usable = [episode for episode in range(len(source)) if str(episode) not in left_out]
+        if left_out:
+            first = "; ".join(left_out.values()) if len(left_out) < 4 else f"first: {next(iter(left_out.values()))}"
+            if not usable:
+                raise DataSetError(
+                    f"{name}: {next(iter(left_out.values()))}; none of {len(source)} episodes can be used"
+                )
+            self.warnings.append(f"{name}: {len(left_out)} of {len(source)} episodes are left out: {first}")
+        chosen = _kept_episodes([source.instructions[episode] for episode in usable], settings, name)
+        part = _Part(name, source, [usable[place] for place in chosen], config, settings.action_spec)
+        part.left_out = left_out
+        return part
+
+    def _check_unread_actions(self, source: EpisodeSource, name: str, config: DataSetConfig) -> None:
+        """Actions of another robot are a sign of the wrong folder, also where only observations are wanted."""
+        first = int(np.flatnonzero(source.lengths)[0]) if source.lengths.any() else 0
+        try:
+            actions, _ = config.standardize(source.actions(first), source.state(first))
+        except ValueError as error:
+            raise DataSetError(f"{name}: episode {first}: {error}") from error
+        _check_size(name, "actions", actions.shape[1:], self.settings.action_spec.action_dim)
+
+
+def _why_unusable(source: EpisodeSource, episode: int, settings: DatasetSettings, config: DataSetConfig) -> str | None:
+    """Why an episode has no sample, None when it has."""
+    length = int(source.lengths[episode])
+    if length < settings.window_length:
+        return f"episode {episode} has {length} steps, expected at least one chunk of {settings.window_length}"
+    if not all(text.strip() for text in source.texts(episode)):
+        return f"episode {episode}: the language instruction is empty"
+    if settings.skip_bad_episodes:
+        try:
+            _numbers(source, episode, config, "")
+        except DataSetError as error:
+            return str(error).removeprefix(": ")
+    return None
 
 
 def _check_size(name: str, what: str, found: tuple[int, ...], expected: int) -> None:
@@ -383,9 +440,8 @@ def _by_instruction(instructions: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _existing_name(data_root: str | os.PathLike, name: str) -> str:
-    available = list_data_sets(data_root)
     other = alternative_name(name)
-    return other if name not in available and other in available else name
+    return other if not (Path(data_root) / name).is_dir() and (Path(data_root) / other).is_dir() else name
 
 
 def _given_normalizers(settings: DatasetSettings, names: list[str]) -> dict[str, Normalizer]:
@@ -412,9 +468,10 @@ def _numbers(source: EpisodeSource, episode: int, config: DataSetConfig, name: s
     for group, values in (("action", actions), ("state", state)):
         bad = np.argwhere(~np.isfinite(values))
         if bad.size:
-            raise DataSetError(f"{where}: {group} is not finite at (step, dim) {tuple(bad[0].tolist())}")
-    if not source.instructions[episode].strip():
-        raise DataSetError(f"{where}: the language instruction is empty")
+            raise DataSetError(
+                f"{where}: {group} is not finite at (step, dim) {tuple(bad[0].tolist())}; "
+                "--skip_bad_episodes True leaves such episodes out"
+            )
     try:
         return config.standardize(actions, state)
     except ValueError as error:

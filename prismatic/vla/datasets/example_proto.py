@@ -7,7 +7,7 @@ matter on the wire.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -17,8 +17,8 @@ from google.protobuf.message import DecodeError
 _PACKAGE = "craft.example"
 
 
-def parse_example(payload: bytes) -> dict[str, list[bytes] | np.ndarray]:
-    """Flat features of a serialised Example.
+def parse_example(payload: bytes, names: Iterable[str] | None = None) -> dict[str, list[bytes] | np.ndarray]:
+    """Flat features of a serialised Example, all or those of these names that it has.
 
     Returns {name: list of bytes | float32 (n,) | int64 (n,)}; a feature without a kind becomes an empty float32
     array. Raises ValueError when the bytes are not an Example.
@@ -28,7 +28,8 @@ def parse_example(payload: bytes) -> dict[str, list[bytes] | np.ndarray]:
         message.ParseFromString(payload)
     except DecodeError as error:
         raise ValueError(f"not a tf.train.Example message of {len(payload)} bytes: {error}") from error
-    return {name: _feature_value(feature) for name, feature in message.features.feature.items()}
+    features = message.features.feature
+    return {name: _feature_value(features[name]) for name in (features if names is None else names) if name in features}
 
 
 def build_example(features: Mapping[str, Sequence[bytes] | np.ndarray]) -> bytes:

@@ -8,73 +8,103 @@ from pathlib import Path
 from prismatic.vla.datasets.registry import DataSetConfig
 from prismatic.vla.datasets.rlds import version_directories
 from prismatic.vla.datasets.rlds_source import RLDSSource
-from prismatic.vla.datasets.source import EpisodeSource, MissingFeatureError
+from prismatic.vla.datasets.source import EpisodeSource, MissingFeatureError, SourceKeys
 
 
 def list_data_sets(data_root: str | os.PathLike) -> list[str]:
-    """Names of the folders below `data_root` that hold a data set of a known format, sorted."""
+    """Names of the data sets of a known format below `data_root`, in its folders and in theirs, sorted."""
     root = Path(data_root)
     if not root.is_dir():
         raise FileNotFoundError(f"data root {root} is not a directory")
-    return sorted(child.name for child in root.iterdir() if find_format(child) is not None)
+    found = []
+    for child in _children(root):
+        inner = [child] if find_format(child) is not None else [c for c in _children(child) if find_format(c)]
+        found += [path.relative_to(root).as_posix() for path in inner]
+    return sorted(found)
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return [child for child in folder.iterdir() if child.is_dir()]
+    except OSError:  # another user's
+        return []
+
+
+def find_data_set(data_root: str | os.PathLike, name: str) -> Path:
+    """The folder `<data_root>/<name>`, `name` a folder or several with slashes between; or the only one in it.
+
+    ValueError for a name that leaves the root and for a choice of several, FileNotFoundError, listing what is there,
+    for an unknown data set.
+    """
+    root = Path(data_root)
+    if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
+        raise ValueError(f"data set {name!r}: expected the name of a folder below {root}, or folder/folder")
+    if find_format(root / name) is not None:
+        return root / name
+    inner = [child for child in _children(root / name) if find_format(child) is not None]
+    if len(inner) == 1:
+        return inner[0]
+    if inner:
+        choice = sorted(f"{name}/{child.name}" for child in inner)
+        raise ValueError(f"data set {name!r} has several configurations: name one of {', '.join(choice)}")
+    raise FileNotFoundError(
+        f"data set {name!r} not found below {root}: expected {root / name}/<x.y.z>/dataset_info.json (RLDS), "
+        f"meta/info.json (LeRobot) or *.hdf5, found data sets {list_data_sets(root) or 'none'}"
+    )
 
 
 def find_format(folder: Path) -> str | None:
     """`rlds`, `lerobot` or `hdf5` by the files of a folder, None when it is none of these."""
-    if not folder.is_dir():
+    try:
+        if not folder.is_dir():
+            return None
+        if version_directories(folder):
+            return "rlds"
+        if (folder / "meta" / "info.json").is_file():
+            return "lerobot"
+        return "hdf5" if any(folder.glob("*.hdf5")) else None
+    except OSError:  # another user's
         return None
-    if version_directories(folder):
-        return "rlds"
-    if (folder / "meta" / "info.json").is_file():
-        return "lerobot"
-    if any(folder.glob("*.hdf5")):
-        return "hdf5"
-    return None
 
 
 def open_data_set(
     data_root: str | os.PathLike,
     name: str,
     config: DataSetConfig,
-    split: str = "train",
+    split: str | None = None,
     num_images: int | None = None,
-    observations_only: bool = False,
+    skip_bad: bool = False,
 ) -> EpisodeSource:
-    """Open `<data_root>/<name>` with the first of the configuration's keys that the files have.
+    """Open the data set `name` (see `find_data_set`) with the first of the configuration's keys that the files have.
 
-    num_images: only this many cameras have to be there. observations_only: nor do actions. Raises FileNotFoundError for
-    an unknown data set, listing what is there, ValueError for a format without keys or too few cameras,
-    MissingFeatureError when no keys fit.
+    split: None is `train`, or the only one there is. num_images: only this many cameras have to be there. skip_bad:
+    episodes that cannot be read are `problems` of the source instead of errors. Raises also ValueError for a format
+    without keys or too few cameras, MissingFeatureError when no keys fit, and what the source raises.
     """
-    root = Path(data_root)
-    available = list_data_sets(root)
-    if name not in available:
-        raise FileNotFoundError(
-            f"data set {name!r} not found below {root}: expected {root / name}/<x.y.z>/dataset_info.json (RLDS), "
-            f"meta/info.json (LeRobot) or *.hdf5, found data sets {available or 'none'}"
-        )
-    format_name = find_format(root / name)
+    folder = find_data_set(data_root, name)
+    format_name = find_format(folder)
     candidates = [keys for keys in config.keys if keys.format == format_name]
     if not candidates:
         known = sorted({keys.format for keys in config.keys})
-        raise ValueError(f"{root / name} is a data set in {format_name} format, its configuration has keys for {known}")
+        raise ValueError(f"{folder} is a data set in {format_name} format, its configuration has keys for {known}")
     problems: list[str] = []
     for keys in candidates:
         try:
-            keys = keys.without_action() if observations_only else keys
-            return _open(root / name, keys.with_cameras(num_images, name), split)
+            return open_source(folder, keys.with_cameras(num_images, name), split, skip_bad)
         except MissingFeatureError as error:
             problems.append(str(error))
     raise MissingFeatureError("; ".join(problems))
 
 
-def _open(folder: Path, keys, split: str) -> EpisodeSource:
+def open_source(folder: Path, keys: SourceKeys, split: str | None = None, skip_bad: bool = False) -> EpisodeSource:
+    """Open a folder, of several RLDS versions the highest, or one RLDS version, with these keys."""
     if keys.format == "rlds":
-        return RLDSSource(version_directories(folder)[-1], keys, split)
+        versions = version_directories(folder)
+        return RLDSSource(versions[-1] if versions else folder, keys, split, skip_bad)
     if keys.format == "lerobot":
         from prismatic.vla.datasets.lerobot_source import LeRobotSource  # its libraries are an extra
 
-        return LeRobotSource(folder, keys, split)
+        return LeRobotSource(folder, keys, split, skip_bad)
     from prismatic.vla.datasets.hdf5_source import HDF5Source  # its library is an extra
 
-    return HDF5Source(folder, keys, split)
+    return HDF5Source(folder, keys, split, skip_bad)

@@ -27,7 +27,7 @@ from prismatic.vla.datasets.source import EpisodeSource, MissingFeatureError, So
 _MAX_INSTRUCTIONS = 20
 
 
-def open_folder(directory: str | os.PathLike, split: str = "train") -> tuple[str, EpisodeSource, DataSetConfig]:
+def open_folder(directory: str | os.PathLike, split: str | None = None) -> tuple[str, EpisodeSource, DataSetConfig]:
     """Open a data-set folder `<root>/<name>` or an RLDS version directory `<root>/<name>/<x.y.z>`.
 
     The configuration is that of the folder's name. An RLDS folder without one is opened with all its cameras and the
@@ -37,24 +37,40 @@ def open_folder(directory: str | os.PathLike, split: str = "train") -> tuple[str
         (name, source, configuration). Raises what `open_data_set` raises.
     """
     directory = Path(os.path.abspath(directory))  # `.` has no name
-    version = directory if _is_version(directory) else None
-    folder = directory.parent if version else directory
+    folder = directory.parent if _is_version(directory) else directory
+    # Of `<root>/<name>/<configuration>` the configuration may be that of `<name>`.
+    name = folder.name if _is_registered(folder.name) else f"{folder.parent.name}/{folder.name}"
+    if _is_registered(name):
+        config = get_data_set_config(name)
+    elif find_format(folder) == "rlds":
+        name, config = (
+            folder.name,
+            _guess_config(directory if folder != directory else version_directories(folder)[-1], split),
+        )
+    else:
+        config = get_data_set_config(folder.name)  # raises
+    if folder == directory:
+        return name, open_data_set(_root_of(folder, name), name, config, split), config
+    return name, _open_version(directory, config, split), config
+
+
+def _is_registered(name: str) -> bool:
     try:
-        config = get_data_set_config(folder.name)
+        get_data_set_config(name)
     except KeyError:
-        if find_format(folder) != "rlds":
-            raise
-        config = _guess_config(version or version_directories(folder)[-1], split)
-    if version is None:
-        return folder.name, open_data_set(folder.parent, folder.name, config, split), config
-    return folder.name, _open_version(version, config, split), config
+        return False
+    return True
+
+
+def _root_of(folder: Path, name: str) -> Path:
+    return folder.parents[name.count("/")]
 
 
 def _is_version(directory: Path) -> bool:
     return directory in version_directories(directory.parent)
 
 
-def _open_version(directory: Path, config: DataSetConfig, split: str) -> RLDSSource:
+def _open_version(directory: Path, config: DataSetConfig, split: str | None) -> RLDSSource:
     problems = []
     for keys in config.keys:
         if keys.format == "rlds":
@@ -65,7 +81,7 @@ def _open_version(directory: Path, config: DataSetConfig, split: str) -> RLDSSou
     raise MissingFeatureError("; ".join(problems) or f"{directory}: its configuration has no keys for rlds")
 
 
-def _guess_config(directory: Path, split: str) -> DataSetConfig:
+def _guess_config(directory: Path, split: str | None) -> DataSetConfig:
     reader = RLDSReader(directory, split)
     sizes = {}
     for name in ("steps/action", "steps/observation/state"):
@@ -81,14 +97,17 @@ def _guess_config(directory: Path, split: str) -> DataSetConfig:
 
 
 def inspect(
-    directory: str | os.PathLike, output: str | os.PathLike | None = None, split: str = "train", max_images: int = 2000
+    directory: str | os.PathLike,
+    output: str | os.PathLike | None = None,
+    split: str | None = None,
+    max_images: int = 2000,
 ) -> tuple[dict, Path]:
     """Measure a data set and write `report.json` and `frames_<camera>.png`.
 
     Args:
         directory: see `open_folder`.
         output: folder to write to, default `runs/inspect/<name>`.
-        split: split of the data set.
+        split: split of the data set, None is `train` or the only one.
         max_images: decoded per camera, 0 = all.
 
     Returns:
@@ -100,7 +119,7 @@ def inspect(
         "data_set": name,
         "directory": str(source.directory),
         "format": source.keys.format,
-        "split": split,
+        "split": source.split,
         "keys": {"cameras": source.keys.cameras, "state": source.keys.state, "action": source.keys.action},
     }
     report |= measure(source, config, max_images)
@@ -174,12 +193,12 @@ def _quantity_lines(group: str, content: dict) -> list[str]:
     return lines
 
 
-def _compare(directory: str, split: str, report: dict) -> int:
+def _compare(directory: str, report: dict) -> int:
     from prismatic.vla.datasets.inspect_tfds import compare_with_tfds
 
     if report["format"] != "rlds":
         raise ValueError(f"--backend tfds reads RLDS data sets, {directory} is in {report['format']} format")
-    report["tfds"] = result = compare_with_tfds(report["directory"], split)
+    report["tfds"] = result = compare_with_tfds(report["directory"], report["split"])
     for entry in result["differences"]:
         place = f"episode {entry['episode']}, {entry['feature']}"
         print(f"DIFFERENCE     {place}: tfds has {entry['tfds']}, this reader {entry['ours']}")
@@ -197,7 +216,7 @@ def _argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("directory", help="<root>/<name>, or an RLDS version directory")
     parser.add_argument("--output", help="folder for report.json and PNG files (default runs/inspect/<name>)")
     parser.add_argument("--backend", choices=("native", "tfds"), default="native")
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--split", help="split of the data set (default train, or the only one)")
     parser.add_argument("--data_set_file", help="Python file that registers the data set (docs/datasets.md)")
     parser.add_argument("--max_images", type=int, default=2000, help="images decoded per camera, 0 = all")
     return parser
@@ -213,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         print(format_report(report), end="")
         code = 0
         if args.backend == "tfds":
-            code = _compare(args.directory, args.split, report)
+            code = _compare(args.directory, report)
             write_report(report, output)
         print(f"written        {output}{os.sep}")
         return code

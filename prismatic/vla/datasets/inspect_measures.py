@@ -1,4 +1,4 @@
-"""What `inspect` measures: numbers of all frames, images of some, as a JSON-ready report."""
+"""What `inspect` and every opening for training measure: numbers of all frames, images of some, JSON-ready."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from prismatic.vla.datasets.registry import DataSetConfig, standardize_libero
+from prismatic.vla.datasets.registry import DataSetConfig, LiberoStandardization
 from prismatic.vla.datasets.source import EpisodeSource
 from prismatic.vla.images import decode_image
 
 QUANTILES = {"min": 0.0, "q01": 0.01, "q50": 0.5, "q99": 0.99, "max": 1.0}
 NOOP_NORM = 1e-4  # of the six motion dimensions, LIBERO's rule
 _ROTATION = slice(3, 6)  # axis-angle in a LIBERO state
+_FINGER_RANGE = 0.1  # metres; joints of LIBERO's gripper go to 0.04
+_FEWEST_MOTIONS, _CLEAR = 10, 5.0  # steps after each command, standard errors: random numbers show no direction
 _MAX_LISTED = 10
 _MAX_DISTINCT = 16
 
@@ -23,18 +25,21 @@ def measure(source: EpisodeSource, config: DataSetConfig, max_images: int = 2000
     """Measure a data set.
 
     Args:
-        source: the opened data set.
+        source: the opened data set; without actions all that is about them is empty.
         config: its description; LIBERO's rules are used when it standardises as LIBERO does.
         max_images: decoded per camera, evenly spread over the frames; 0 decodes all.
 
     Returns:
         JSON-ready report without warnings. Quantities of dimensions without a finite value are None.
     """
-    actions = [source.actions(episode) for episode in range(len(source))]
-    states = [source.state(episode) for episode in range(len(source))]
+    return interpret(measure_content(source, max_images), source, config)
+
+
+def measure_content(source: EpisodeSource, max_images: int) -> dict:
+    """The part of `measure` that does not depend on how the data set is described."""
+    actions, states = _numbers(source)
     lengths = source.lengths
-    libero = config.standardize is standardize_libero
-    report = {
+    return {
         "episodes": len(source),
         "frames": int(lengths.sum()),
         "episode_length": {
@@ -42,31 +47,104 @@ def measure(source: EpisodeSource, config: DataSetConfig, max_images: int = 2000
             "median": float(np.median(lengths)) if len(source) else 0.0,
             "max": int(lengths.max(initial=0)),
         },
-        "chunk_len": config.action_spec.chunk_len,
-        "short_episodes": np.flatnonzero(lengths < config.action_spec.chunk_len).tolist(),
         "instructions": dict(Counter(source.instructions).most_common()),
-        "control_hz": config.control_hz,
-        "conventions": "libero" if libero else "own",
+        "recorded_hz": source.recorded_hz,
         "action": describe(actions),
         "state": describe(states),
         "gripper": histogram(actions),
-        "noops": count_noops(actions) if libero else None,
-        "rotation": describe_rotation(states) if libero else None,
-        "duplicates": find_duplicates(actions, states),
+        "noops": count_noops(actions),
+        "rotation": describe_rotation(states),
+        "duplicates": find_duplicates(actions or states, states),
         "cameras": {camera: measure_camera(source, camera, max_images) for camera in source.keys.cameras},
+        "fingerprint": source.fingerprint,
     }
-    return report | {"fingerprint": source.fingerprint}
+
+
+def interpret(content: dict, source: EpisodeSource, config: DataSetConfig) -> dict:
+    """The report of `measure` from its first part."""
+    libero = isinstance(config.standardize, LiberoStandardization)
+    report = content | {
+        "chunk_len": config.action_spec.chunk_len,
+        "short_episodes": np.flatnonzero(source.lengths < config.action_spec.chunk_len).tolist(),
+        "control_hz": config.control_hz,
+        "conventions": "libero" if libero else "own",
+        "gripper_use": None,
+    }
+    if not libero:
+        return report | {"noops": None, "rotation": None}
+    actions, states = _numbers(source)
+    if actions:
+        report["gripper_use"] = measure_gripper(actions, states, config.standardize.opens, config.standardize.closes)
+    return report
+
+
+def _numbers(source: EpisodeSource) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Actions, none where they are not read, and states of the episodes that have steps."""
+    episodes = np.flatnonzero(source.lengths).tolist()
+    actions = [source.actions(episode) for episode in episodes] if source.keys.action else []
+    return actions, [source.state(episode) for episode in episodes]
+
+
+def measure_gripper(
+    actions: list[np.ndarray], states: list[np.ndarray], opens: float, closes: float
+) -> dict[str, float | int | bool | None]:
+    """How the last action dimension fits commands `opens` and `closes`.
+
+    Returns {opens, closes, low, high: range of the values, opening, closing: frames nearer to one command than to the
+    other, outside: share beyond both, others: share at neither, constant: one of the commands and nothing else,
+    opens_when_high: whether the fingers (state 6 and 7, metres) move apart after the higher values, None when that is
+    not clear, reversed: it contradicts the commands}.
+    """
+    values = np.concatenate([episode[:, -1] for episode in actions]).astype(np.float64)
+    values = values[np.isfinite(values)]
+    slack = 0.01 * abs(opens - closes)
+    low, high = min(opens, closes), max(opens, closes)
+    distance = np.abs(values - opens) - np.abs(values - closes)
+    near = np.minimum(np.abs(values - opens), np.abs(values - closes)) <= slack
+    found = {
+        "opens": opens,
+        "closes": closes,
+        "low": float(values.min(initial=np.inf)) if values.size else None,
+        "high": float(values.max(initial=-np.inf)) if values.size else None,
+        "opening": int((distance < -slack).sum()),
+        "closing": int((distance > slack).sum()),
+        "outside": float(((values < low - slack) | (values > high + slack)).mean()) if values.size else 0.0,
+        "others": float((~near).mean()) if values.size else 0.0,
+        "constant": bool(values.size and near.all() and np.ptp(values) <= slack),
+    }
+    rises = _opens_when_high(actions, states)
+    return found | {"opens_when_high": rises, "reversed": rises is not None and rises != (opens > closes)}
+
+
+def _opens_when_high(actions: list[np.ndarray], states: list[np.ndarray]) -> bool | None:
+    """Whether the fingers move apart after the higher half of the commands; None when it is not clear."""
+    if not states or states[0].shape[1] != 8 or actions[0].shape[1] != 7:
+        return None
+    command = np.concatenate([episode[:-1, -1] for episode in actions]).astype(np.float64)
+    fingers = [episode[:, 6:].astype(np.float64) for episode in states]
+    if not all(np.abs(joints).max(initial=0) <= _FINGER_RANGE for joints in fingers):  # NaN is not either
+        return None
+    motion = np.concatenate([np.diff(joints[:, 0] - joints[:, 1]) for joints in fingers])
+    middle = (command.min(initial=np.inf) + command.max(initial=-np.inf)) / 2
+    after_high, after_low = motion[command > middle], motion[command < middle]
+    if min(len(after_high), len(after_low)) < _FEWEST_MOTIONS:
+        return None
+    error = np.sqrt(after_high.var() / len(after_high) + after_low.var() / len(after_low))
+    difference = after_high.mean() - after_low.mean()
+    return None if not abs(difference) > _CLEAR * error else bool(difference > 0)
 
 
 def describe(episodes: list[np.ndarray]) -> dict:
     """Range, quantiles and constant dimensions of the finite values of [(T, D)], and where others are."""
     if not episodes:
-        return {"dimensions": 0, "constant": {}, "not_finite": 0, "not_finite_at": []}
+        empty: dict = {"dimensions": 0, "constant": {}, "beyond_1": [], "not_finite": 0, "not_finite_at": []}
+        return empty | {name: [] for name in QUANTILES}
     values = np.concatenate(episodes).astype(np.float64)
     columns = [column[np.isfinite(column)] for column in values.T]
     content: dict = {"dimensions": values.shape[1]}
     for name, q in QUANTILES.items():
         content[name] = [float(np.quantile(column, q)) if column.size else None for column in columns]
+    content["beyond_1"] = [float(np.mean(np.abs(column) > 1 + 1e-3)) if column.size else 0.0 for column in columns]
     content["constant"] = {
         str(dim): float(column[0]) for dim, column in enumerate(columns) if column.size and np.ptp(column) == 0
     }
@@ -125,7 +203,15 @@ def describe_rotation(states: list[np.ndarray]) -> dict | None:
         "norm_max": float(norms.max()),
         "share_above_pi": float(np.mean(norms > np.pi)),
         "largest_step": float(np.max(steps[np.isfinite(steps)], initial=0.0)),
+        "quaternion": _is_quaternion(states),
     }
+
+
+def _is_quaternion(states: list[np.ndarray]) -> bool:
+    """Whether state 3:7 is a unit vector that is not always the same."""
+    values = np.concatenate([state[:, 3:7] for state in states]).astype(np.float64)
+    norms = np.linalg.norm(values, axis=1)
+    return bool(np.all(np.abs(norms - 1) < 1e-3) and np.ptp(values, axis=0).max(initial=0) > 1e-3)
 
 
 def find_duplicates(actions: list[np.ndarray], states: list[np.ndarray]) -> list[list[int]]:
@@ -142,6 +228,7 @@ def measure_camera(source: EpisodeSource, camera: str, max_images: int) -> dict:
     sizes: Counter[str] = Counter()
     broken: list[list] = []
     constant: list[list[int]] = []
+    grey = 0
     seen: dict[int, set[bytes]] = defaultdict(set)
     counts: Counter[int] = Counter()
     for episode, step in chosen_frames(source.lengths, max_images):
@@ -153,6 +240,7 @@ def measure_camera(source: EpisodeSource, camera: str, max_images: int) -> dict:
         sizes[f"{pixels.shape[1]}x{pixels.shape[0]}"] += 1
         if pixels.min() == pixels.max():
             constant.append([episode, step])
+        grey += bool((pixels[..., :2] == pixels[..., 1:]).all())
         seen[episode].add(hashlib.sha256(pixels.tobytes()).digest())
         counts[episode] += 1
     return {
@@ -162,6 +250,7 @@ def measure_camera(source: EpisodeSource, camera: str, max_images: int) -> dict:
         "undecodable_at": broken[:_MAX_LISTED],
         "constant": len(constant),
         "constant_at": constant[:_MAX_LISTED],
+        "grey": grey,
         "frozen_episodes": [episode for episode, hashes in seen.items() if counts[episode] > 1 and len(hashes) == 1],
     }
 

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,10 @@ class DataSetConfig:
     action_spec: ActionSpec = field(default_factory=ActionSpec)
     control_hz: float | None = None
 
+    def without_actions(self) -> DataSetConfig:
+        """The same where only observations are read."""
+        return replace(self, keys=tuple(keys.without_action() for keys in self.keys))
+
     def __post_init__(self) -> None:
         if not self.keys:
             raise ValueError("DataSetConfig.keys is empty, expected at least one SourceKeys")
@@ -52,16 +56,31 @@ class DataSetConfig:
             )
 
 
-def standardize_libero(actions: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """LIBERO convention to policy convention.
+@dataclass(frozen=True)
+class LiberoStandardization:
+    """LIBERO convention to policy convention, where the gripper is 1 = open, 0 = close. Apply it once.
 
-    actions (T, 7): the gripper g (-1 open, +1 close) becomes 1 - clip(g, 0, 1), i.e. 1 = open, 0 = close. Not
-    idempotent: apply it once. state (T, 8) -> proprio (T, 8): end-effector pose (6) and gripper joints (last 2).
+    opens, closes: stored commands of the gripper, LIBERO's -1 and 1, of which g becomes 1 - clip(g, 0, 1); between
+    others it is interpolated. Data of this convention are checked against it when they are opened.
     """
-    if actions.ndim != 2 or actions.shape[1] != 7 or state.shape != (len(actions), 8):
-        raise ValueError(f"actions {actions.shape} and state {state.shape}, expected (T, 7) and (T, 8)")
-    opening = 1.0 - np.clip(actions[:, 6:], 0.0, 1.0)
-    return np.concatenate([actions[:, :6], opening], axis=1), np.concatenate([state[:, :6], state[:, -2:]], axis=1)
+
+    opens: float = -1.0
+    closes: float = 1.0
+
+    def __call__(self, actions: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """actions (T, 7), gripper last; state (T, 8) -> proprio (T, 8): end-effector pose (6) and gripper joints."""
+        if actions.ndim != 2 or actions.shape[1] != 7 or state.shape != (len(actions), 8):
+            raise ValueError(f"actions {actions.shape} and state {state.shape}, expected (T, 7) and (T, 8)")
+        gripper = actions[:, 6:]
+        if (self.opens, self.closes) == (-1.0, 1.0):
+            opening = 1.0 - np.clip(gripper, 0.0, 1.0)
+        else:
+            opening = np.clip((gripper - self.closes) / (self.opens - self.closes), 0.0, 1.0).astype(actions.dtype)
+        return np.concatenate([actions[:, :6], opening], axis=1), np.concatenate([state[:, :6], state[:, -2:]], axis=1)
+
+
+standardize_libero = LiberoStandardization()
+"""Of data as LIBERO stores them."""
 
 
 _LIBERO = DataSetConfig(
@@ -83,6 +102,17 @@ _LIBERO = DataSetConfig(
     action_mask=(True,) * 6 + (False,),
     control_hz=20.0,
 )
+
+
+def libero_config(opens: float = -1.0, closes: float = 1.0) -> DataSetConfig:
+    """LIBERO's conventions but for the gripper, whose stored commands are these: 1 and 0 for converted data sets.
+
+    Raises ValueError for equal or infinite commands.
+    """
+    if opens == closes or not all(abs(value) < float("inf") for value in (opens, closes)):
+        raise ValueError(f"libero_config: opens is {opens}, closes is {closes}, expected two different numbers")
+    return replace(_LIBERO, standardize=LiberoStandardization(float(opens), float(closes)))
+
 
 _REGISTERED: dict[str, DataSetConfig] = {}
 
@@ -124,9 +154,13 @@ def load_data_set_file(path: str | os.PathLike) -> None:
 
 
 def get_data_set_config(name: str) -> DataSetConfig:
-    """Configuration of data set `name`: a registered one, or a name that starts with `libero_`; KeyError otherwise."""
-    if name in _REGISTERED:
-        return _REGISTERED[name]
+    """Configuration of data set `name`: a registered one, or a name that starts with `libero_`; KeyError otherwise.
+
+    Of `name/configuration` that of `name` will do.
+    """
+    for known in (name, name.partition("/")[0]):
+        if known in _REGISTERED:
+            return _REGISTERED[known]
     if name.startswith("libero_"):
         return _LIBERO
     raise KeyError(

@@ -22,10 +22,11 @@ from PIL import Image
 from prismatic.vla.datasets.example_proto import build_example, parse_example
 from prismatic.vla.datasets.rlds_features import FeatureSpec, MissingFeatureError, libero_features, read_features
 from prismatic.vla.datasets.source import DataSetError
+from prismatic.vla.datasets.source_files import choose_split, regular_file
 from prismatic.vla.datasets.tfrecord import (
     CorruptRecordError,
     RecordSpan,
-    index_records,
+    iter_spans,
     read_record,
     write_records,
 )
@@ -46,6 +47,8 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _IMAGE_PREFIX = "steps/observation/"
 _ACTION, _STATE, _JOINTS = "steps/action", "steps/observation/state", "steps/observation/joint_state"
 _INSTRUCTION, _FILE_PATH = "steps/language_instruction", "episode_metadata/file_path"
+_OTHER_INSTRUCTION = "steps/observation/natural_language_instruction"  # of many Open X-Embodiment data sets
+_HINT = "--skip_bad_episodes True reads the others"
 _REQUIRED = (_ACTION, _STATE, _INSTRUCTION)
 
 
@@ -53,10 +56,11 @@ _REQUIRED = (_ACTION, _STATE, _INSTRUCTION)
 class Episode:
     """One demonstration of T steps, as stored (no standardisation, no normalisation).
 
-    actions (T, A) float32, gripper -1 = open, +1 = close for LIBERO. state (T, S) float32. joint_state (T, J) float32
-    or None. images: {camera key: T JPEG strings}, LIBERO cameras `image` and `wrist_image`, already rotated upright.
-    reward, discount (T,) float32 and is_first, is_last, is_terminal (T,) bool; the writer fills missing ones with
-    reward 1 on the last step, discount 1 and the first/last flags. file_path: source of the episode, free text.
+    instruction: that of the first step. actions (T, A) float32, gripper -1 = open, +1 = close for LIBERO. state (T, S)
+    float32. joint_state (T, J) float32 or None. images: {camera key: T JPEG strings}, LIBERO cameras `image` and
+    `wrist_image`, already rotated upright. reward, discount (T,) float32 and is_first, is_last, is_terminal (T,) bool;
+    the writer fills missing ones with reward 1 on the last step, discount 1 and the first/last flags. file_path: source
+    of the episode, free text.
     """
 
     index: int
@@ -99,13 +103,11 @@ def find_version_directory(data_root: str | os.PathLike, name: str) -> Path:
 
 def version_directories(folder: Path) -> list[Path]:
     """The `x.y.z` directories with a `dataset_info.json`, lowest version first."""
-    if not folder.is_dir():
-        return []
-    found = [
-        child
-        for child in folder.iterdir()
-        if _VERSION.fullmatch(child.name) and (child / "dataset_info.json").is_file()
-    ]
+    try:
+        children = list(folder.iterdir()) if folder.is_dir() else []
+    except OSError:  # another user's
+        children = []
+    found = [child for child in children if _VERSION.fullmatch(child.name) and (child / "dataset_info.json").is_file()]
     return sorted(found, key=lambda path: tuple(int(part) for part in path.name.split(".")))
 
 
@@ -118,10 +120,10 @@ class EpisodeRecord:
     payload: bytes
     where: str
 
-    def values(self) -> dict[str, list[bytes] | np.ndarray]:
-        """Flat features; CorruptRecordError when the payload is no Example."""
+    def values(self, names: Iterable[str] | None = None) -> dict[str, list[bytes] | np.ndarray]:
+        """Flat features, of all or of these names; CorruptRecordError when the payload is no Example."""
         try:
-            return parse_example(self.payload)
+            return parse_example(self.payload, names)
         except ValueError as error:
             raise CorruptRecordError(f"{self.where}: {error}") from error
 
@@ -130,21 +132,32 @@ class RLDSReader:
     """Random access to the episodes of one split of a version directory.
 
     Opening reads the two JSON files and the record headers: a missing shard raises FileNotFoundError, a truncated one
-    CorruptRecordError, a record count other than the declared one ValueError, a missing split ValueError, an
-    undeclared feature among `required` MissingFeatureError; each names the file. Payload checksums are checked on
-    reading.
+    CorruptRecordError, fewer records than declared DataSetError, a missing split DataSetError, an undeclared feature
+    among `required` MissingFeatureError; each names the file. Payload checksums are checked on reading.
+
+    split: None is `train`, or the only one. skip_bad: shards that are missing or end early are named in `problems`,
+    {file name: error}, instead of raised, and the records before the damage are there.
     """
 
-    def __init__(self, directory: str | os.PathLike, split: str = "train", required: Sequence[str] = _REQUIRED):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        split: str | None = None,
+        required: Sequence[str] = _REQUIRED,
+        skip_bad: bool = False,
+    ):
         self.directory = Path(directory)
+        self.problems: dict[str, Exception] = {}
+        self._skip_bad = skip_bad
         for file_name in ("features.json", "dataset_info.json"):
             if not (self.directory / file_name).is_file():
-                raise FileNotFoundError(f"{self.directory / file_name} is missing")
+                raise FileNotFoundError(f"{self.directory / file_name} is missing or no regular file")
+            regular_file(self.directory / file_name, self.directory)
         self.features_path = self.directory / "features.json"
         self.features = read_features(self.features_path)
         for name in required:
             self.require(name)
-        self.name, self.shard_lengths, self.shard_paths = self._shards(split)
+        self.split, self.name, self.shard_lengths, self.shard_paths = self._shards(split)
         self._records = self._index()
 
     @property
@@ -171,6 +184,7 @@ class RLDSReader:
         if not path.is_file():
             return None
         try:
+            regular_file(path, self.directory)
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise DataSetError(f"{path}: not valid JSON: {error}") from error
@@ -207,67 +221,84 @@ class RLDSReader:
     def __len__(self) -> int:
         return self.num_episodes
 
-    def _shards(self, split: str) -> tuple[str, list[int], list[Path]]:
+    def _shards(self, split: str | None) -> tuple[str, str, list[int], list[Path]]:
         path = self.directory / "dataset_info.json"
         try:
             info = json.loads(path.read_text(encoding="utf-8"))
             name, splits = info["name"], {entry["name"]: entry for entry in info["splits"]}
-            lengths = [int(length) for length in splits.get(split, {"shardLengths": []})["shardLengths"]]
+            split = choose_split(split, list(splits), path)
+            lengths = [int(length) for length in splits[split]["shardLengths"]]
+            kind = info.get("fileFormat", "tfrecord")
+        except DataSetError:
+            raise
         except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataSetError(
                 f"{path}: expected JSON with name and splits of name and shardLengths: {error!r}"
             ) from error
-        if split not in splits:
-            raise DataSetError(f"{path}: no split {split!r}, found splits {sorted(splits)}")
+        if kind != "tfrecord":
+            raise DataSetError(f"{path}: fileFormat is {kind!r}, expected 'tfrecord': prepare it again in that format")
         template = splits[split].get("filepathTemplate", _DEFAULT_TEMPLATE)
-        fields = {"DATASET": name, "SPLIT": split, "FILEFORMAT": info.get("fileFormat", "tfrecord")}
+        fields = {"DATASET": name, "SPLIT": split, "FILEFORMAT": kind, "NUM_SHARDS": f"{len(lengths):05d}"}
         paths = []
         for shard in range(len(lengths)):
+            fields["SHARD_INDEX"] = f"{shard:05d}"
             fields["SHARD_X_OF_Y"] = f"{shard:05d}-of-{len(lengths):05d}"
             paths.append(self.directory / _shard_name(template, fields, path))
         missing = [path.name for path in paths if not os.path.isfile(path)]  # False for names no file can have
-        if missing:
+        if missing and not self._skip_bad:
             present = sorted(path.name for path in self.directory.glob("*tfrecord*"))
-            raise FileNotFoundError(f"{self.directory}: missing shards {missing}, found {present or 'none'}")
-        return name, lengths, paths
+            raise FileNotFoundError(f"{self.directory}: missing shards {missing}, found {present or 'none'}: {_HINT}")
+        return split, name, lengths, paths
 
     def _index(self) -> list[tuple[Path, RecordSpan]]:
         records = []
         for path, declared in zip(self.shard_paths, self.shard_lengths, strict=True):
-            spans = index_records(path)
-            if len(spans) != declared:
-                raise DataSetError(f"{path}: {len(spans)} records, dataset_info.json declares {declared}")
-            records.extend((path, span) for span in spans)
+            count = len(records)
+            try:
+                for span in iter_spans(regular_file(path, self.directory)):
+                    records.append((path, span))
+                if len(records) - count < declared:
+                    raise DataSetError(
+                        f"{path}: {len(records) - count} records, dataset_info.json declares {declared}: {_HINT}"
+                    )
+            except DataSetError as error:
+                if not self._skip_bad:
+                    raise
+                self.problems[path.name] = error
         return records
 
-    def instruction(self, values: Mapping, where: str) -> tuple[str, int]:
-        """Text of an episode and its number of steps; `where` is for messages."""
-        texts = _get(values, _INSTRUCTION, where)
-        if len(texts) == 0:
-            raise CorruptRecordError(f"{where}: {_INSTRUCTION} is empty, expected one text per step")
-        distinct = {_text(value, _INSTRUCTION, where) for value in texts}
-        if len(distinct) != 1:
-            raise DataSetError(f"{where}: {_INSTRUCTION} changes within the episode: {sorted(distinct)}")
-        return distinct.pop(), len(texts)
+    def find_instruction(self, key: str | None) -> str:
+        """Flat name of the text feature; MissingFeatureError when there is none, DataSetError for another kind."""
+        name = _OTHER_INSTRUCTION if key is None and _INSTRUCTION not in self.features else _INSTRUCTION
+        if key is not None or name not in self.features:
+            name = flat_name("steps/", key or "language_instruction")
+        spec = self.require(name)
+        if spec.dtype != "string" or spec.kind == "other":
+            raise DataSetError(f"{self.features_path}: {name} is {spec.kind} of {spec.dtype!r}, expected text")
+        return name
+
+    def instruction(self, values: Mapping, where: str, name: str = _INSTRUCTION) -> list[str]:
+        """Text of every step of an episode, or the only one of the episode; `where` is for messages."""
+        return [_text(value, name, where) for value in _get(values, name, where)]
 
     def numbers(self, values: Mapping, name: str, length: int, where: str) -> np.ndarray:
         """Declared feature `name` of an episode of `length` steps, (T, ...)."""
         return _step_array(_get(values, name, where), self.require(name), length, where)
 
-    def images(self, values: Mapping, length: int, where: str) -> dict[str, list[bytes]]:
-        """{camera key: T encoded images}."""
-        images = {}
-        for key in self.camera_keys:
-            images[key] = frames = _get(values, f"{_IMAGE_PREFIX}{key}", where)
-            if len(frames) != length or not isinstance(frames, list):
-                raise CorruptRecordError(
-                    f"{where}: {_IMAGE_PREFIX}{key} has {len(frames)} {type(frames).__name__} entries, expected "
-                    f"{length} byte strings"
-                )
-        return images
+    def images(self, values: Mapping, name: str, length: int, where: str) -> list[bytes]:
+        """T encoded images of a flat feature."""
+        frames = _get(values, name, where)
+        if len(frames) != length or not isinstance(frames, list):
+            raise CorruptRecordError(
+                f"{where}: {name} has {len(frames)} {type(frames).__name__} entries, expected {length} byte strings"
+            )
+        return frames
 
     def _build_episode(self, index: int, values: Mapping, where: str) -> Episode:
-        instruction, length = self.instruction(values, where)
+        texts = self.instruction(values, where)
+        if not texts:
+            raise CorruptRecordError(f"{where}: {_INSTRUCTION} is empty, expected one text per step")
+        length = len(texts)
 
         def optional(name: str) -> np.ndarray | None:
             if name not in self.features or name not in values:
@@ -277,16 +308,21 @@ class RLDSReader:
         file_path = _get(values, _FILE_PATH, where) if _FILE_PATH in values else []
         return Episode(
             index=index,
-            instruction=instruction,
+            instruction=texts[0],
             actions=self.numbers(values, _ACTION, length, where),
             state=self.numbers(values, _STATE, length, where),
             joint_state=optional(_JOINTS),
-            images=self.images(values, length, where),
+            images={key: self.images(values, f"{_IMAGE_PREFIX}{key}", length, where) for key in self.camera_keys},
             file_path=_text(file_path[0], _FILE_PATH, where) if len(file_path) else "",
             **{
                 name: optional(f"steps/{name}") for name in ("reward", "discount", "is_first", "is_last", "is_terminal")
             },
         )
+
+
+def flat_name(prefix: str, key: str) -> str:
+    """Name in the Example of a key of `SourceKeys`: below `prefix`, unless it is a whole one."""
+    return key if key.startswith(("steps/", "episode_metadata/")) else prefix + key
 
 
 def _shard_name(template: object, fields: Mapping[str, object], info_path: Path) -> str:

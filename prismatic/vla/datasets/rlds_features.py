@@ -22,9 +22,9 @@ _NUMBERS = {"bool", "float16", "float32", "float64"} | {
 class FeatureSpec:
     """One leaf of the feature tree.
 
-    name: flat key in the Example, e.g. `steps/observation/image`. kind: `image`, `tensor` or `text`.
-    dtype: declared tfds dtype (`string` for text). shape: without the step axis; -1 = unknown. per_step: below a
-    sequence, i.e. one value per time step.
+    name: flat key in the Example, e.g. `steps/observation/image`. kind: `image`, `tensor`, `text`, or `other` for what
+    this reader does not know, with its description as dtype. dtype: declared tfds dtype (`string` for text). shape:
+    without the step axis; -1 = unknown. per_step: below a sequence, i.e. one value per time step.
     """
 
     name: str
@@ -40,10 +40,9 @@ class FeatureSpec:
 
 
 def read_features(path: Path) -> dict[str, FeatureSpec]:
-    """Leaves of a `features.json`, by flat name.
+    """Leaves of a `features.json`, by flat name; of types that this reader does not know the kind is `other`.
 
-    Raises FileNotFoundError for a missing file and DataSetError (with the file) for JSON or feature types that this
-    reader does not know.
+    Raises FileNotFoundError for a missing file and DataSetError (with the file) for what is no description of features.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -51,31 +50,48 @@ def read_features(path: Path) -> dict[str, FeatureSpec]:
         raise DataSetError(f"{path}: not valid JSON: {error}") from error
     leaves: dict[str, FeatureSpec] = {}
     try:
-        _collect(tree, "", False, leaves)
+        _collect(tree, "", None, leaves)
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         raise DataSetError(f"{path}: unsupported feature description: {error}") from error
     return leaves
 
 
-def _collect(node: dict, name: str, per_step: bool, leaves: dict[str, FeatureSpec]) -> None:
+def _collect(node: dict, name: str, outer: tuple[int, ...] | None, leaves: dict[str, FeatureSpec]) -> None:
+    """Add the leaves below a node. outer: sizes of the sequences between the steps and here, None outside the steps."""
     if "featuresDict" in node:
         for key, child in node["featuresDict"]["features"].items():
-            _collect(child, f"{name}/{key}" if name else key, per_step, leaves)
+            _collect(child, f"{name}/{key}" if name else key, outer, leaves)
     elif "sequence" in node:
-        _collect(node["sequence"]["feature"], name, True, leaves)
-    elif "image" in node:
-        spec = node["image"]
-        leaves[name] = FeatureSpec(name, "image", str(spec.get("dtype", "uint8")), _shape(spec), per_step)
-    elif "tensor" in node:
-        spec = node["tensor"]
-        encoding = spec.get("encoding", "none")
-        if encoding not in ("none", ""):
-            raise ValueError(f"{name} has tensor encoding {encoding!r}, expected 'none'")
-        leaves[name] = FeatureSpec(name, "tensor", str(spec["dtype"]), _shape(spec), per_step)
-    elif "text" in node:
-        leaves[name] = FeatureSpec(name, "text", "string", (), per_step)
+        # The steps themselves are a sequence; one inside them is a further axis, of its own size in every step if -1.
+        size = () if outer is None else (*outer, int(node["sequence"].get("length", -1)))
+        _collect(node["sequence"]["feature"], name, size, leaves)
     else:
-        raise ValueError(f"{name or 'root'} has type {node.get('pythonClassName', sorted(node))!r}")
+        try:
+            leaves[name] = _leaf(node, name, outer)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            # Only who reads it has to understand it.
+            leaves[name] = FeatureSpec(name, "other", f"no description of a feature: {error!r}", (), outer is not None)
+
+
+def _leaf(node: dict, name: str, outer: tuple[int, ...] | None) -> FeatureSpec:
+    per_step, outer = outer is not None, outer or ()
+    if "text" in node:
+        kind, dtype, shape = "text", "string", ()
+    elif "image" in node:
+        kind, dtype, shape = "image", node["image"].get("dtype", "uint8"), _shape(node["image"])
+    elif "classLabel" in node:
+        kind, dtype, shape = "tensor", "int64", ()
+    elif "boundingBox" in node:
+        kind, dtype, shape = "tensor", node["boundingBox"].get("dtype", "float32"), (4,)
+    elif "tensor" in node:
+        kind, dtype, shape = "tensor", node["tensor"]["dtype"], _shape(node["tensor"])
+        if node["tensor"].get("encoding", "none") not in ("none", ""):
+            kind, dtype = "other", f"{dtype} with encoding {node['tensor']['encoding']!r}"
+    else:
+        kind, dtype, shape = "other", node.get("pythonClassName", sorted(node)), ()
+    if kind != "tensor" and outer:
+        kind, dtype = "other", f"a sequence of {dtype} in every step"
+    return FeatureSpec(name, kind, str(dtype), (*outer, *shape), per_step)
 
 
 def _shape(spec: dict) -> tuple[int, ...]:

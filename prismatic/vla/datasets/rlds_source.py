@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from prismatic.vla.datasets.index import IndexedSource, IndexWriter, open_index
-from prismatic.vla.datasets.rlds import RLDSReader
-from prismatic.vla.datasets.rlds_features import FeatureSpec
-from prismatic.vla.datasets.source import DataSetError, SourceKeys
-from prismatic.vla.datasets.source_files import turned_frame
-from prismatic.vla.datasets.tfrecord import HEADER_BYTES
+from prismatic.vla.datasets.rlds import EpisodeRecord, RLDSReader, flat_name
+from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
+from prismatic.vla.datasets.source_files import check_image, flat_rows, index_label, turned_frame
+from prismatic.vla.datasets.tfrecord import HEADER_BYTES, CorruptRecordError
 
 _OBSERVATION = "steps/observation/"
 
@@ -27,14 +26,21 @@ class RLDSSource(IndexedSource):
     Raises the errors of `RLDSReader`, and DataSetError for a feature that is not one number array per step.
     """
 
-    def __init__(self, directory: str | os.PathLike, keys: SourceKeys, split: str = "train") -> None:
+    def __init__(
+        self, directory: str | os.PathLike, keys: SourceKeys, split: str | None = None, skip_bad: bool = False
+    ) -> None:
         self.directory, self.keys = Path(directory), keys
-        observations = (_OBSERVATION + key for key in (*keys.cameras, *keys.state))
-        reader = RLDSReader(self.directory, split, (*_action(keys), *observations))
-        _check_kinds(reader, keys)
+        self._features = _features_of(keys)
+        reader = RLDSReader(
+            self.directory, split, [name for names in self._features.values() for name in names], skip_bad
+        )
+        _check_kinds(reader, self._features)
+        self._features["instruction"] = [reader.find_instruction(keys.instruction)]
         files = [self.directory / "features.json", self.directory / "dataset_info.json", *reader.shard_paths]
-        # The index holds all numbers that features.json declares, so it serves with and without actions.
-        self._index = open_index(self.directory, split, files, lambda writer: _build(reader, writer))
+        self.split, label = reader.split, index_label(keys, reader.split)
+        self._index = open_index(
+            self.directory, label, files, lambda writer: _build(reader, self._features, writer), skip_bad
+        )
         self._shards = reader.shard_paths
         self._metadata = reader.metadata
         self._descriptors: dict[int, int] = {}
@@ -46,15 +52,15 @@ class RLDSSource(IndexedSource):
 
     def actions(self, episode: int) -> np.ndarray:
         self.require_actions()
-        return self._numbers(f"steps/{self.keys.action}", episode)
+        return self._flat("action", episode)
 
     def state(self, episode: int) -> np.ndarray:
-        parts = [self._numbers(_OBSERVATION + key, episode) for key in self.keys.state]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return self._flat("state", episode)
 
     def frame(self, camera: str, episode: int, step: int) -> bytes | np.ndarray:
         self.require_frame(camera, episode, step)
-        offset, size = self._index.array(_OBSERVATION + camera)[self._index.starts[episode] + step].tolist()
+        name = flat_name(_OBSERVATION, camera)
+        offset, size = self._index.array(name)[self._index.starts[episode] + step].tolist()
         shard = self._index.records[episode]
         data = os.pread(self._descriptor(shard), size, offset)
         if len(data) != size:
@@ -63,11 +69,9 @@ class RLDSSource(IndexedSource):
             )
         return turned_frame(data, str(self._shards[shard])) if self.keys.rotated else data
 
-    def _numbers(self, name: str, episode: int) -> np.ndarray:
-        values = self._index.rows(name, episode)
-        if values.ndim != 2:
-            raise DataSetError(f"{self.directory}: {name} has shape {values.shape[1:]} per step, expected one axis")
-        return values.astype(np.float32, copy=False)
+    def _flat(self, group: str, episode: int) -> np.ndarray:
+        parts = [flat_rows(self._index.rows(name, episode)) for name in self._features[group]]
+        return np.concatenate(parts, axis=1).astype(np.float32, copy=False)
 
     def _descriptor(self, shard: int) -> int:
         if self._owner != os.getpid():  # a forked worker: the parent's descriptors may be closed under it
@@ -85,37 +89,59 @@ class RLDSSource(IndexedSource):
                 os.close(descriptor)
 
 
-def _action(keys: SourceKeys) -> list[str]:
-    return [] if keys.action is None else [f"steps/{keys.action}"]
+def _features_of(keys: SourceKeys) -> dict[str, list[str]]:
+    """Flat names of the features that are read, by what they are."""
+    return {
+        "action": [] if keys.action is None else [flat_name("steps/", keys.action)],
+        "state": [flat_name(_OBSERVATION, key) for key in keys.state],
+        "cameras": [flat_name(_OBSERVATION, key) for key in keys.cameras],
+    }
 
 
-def _check_kinds(reader: RLDSReader, keys: SourceKeys) -> None:
-    numbers = [*_action(keys), *(_OBSERVATION + key for key in keys.state)]
-    for name in numbers:
-        if not _is_indexed(reader.features[name]):
-            raise DataSetError(
-                f"{reader.features_path}: {name} is {reader.features[name]}, expected numbers of a fixed shape per step"
-            )
-    for key in keys.cameras:
-        spec = reader.require_camera(key)
+def _check_kinds(reader: RLDSReader, features: dict[str, list[str]]) -> None:
+    for name in (*features["action"], *features["state"]):
+        spec = reader.features[name]
+        if not spec.per_step or spec.number_type is None or -1 in spec.shape:
+            raise DataSetError(f"{reader.features_path}: {name} is {spec}, expected numbers of a fixed shape per step")
+    for name in features["cameras"]:
+        spec = reader.require(name)
         if spec.kind != "image" or not spec.per_step:
-            raise DataSetError(f"{reader.features_path}: {spec.name} is {spec}, expected an image per step")
+            raise DataSetError(f"{reader.features_path}: {name} is {spec}, expected an image per step")
 
 
-def _is_indexed(spec: FeatureSpec) -> bool:
-    return spec.per_step and spec.number_type is not None and -1 not in spec.shape
-
-
-def _build(reader: RLDSReader, writer: IndexWriter) -> None:
-    names = [name for name, spec in reader.features.items() if _is_indexed(spec)]
+def _build(reader: RLDSReader, features: dict[str, list[str]], writer: IndexWriter) -> None:
+    for name, error in reader.problems.items():
+        writer.note(name, error)
     for index in range(reader.num_episodes):
-        record = reader.record(index)
-        values, where = record.values(), record.where
-        instruction, length = reader.instruction(values, where)
-        arrays = {name: reader.numbers(values, name, length, where) for name in names}
-        for camera, frames in reader.images(values, length, where).items():
-            arrays[_OBSERVATION + camera] = _places(record.payload, frames, record.offset + HEADER_BYTES)
-        writer.add(instruction, arrays, record.payload, record.shard)
+        with writer.episode():
+            _add(reader, features, reader.record(index), writer)
+
+
+def _add(reader: RLDSReader, features: dict[str, list[str]], record: EpisodeRecord, writer: IndexWriter) -> None:
+    numbers, cameras, (instruction,) = (
+        (*features["action"], *features["state"]), features["cameras"], features["instruction"]
+    )  # fmt: skip
+    values, where = record.values({*numbers, *cameras, instruction}), record.where
+    length = _length(values, cameras[0], where)
+    if length == 0:
+        writer.add_empty()
+        return
+    texts = reader.instruction(values, where, instruction) or [""]
+    if len(texts) not in (1, length):
+        raise CorruptRecordError(f"{where}: {instruction} has {len(texts)} texts, expected one or {length}")
+    arrays = {name: reader.numbers(values, name, length, where) for name in numbers}
+    for name in cameras:
+        frames = reader.images(values, name, length, where)
+        for step, frame in enumerate(frames):
+            check_image(frame, reader.features[name].shape, f"{where}: {name} step {step}")
+        arrays[name] = _places(record.payload, frames, record.offset + HEADER_BYTES)
+    writer.add(texts if len(texts) == length else texts[0], arrays, record.payload, record.shard)
+
+
+def _length(values: dict, camera: str, where: str) -> int:
+    if camera not in values:
+        raise MissingFeatureError(f"{where}: no feature {camera!r}, found {sorted(values)}")
+    return len(values[camera])
 
 
 def _places(payload: bytes, values: list[bytes], base: int) -> np.ndarray:

@@ -29,9 +29,11 @@ class SourceKeys:
 
     format: `rlds`, `lerobot` or `hdf5`. cameras: keys of the images in model order, primary first. state: keys whose
     values are concatenated along the last axis. action: key of the actions, None where only observations are read.
-    rotated: frames are stored as the simulator gives them, upside down, and are turned by 180 degrees on reading. Keys
-    are those of the format: RLDS below `steps/` (action) and `steps/observation/` (cameras, state), LeRobot column
-    names, HDF5 below `data/demo_i/`.
+    rotated: frames are stored as the simulator gives them, upside down, and are turned by 180 degrees on reading.
+    instruction: key of the text, None for the format's own place. Keys are those of the format: RLDS below `steps/`
+    (action, instruction) and `steps/observation/` (cameras, state), or whole ones that begin with `steps/` or
+    `episode_metadata/`; LeRobot column names; HDF5 below `data/demo_i/` (instruction: also an attribute). State and
+    action of one step are laid flat: a scalar is one number, a matrix its rows one after another.
     """
 
     format: str
@@ -39,6 +41,7 @@ class SourceKeys:
     state: tuple[str, ...]
     action: str | None
     rotated: bool = False
+    instruction: str | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -71,6 +74,7 @@ class EpisodeSource(ABC):
 
     directory: Path
     keys: SourceKeys
+    split: str = "train"
 
     @property
     @abstractmethod
@@ -86,6 +90,29 @@ class EpisodeSource(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Hash of the content; equal for equal episodes wherever the files lie and whenever they were written."""
+
+    def instruction_at(self, episode: int, step: int) -> str:
+        """The instruction at one step: an episode may hold several."""
+        return self.instructions[episode]
+
+    def texts(self, episode: int) -> list[str]:
+        """The distinct instructions of one episode, in the order of their first steps."""
+        return [self.instructions[episode]]
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """{episode number or file name: why it could not be read}; such episodes have no steps."""
+        return {}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What contradicts itself in the files without keeping them from being read, a line each."""
+        return []
+
+    @property
+    def recorded_hz(self) -> float | None:
+        """Steps per second as the files say, None when they do not."""
+        return None
 
     @property
     def metadata(self) -> dict | None:

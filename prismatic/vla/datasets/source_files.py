@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from prismatic.vla.datasets.source import DataSetError, SourceKeys
-from prismatic.vla.images import decode_image
+from prismatic.vla.images import decode_image, image_size
 
 _ABANDONED: list = []
 
@@ -63,9 +64,55 @@ def content_of(arrays: dict[str, np.ndarray]) -> bytes:
     )
 
 
+def regular_file(path: Path, folder: Path) -> Path:
+    """`path`, which has to be a file inside `folder` after links are followed; DataSetError otherwise.
+
+    A device or a pipe would be read for ever, and a link that leads out of a data set shows whatever lies there. The
+    Hugging Face cache keeps the files of `snapshots/<revision>` as links into `blobs`, which are its own.
+    """
+    if not os.path.isfile(path):
+        raise DataSetError(f"{path} is {'no regular file' if os.path.lexists(path) else 'missing'}")
+    root = folder.resolve()
+    root = next((above.parent for above in root.parents if above.name == "snapshots"), root)
+    if not path.resolve().is_relative_to(root):
+        raise DataSetError(
+            f"{path} leads to {path.resolve()}, expected a file inside {root}: copy it there, or open the folder that "
+            "the link leads to"
+        )
+    return path
+
+
+def choose_split(wanted: str | None, found: Sequence[str], where: object) -> str:
+    """The split to read: the wanted one, or `train`, or the only one there is; DataSetError otherwise."""
+    if wanted is None:
+        wanted = found[0] if len(found) == 1 else "train"
+    if wanted not in found:
+        raise DataSetError(f"{where}: no split {wanted!r}, found splits {sorted(found)}: name one with --split")
+    return wanted
+
+
+def check_image(data: object, declared: Sequence[int], where: str) -> None:
+    """DataSetError unless `data` are JPEG or PNG bytes of the declared (H, W, 3), none or not positive is any size.
+
+    Height and width may be exchanged, as many data sets declare them.
+    """
+    if not isinstance(data, bytes):
+        raise DataSetError(f"{where}: {type(data).__name__}, expected the bytes of an image")
+    try:
+        found = image_size(data)
+    except ValueError as error:
+        raise DataSetError(f"{where}: {error}") from error
+    sizes = [size if size > 0 else None for size in declared[:2]] or [None, None]
+    if not any(
+        all(want in (None, have) for want, have in zip(sizes, order, strict=True)) for order in (found, found[::-1])
+    ):
+        raise DataSetError(f"{where}: image {(*found, 3)}, but declared as {tuple(declared)}")
+
+
 def index_label(keys: SourceKeys, split: str) -> str:
     """Folder name of the index of one split read with these keys, e.g. `lerobot-0f3a...`."""
-    text = json.dumps([split, list(keys.cameras), list(keys.state), keys.action])
+    parts = [split, list(keys.cameras), list(keys.state), keys.action]
+    text = json.dumps(parts if keys.instruction is None else [*parts, keys.instruction])
     return f"{keys.format}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -73,6 +120,11 @@ def require_format(keys: SourceKeys, expected: str) -> None:
     """ValueError unless `keys` are those of format `expected`."""
     if keys.format != expected:
         raise ValueError(f"SourceKeys.format is {keys.format!r}, expected {expected!r}")
+
+
+def flat_rows(values: np.ndarray) -> np.ndarray:
+    """(T, ...) -> (T, D): what belongs to a step side by side, a scalar as one number."""
+    return values.reshape(len(values), int(np.prod(values.shape[1:], dtype=np.int64)))
 
 
 def turn(image: np.ndarray) -> np.ndarray:

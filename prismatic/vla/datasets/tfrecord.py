@@ -70,23 +70,26 @@ def index_records(path: str | os.PathLike) -> list[RecordSpan]:
     Raises FileNotFoundError for a missing file and CorruptRecordError (file, record number, offset) for a wrong
     length checksum or a file that ends inside a record.
     """
+    return list(iter_spans(path))
+
+
+def iter_spans(path: str | os.PathLike) -> Iterator[RecordSpan]:
+    """Spans of the records one after another; raises as `index_records`, after the records before the damage."""
     path = Path(path)
     size = path.stat().st_size
-    spans: list[RecordSpan] = []
-    offset = 0
+    number = offset = 0
     with open(path, "rb") as stream:
         while offset < size:
             stream.seek(offset)
-            length = _parse_header(stream.read(HEADER_BYTES), path, len(spans), offset)
+            length = _parse_header(stream.read(HEADER_BYTES), path, number, offset)
             end = offset + HEADER_BYTES + length + FOOTER_BYTES
             if end > size:
                 raise CorruptRecordError(
-                    f"{path}: record {len(spans)} at offset {offset} is truncated: "
+                    f"{path}: record {number} at offset {offset} is truncated: "
                     f"it should end at byte {end}, the file has {size} bytes"
                 )
-            spans.append(RecordSpan(len(spans), offset, length))
-            offset = end
-    return spans
+            yield RecordSpan(number, offset, length)
+            number, offset = number + 1, end
 
 
 def read_record(path: str | os.PathLike, span: RecordSpan) -> bytes:
