@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,24 @@ def test_missing_statistics_key_is_named(checkpoint):
     assert "libero_goal" in finding.found and "libero_object_scripted_no_noops" in finding.found
 
 
+def test_the_key_is_that_of_the_data_where_the_suite_names_none(checkpoint, object_data):
+    """A checkpoint that was trained on after its start has the statistics of both."""
+    name, other = "libero_object_my_no_noops", "libero_spatial_scripted_no_noops"
+    for keys, data, found in [
+        ((name, other), name, name),
+        ((name, other), other, other),
+        ((name, other), "unknown", name),  # the only one of the suite
+        ((name, name + "_2"), name, name),
+        ((name, name + "_2"), "unknown", None),
+        (("libero_object_no_noops", name), name, "libero_object_no_noops"),  # what the evaluation takes by itself
+    ]:
+        several = dataclasses.replace(checkpoint, statistics=dict.fromkeys(keys, object_data.statistics()))
+        finding = run(checkpoint_checks(several, Wanted("libero_object", None, data)), "statistics key")
+        assert (finding.status is Status.OK) == (found is not None), finding
+        assert finding.found.startswith(found) if found else "--unnorm_key names one" in finding.found, finding
+        assert found in (None, "libero_object_no_noops") or f"--unnorm_key {found}" in finding.found
+
+
 def test_wrong_statistics_key_is_named(checkpoint, object_data, spatial_data):
     """Two sets of statistics, and the one of the other suite is asked for."""
     statistics = checkpoint.statistics | {"libero_spatial_no_noops": spatial_data.statistics()}
@@ -235,9 +254,23 @@ def test_command_prints_and_writes_findings(monkeypatch, tmp_path, capsys):
     assert command.main([]) == 0
 
 
-def test_unusable_arguments_are_named(tmp_path, capsys):
-    assert command.main(["--data", str(tmp_path)]) == 2
-    assert "expected a folder with dataset_info.json" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "no/such"], "expected a folder with dataset_info.json"),
+        (["--suite", "libero_long"], "--suite.*did you mean libero_10"),
+        (["--json", "no/such/x.json"], "--json no/such/x.json"),
+        (["--num_images_in_input", "0"], "--num_images_in_input is 0"),
+        (["--checkpont", "x"], "did you mean --checkpoint"),
+        (["--checkpoint", "no/such"], "no/such"),
+    ],
+)
+def test_unusable_arguments_are_named_in_one_line(arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and shown.out == "" and shown.err.count("\n") == 1
+    assert re.search(said, shown.err)
 
 
 # -- with the simulator ---------------------------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from fake_libero_world import FakePolicy
 
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError, parse_flags
+from experiments.robot.libero.initial_states import read_initial_states
 from experiments.robot.libero.policy_facts import (
     PolicyFacts,
     check_flags,
@@ -14,7 +17,8 @@ from experiments.robot.libero.policy_facts import (
     resolve_image_size,
     resolve_render_mode,
 )
-from experiments.robot.libero.simulator import RenderMode
+from experiments.robot.libero.simulator import RenderMode, UnknownSuiteError, max_episode_steps
+from experiments.robot.libero.suites import BASE_SUITES, nearest_suite
 
 PUBLISHED_COMMAND = (
     "--use_proprio True --num_images_in_input 2 --use_film False --pretrained_checkpoint runs/x--20000_chkpt "
@@ -62,6 +66,26 @@ def test_bad_task_ids_are_named(text):
         {"shard": "0/2"},
         {"shard": "3/2"},
         {"shard": "2"},
+        {"shard": ""},
+        {"shard": "\u00b2/3"},
+        {"shard": "1/2/3"},
+        {"shard": "1/9999999999999999999999"},
+        {"task_ids": "0,x"},
+        {"task_ids": "\u00b2"},
+        {"task_ids": "1,,2"},
+        {"task_ids": "9" * 5000},
+        {"device": "gpu 0"},
+        {"device": ""},
+        {"results_dir": ""},
+        {"results_dir": __file__},
+        {"results_dir": __file__ + "/below"},
+        {"results_dir": "n" * 300},
+        {"local_log_dir": "/dev/null"},
+        {"rollout_dir": __file__},
+        {"initial_states_path": "."},
+        {"run_id_note": "a/b"},
+        {"model_family": ".."},
+        {"save_version": "../../x"},
         {"replay_dataset": "somewhere"},
         {"control": Control.REPLAY},
         {"resume": True},
@@ -75,6 +99,34 @@ def test_unusable_flags_are_errors_naming_the_flag(flags):
     with pytest.raises(EvalInputError) as caught:
         cfg.validate()
     assert any(f"--{name}" in str(caught.value) for name in [*flags, "control"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("libero_long", "libero_10"),
+        ("LIBERO_OBJECT", "libero_object"),
+        ("LIBERO-Spatial", "libero_spatial"),
+        ("libero_object_no_noops", "libero_object"),
+        ("libero_10_scripted_no_noops", "libero_10"),
+        ("libero_spatial_no_noops_lerobot", "libero_spatial"),
+        ("goal", "libero_goal"),
+        ("long", "libero_10"),
+        ("libero90", "libero_90"),
+        ("libero_spatail", "libero_spatial"),
+        ("libero_goal_swp", "libero_goal_swap"),
+    ],
+)
+def test_near_misses_of_suite_names_get_the_nearest_one(name, meant):
+    known = [*BASE_SUITES, "libero_goal_swap", "libero_10_swap"]
+    assert nearest_suite(name, known).startswith(f"; did you mean {meant}?")
+
+
+def test_a_name_like_no_suite_says_where_all_are():
+    assert nearest_suite("calvin", BASE_SUITES) == "; python -m experiments.robot.libero.suites lists all"
+    with pytest.raises(UnknownSuiteError, match="did you mean libero_10"):
+        max_episode_steps("LIBERO_LONG")
 
 
 METADATA = {"num_images": 2, "use_proprio": True, "action_head": {"use_pro_version": False}, "datasets": {"a": None}}
@@ -134,3 +186,28 @@ def test_render_settings_flag_then_training_data_then_published():
 )
 def test_statistics_key(suite, key, expected):
     assert EvalConfig(task_suite_name=suite, unnorm_key=key).statistics_key() == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"toy": []}',
+        b'{"toy": {"demo_0": 3}}',
+        b'{"toy": {"demo_0": {"success": "false", "initial_state": [1]}}}',
+        b'{"toy": {"demo_0": {"success": true, "initial_state": ["a"]}}}',
+        b'{"toy": {"demo_0": {"success": true, "initial_state": [[1], [2, 3]]}}}',
+        b'{"toy": {"demo_0": {"success": true, "initial_state": [NaN]}}}',
+        b'{"toy": {"demo_0": {"success": true, "initial_state": null}}}',
+    ],
+)
+def test_a_file_of_initial_states_that_is_none_is_named(tmp_path, content):
+    file = tmp_path / "states.json"
+    file.write_bytes(content)
+    cfg = EvalConfig(initial_states_path=str(file), num_trials_per_task=1)
+    with pytest.raises(EvalInputError, match="states.json") as caught:
+        read_initial_states(cfg, SimpleNamespace(language="toy", init_states=[]))
+    assert len(str(caught.value)) < 1000

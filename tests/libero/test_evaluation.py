@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +15,19 @@ from fake_libero_world import LANGUAGES, FakeBackend, RaiseAt, comparable, lines
 
 from experiments.robot.libero import evaluation, run_libero_eval
 from experiments.robot.libero.controls import Control
+from experiments.robot.libero.episode import with_policy_protocol
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 from experiments.robot.libero.eval_records import protocol_differences, read_run
 from experiments.robot.libero.evaluation import checkpoint_fingerprint, evaluate, run_fingerprint
 from experiments.robot.libero.scheduler import WorkerFailedError
 from experiments.robot.libero.simulator import RenderMode
+from experiments.robot.libero.surroundings import SimulatorUnavailableError
 from experiments.robot.libero.video import SaveVideos
 from prismatic.training.checkpoint_folder import MANIFEST, write_json
+
+
+def lose_the_device(task, start):
+    raise SimulatorUnavailableError("the device is gone")
 
 
 def test_complete_run(cfg, capsys):
@@ -161,8 +168,47 @@ def test_replay_needs_no_checkpoint_and_no_renderer(cfg):
     results = evaluate(cfg, backend)
     assert results["overall"]["successes"] == 6 and not backend.policies and not backend.envs[0].settings.render
     assert results["checkpoint"] == "replay:demos/1.0.0#auto" and results["control"] == "replay"
+    assert results["render_mode"] == "lazy"
     with pytest.raises(EvalInputError, match="stack the bowls"):
         evaluate(replace(cfg, task_ids="2", results_dir=cfg.results_dir + "2", run_id_note="x"), backend)
+
+
+def recorded(mode, size):
+    return {"render_mode": mode, "image_size": size}
+
+
+def test_a_replay_is_rendered_as_the_policy_it_stands_beside(cfg):
+    """The demonstrations' own mode, that of the checkpoint where one is named, and what the flags say before both."""
+    demos = SimpleNamespace(
+        metadata=recorded("lazy", 96),
+        num_episodes=1,
+        episode=lambda _: SimpleNamespace(instruction=LANGUAGES[0], actions=np.tile([0.05, 0, 0, 0, 0, 0, 1], (9, 1))),
+    )
+    write_json(Path(cfg.pretrained_checkpoint) / MANIFEST, {"datasets": {"a": recorded("every_step", 128)}})
+    cfg = replace(cfg, control=Control.REPLAY, replay_dataset="d", render_mode=None, task_ids="0")
+    for change, expected in [
+        ({"pretrained_checkpoint": ""}, ("lazy", 96)),
+        ({}, ("every_step", 128)),
+        ({"render_mode": RenderMode.PUBLISHED}, ("published", 128)),
+        ({"pretrained_checkpoint": "", "env_img_res": 64}, ("lazy", 64)),
+    ]:
+        folder = f"{cfg.results_dir}-{len(change)}-{'-'.join(change)}"
+        run = replace(cfg, results_dir=folder, **change)
+        results = evaluate(run, FakeBackend(demos=demos))
+        assert (results["render_mode"], results["env_img_res"]) == expected
+        assert {record["render_mode"] for record in lines_of(run)} == {expected[0]}
+    with pytest.raises(EvalInputError, match="--pretrained_checkpoint no/such"):
+        evaluate(replace(cfg, pretrained_checkpoint="no/such"), FakeBackend(demos=demos))
+    demos.metadata = recorded("by_hand", 96)
+    with pytest.raises(EvalInputError, match="--render_mode.*by_hand"):
+        evaluate(replace(cfg, pretrained_checkpoint=""), FakeBackend(demos=demos))
+
+
+def test_a_replay_of_published_demonstrations_is_rendered_as_published(cfg):
+    plain = SimpleNamespace(metadata=None, num_episodes=0)
+    cfg = replace(cfg, pretrained_checkpoint="", control=Control.REPLAY, replay_dataset="d", render_mode=None)
+    kept = with_policy_protocol(cfg, FakeBackend(demos=plain))
+    assert kept == cfg, "nothing is recorded, so the defaults stay"
 
 
 def test_render_mode_of_the_checkpoint_reaches_environment_and_records(cfg):
@@ -172,6 +218,70 @@ def test_render_mode_of_the_checkpoint_reaches_environment_and_records(cfg):
     settings = backend.envs[0].settings
     assert settings.render_mode is RenderMode.LAZY and settings.image_size == 96
     assert lines_of(cfg)[0]["render_mode"] == "lazy" and results["policy_metadata"] == metadata
+
+
+def stopped_clock(monkeypatch):
+    class Clock:
+        @staticmethod
+        def now():
+            return datetime(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(evaluation, "datetime", Clock)
+
+
+def test_runs_that_start_in_the_same_second_share_no_name(cfg, tmp_path, monkeypatch):
+    pytest.importorskip("imageio_ffmpeg")
+    stopped_clock(monkeypatch)
+    cfg = replace(cfg, results_dir=None, task_ids="0", save_videos=SaveVideos.ALL)
+    runs = [replace(cfg, shard="1/2"), replace(cfg, shard="2/2"), cfg, replace(cfg, seed=8), replace(cfg, seed=9)]
+    results = [evaluate(run, FakeBackend()) for run in runs]
+    start = "EVAL-toy_suite-openvla-2026_01_02-03_04_05"
+    names = [start + end for end in ("--shard1of2", "--shard2of2", "", "-2", "-3")]
+    assert [result["run_id"] for result in results] == names
+    for name, episodes in zip(names, (2, 1, 3, 3, 3), strict=True):
+        folder = Path(cfg.local_log_dir) / name
+        records = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+        assert len(records) == episodes and {record["run_id"] for record in records} == {name}
+        assert f"Total episodes: {episodes}\n" in folder.with_name(name + ".txt").read_text()
+        assert all(Path(record["video"]).stat().st_size > 0 for record in records)
+    videos = [path.name for path in Path(cfg.rollout_dir).rglob("*.mp4")]
+    assert len(videos) == len(set(videos)) == 12
+
+
+def test_a_run_that_is_refused_leaves_no_log(cfg, monkeypatch):
+    evaluate(cfg, FakeBackend())
+    logs = sorted(Path(cfg.local_log_dir).iterdir())
+    for change in ({}, {"seed": 8, "resume": True}):
+        with pytest.raises(EvalInputError):
+            evaluate(replace(cfg, **change), FakeBackend())
+    assert sorted(Path(cfg.local_log_dir).iterdir()) == logs
+
+
+def test_what_the_machine_lacks_is_found_before_anything_is_written(cfg):
+    class Bare(FakeBackend):
+        def check_machine(self, cfg):
+            raise SimulatorUnavailableError("no renderer")
+
+    with pytest.raises(SimulatorUnavailableError):
+        evaluate(cfg, Bare())
+    assert not Path(cfg.local_log_dir).exists() and not Path(cfg.results_dir).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unusable_simulator_is_no_outcome_of_an_episode(cfg, workers):
+    with pytest.raises(SimulatorUnavailableError, match="the device is gone"):
+        evaluate(replace(cfg, num_workers=workers), FakeBackend(mishap=lose_the_device))
+    assert lines_of(cfg) == [] if (Path(cfg.results_dir) / "episodes.jsonl").exists() else True
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "CUDA", "", "cuda:-1", "../x"])
+def test_a_device_that_does_not_exist_is_named(cfg, device):
+    with pytest.raises(EvalInputError, match="--device.*expected cpu, cuda or cuda:N") as caught:
+        replace(cfg, device=device).validate()
+        evaluation.usable_device(device)
+    assert "\n" not in str(caught.value)
+    assert evaluation.usable_device("cpu") == "cpu"
 
 
 @pytest.mark.slow
@@ -226,7 +336,11 @@ def test_command_line_exit_codes(cfg, monkeypatch, capsys, backend, extra, code)
     argv = [word for name in flags for word in (f"--{name}", getattr(cfg, name))]
     argv += ["--num_trials_per_task", "1", "--save_videos", "none"]
     monkeypatch.setattr("sys.argv", ["run_libero_eval.py", *argv, *extra])
-    assert run_libero_eval.main() == code
+    try:
+        ended = run_libero_eval.main()
+    except SystemExit as end:
+        ended = end.code
+    assert ended == code
     captured = capsys.readouterr()
     assert ("error: " in captured.err) == (code != 0)
     if code == 0:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from experiments.robot.doctor.findings import Check, Finding, exit_code
 from experiments.robot.libero.simulator import RenderMode
+from experiments.robot.libero.suites import BASE_SUITES, nearest_suite, split_suite
+from prismatic.command_line import OneLineParser, bad_input_in_one_line
 
 SHIPPED_DATA = Path(__file__).parents[3] / "datasets" / "rlds" / "libero_object_scripted_no_noops"
 """Scripted demonstrations of a source checkout; an installed package has none."""
@@ -22,7 +25,7 @@ SHIPPED_DATA = Path(__file__).parents[3] / "datasets" / "rlds" / "libero_object_
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.robot.doctor", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="python -m experiments.robot.doctor", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", help="checkpoint folder; without it, statistics, crop, images and attention are not checked")
     add("--data", help="data set the checkpoint was trained on (default: the shipped demonstrations, if any)")
@@ -41,7 +44,7 @@ def collect_checks(args: argparse.Namespace) -> list[Check]:
     from experiments.robot.doctor.conventions import convention_checks
     from experiments.robot.doctor.data_checks import data_checks, replay_check
     from experiments.robot.doctor.demonstrations import open_data_set, recorded_starts
-    from experiments.robot.doctor.installation import version_checks
+    from experiments.robot.doctor.installation import surroundings_checks, version_checks
     from experiments.robot.doctor.simulator_checks import physics_checks, render_checks
     from prismatic.vla.datasets.registry import load_data_set_file
 
@@ -49,7 +52,7 @@ def collect_checks(args: argparse.Namespace) -> list[Check]:
         load_data_set_file(args.data_set_file)
     shipped = open_data_set(SHIPPED_DATA) if SHIPPED_DATA.is_dir() else None
     data = open_data_set(args.data) if args.data else shipped
-    checks = version_checks() + convention_checks()
+    checks = version_checks() + surroundings_checks() + convention_checks()
     if args.checkpoint:
         checks += _checkpoint_checks(args, data)
     checks += physics_checks()
@@ -77,6 +80,15 @@ def _checkpoint_checks(args: argparse.Namespace, data: Any) -> list[Check]:
     return checkpoint_checks(loaded, wanted)
 
 
+def _check_arguments(args: argparse.Namespace) -> None:
+    if args.suite is not None and split_suite(args.suite)[0] is None:
+        raise ValueError(f"--suite: unknown LIBERO suite {args.suite!r}{nearest_suite(args.suite, BASE_SUITES)}")
+    if args.num_images_in_input is not None and args.num_images_in_input < 1:
+        raise ValueError(f"--num_images_in_input is {args.num_images_in_input}, expected at least 1")
+    if args.json is not None and (os.path.isdir(args.json) or not os.path.isdir(os.path.dirname(args.json) or ".")):
+        raise ValueError(f"--json {args.json}: expected the name of a file in an existing folder")
+
+
 def write_findings(file: str, findings: list[Finding]) -> None:
     """JSON: {"healthy": bool, "findings": [{name, status, found, expected, cost}]}."""
     content = {"healthy": exit_code(findings) == 0, "findings": [finding.to_dict() for finding in findings]}
@@ -86,11 +98,9 @@ def write_findings(file: str, findings: list[Finding]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the checks and print each as it ends."""
     args = build_parser().parse_args(argv)
-    try:
+    with bad_input_in_one_line("doctor"):
+        _check_arguments(args)
         checks = collect_checks(args)
-    except (OSError, ValueError, KeyError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) and error.args else error}", file=sys.stderr)
-        return 2
     findings = []
     for check in checks:
         findings.append(check.run())

@@ -71,18 +71,26 @@ def checkpoint_checks(loaded: LoadedCheckpoint, wanted: Wanted) -> list[Check]:
 
 
 def _key(loaded: LoadedCheckpoint, wanted: Wanted) -> str:
-    """Key of the statistics, as the evaluator finds it; data sets of ours are named `<suite>_scripted_no_noops`."""
-    keys = sorted(loaded.statistics)
-    if wanted.unnorm_key is None and wanted.suite is not None and len(keys) == 1 and keys[0].startswith(wanted.suite):
-        return keys[0]
-    return resolve_statistics_key(loaded.statistics, wanted.unnorm_key or wanted.suite)
+    """Key of the statistics: as the evaluator finds it, else that of the data (`--data`), else the only one whose name
+    begins with the suite (data sets of ours are named `<suite>_scripted_no_noops`)."""
+    try:
+        return resolve_statistics_key(loaded.statistics, wanted.unnorm_key or wanted.suite)
+    except KeyError:
+        if wanted.unnorm_key is not None:
+            raise
+        similar = [key for key in loaded.statistics if wanted.suite and key.startswith(wanted.suite)]
+        if wanted.data_name in loaded.statistics:
+            return wanted.data_name
+        if len(similar) == 1:
+            return similar[0]
+        raise
 
 
 def _statistics_key(loaded: LoadedCheckpoint, wanted: Wanted) -> tuple[Status, str]:
     try:
         key = _key(loaded, wanted)
     except KeyError as error:
-        return Status.FAIL, str(error.args[0])
+        return Status.FAIL, f"{error.args[0]}; --unnorm_key names one"
     found = f"{key} (of {', '.join(sorted(loaded.statistics))})"
     if wanted.unnorm_key is None and wanted.suite not in (None, key, key.removesuffix("_no_noops")):
         found += f", to be named: --unnorm_key {key}"

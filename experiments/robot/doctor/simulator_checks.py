@@ -81,8 +81,9 @@ class _PhysicsProbe:
 
 
 def render_checks(mode: RenderMode, suites: tuple[str, ...] = render_reference.SUITES) -> list[Check]:
-    """Mean colours of each suite in one render mode."""
-    return [
+    """An OpenGL context, and mean colours of each suite in one render mode."""
+    context = Check("OpenGL context", "one can be made", "no image, no episode", _context)
+    return [context] + [
         Check(
             f"colours of {suite}",
             f"the stored mean colours ({mode.value} mode, both cameras) within the back end's tolerance",
@@ -91,6 +92,11 @@ def render_checks(mode: RenderMode, suites: tuple[str, ...] = render_reference.S
         )
         for suite in suites
     ]
+
+
+def _context() -> tuple[Status, str]:
+    simulator.require(render=True)
+    return Status.OK, f"made with {os.environ['MUJOCO_GL']}"
 
 
 def _colours(suite: str, mode: RenderMode) -> tuple[Status, str]:

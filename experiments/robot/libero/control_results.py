@@ -8,6 +8,17 @@ from typing import Any
 
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 
+_PROTOCOL = ("language_source", "num_steps_wait", "num_open_loop_steps", "initial_states_path", "seed")
+"""Flags that two runs share when their rates are to be compared, besides how images are made."""
+
+
+def protocol(results: dict[str, Any]) -> dict[str, Any]:
+    """What a results.json says about how its episodes were run; what it does not say is left out."""
+    said = {name: results.get(name) for name in ("render_mode", "env_img_res")}
+    config = results.get("config") or {}
+    said |= {name: config.get(name) for name in _PROTOCOL} | {"language_source": results.get("language_source")}
+    return {name: value for name, value in said.items() if value is not None}
+
 
 def read_control_results(cfg: EvalConfig, checkpoint: str) -> list[dict[str, Any]]:
     """The runs named by `--control_results`, for results.json.
@@ -19,7 +30,7 @@ def read_control_results(cfg: EvalConfig, checkpoint: str) -> list[dict[str, Any
     Returns:
         Per run: control ("replay", "grey_images", ..., or "init_noise" for the policy itself on displaced objects),
         init_noise_mm, suite, trials, success_rate, wilson_95, valid, tasks
-        ([task id, trials] each), results (folder).
+        ([task id, trials] each), protocol, results (folder).
 
     Raises:
         EvalInputError: a folder without a readable results.json, of another suite or another checkpoint, or of a run
@@ -37,7 +48,7 @@ def _read(folder: str, cfg: EvalConfig, checkpoint: str) -> dict[str, Any]:
         noise = float(found.get("config", {}).get("init_noise_mm", 0.0))
         facts = {key: overall[key] for key in ("trials", "success_rate", "wilson_95")}
         owner, tasks = found["checkpoint"], _trials(found)
-        valid = bool(found["valid"])
+        valid, said = bool(found["valid"]), protocol(found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise EvalInputError(f"--control_results {folder}: expected a readable results.json: {reason}") from error
@@ -51,7 +62,7 @@ def _read(folder: str, cfg: EvalConfig, checkpoint: str) -> dict[str, Any]:
         raise EvalInputError(f"--control_results {folder}: checkpoint: expected {checkpoint}, found {owner}")
     label = "init_noise" if name == "none" else name
     head = {"control": label, "init_noise_mm": noise, "suite": suite}
-    return head | facts | {"valid": valid, "tasks": tasks, "results": str(folder)}
+    return head | facts | {"valid": valid, "tasks": tasks, "protocol": said, "results": str(folder)}
 
 
 def _trials(results: dict[str, Any]) -> list[list[int]]:
@@ -64,7 +75,7 @@ def control_lines(results: dict[str, Any]) -> list[str]:
     Args:
         results: content of results.json; uses control, overall and controls.
     """
-    own = _trials(results)
+    own, how = _trials(results), protocol(results)
     name = "policy" if results["control"] == "none" else results["control"]
     lines = [_line(name, results["overall"])]
     for control in results["controls"]:
@@ -73,6 +84,9 @@ def control_lines(results: dict[str, Any]) -> list[str]:
             label += f" ({control['init_noise_mm']:g} mm)"
         notes = [] if control["valid"] else ["not a valid run"]
         notes += [] if control["tasks"] == own else ["other tasks or numbers of trials"]
+        for field, value in control.get("protocol", {}).items():
+            if field in how and how[field] != value:
+                notes.append(f"{field} {value}, the policy's {how[field]}")
         lines.append(_line(label, control) + (f"  ({', '.join(notes)})" if notes else ""))
     if not results["controls"]:
         lines.append("controls: none given (--control_results); the rate alone does not show that the policy looks")

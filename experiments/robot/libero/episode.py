@@ -7,7 +7,9 @@ import random
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +27,9 @@ from experiments.robot.libero.policy_facts import (
 )
 from experiments.robot.libero.simulator import RenderMode, ResetMode
 from experiments.robot.libero.suites import perturbation, with_language
-from experiments.robot.libero.video import PUBLISHED_FPS, SaveVideos, keeps_video, rollout_path, write_video
+from experiments.robot.libero.surroundings import SimulatorUnavailableError
+from experiments.robot.libero.video import PUBLISHED_FPS, keeps_video, rollout_path, write_video
+from prismatic.training.checkpoint_folder import MANIFEST, CheckpointError, read_json
 
 ENV_SEED = 0
 """Published protocol: the environment is seeded with 0. Seeded before every episode here, so that an episode does not
@@ -34,6 +38,10 @@ depend on the ones before it."""
 
 class Backend(Protocol):
     """Everything an evaluation takes from outside; picklable, because worker processes receive a copy."""
+
+    def check_machine(self, cfg: EvalConfig) -> None:
+        """EvalInputError or SimulatorUnavailableError when this machine cannot do what is asked, before anything is
+        loaded or written."""
 
     def load_policy(self, cfg: EvalConfig) -> Any:
         """Policy object with `predict`, and optionally `metadata`, `image_spec`, `action_spec`."""
@@ -202,6 +210,37 @@ def prepare(cfg: EvalConfig, backend: Backend) -> tuple[Any, RunnerSettings, dic
     return policy, settings, described
 
 
+def with_policy_protocol(cfg: EvalConfig, backend: Backend) -> EvalConfig:
+    """The flags of a replay, rendered as the policy it is compared with.
+
+    Render mode and image size are those of the training data of `--pretrained_checkpoint` where that is given, else
+    those of the replayed demonstrations, as far as they are recorded; flags that are given stay.
+
+    Raises:
+        EvalInputError: the checkpoint or the data set cannot be read, or names several modes.
+    """
+    if cfg.pretrained_checkpoint:
+        metadata = _manifest(cfg.pretrained_checkpoint)
+    else:
+        demonstrations = backend.open_demonstrations(cfg.replay_dataset)
+        metadata = {"datasets": {"replayed": getattr(demonstrations, "metadata", None)}}
+    facts = read_policy_facts(SimpleNamespace(metadata=metadata))
+    mode = resolve_render_mode(cfg, facts) if facts.render_modes else cfg.render_mode
+    size = resolve_image_size(cfg, facts) if facts.image_sizes else cfg.env_img_res
+    return replace(cfg, render_mode=mode, env_img_res=size)
+
+
+def _manifest(folder: str) -> dict[str, Any]:
+    """What our checkpoints say about themselves; {} for published ones."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise EvalInputError(f"--pretrained_checkpoint {folder}: expected a checkpoint directory, found none")
+    try:
+        return read_json(path / MANIFEST) if (path / MANIFEST).exists() else {}
+    except CheckpointError as error:
+        raise EvalInputError(f"--pretrained_checkpoint: {error}") from error
+
+
 class EpisodeRunner:
     """Runs one episode after the other; keeps the environment as long as the task stays the same.
 
@@ -224,7 +263,10 @@ class EpisodeRunner:
         self._setup_s = 0.0
 
     def run(self, assignment: Assignment) -> EpisodeRecord:
-        """Run one episode. An exception is tried once more in a new environment; if it lasts, the status is error."""
+        """Run one episode. An exception is tried once more in a new environment; if it lasts, the status is error.
+
+        Raises SimulatorUnavailableError, which every episode would end in.
+        """
         self._take_task(assignment.task_id)
         planned = assignment.planned
         interval = self._frame_interval() if assignment.record_video else 0
@@ -234,6 +276,8 @@ class EpisodeRunner:
             started = time.monotonic()
             try:
                 rollout = self._attempt(self._states[planned.init_idx], limits, planned.init_idx)
+            except SimulatorUnavailableError:
+                raise
             except Exception as exception:  # noqa: BLE001 - any exception is an outcome of the episode
                 error = one_line(exception)
                 self._close_env()  # its state is unknown now
@@ -271,10 +315,10 @@ class EpisodeRunner:
     def _attempt(self, init_state: np.ndarray, limits: EpisodeLimits, init_idx: int) -> Rollout:
         self._setup_s = 0.0
         if self._env is None:
-            render = self._actor.needs_observation or self.cfg.save_videos is not SaveVideos.NONE
             settings, started = self.settings, time.monotonic()
             self._env = self.backend.make_env(
-                self._task, EnvSettings(settings.image_size, settings.render_mode, self.cfg.reset_mode, render)
+                self._task,
+                EnvSettings(settings.image_size, settings.render_mode, self.cfg.reset_mode, self.cfg.renders()),
             )
             self._setup_s = time.monotonic() - started
         seed_everything(self.cfg.seed)
@@ -317,8 +361,7 @@ class EpisodeRunner:
         started, task = self.run_info.started, self._task.language
         path = rollout_path(folder, started, planned.number, rollout.success, task)
         # A sparser video keeps its duration.
-        write_video(path, rollout.frames, PUBLISHED_FPS / self._frame_interval())
-        return path
+        return write_video(path, rollout.frames, PUBLISHED_FPS / self._frame_interval())
 
     def _record(self, planned: PlannedEpisode, outcome: dict[str, Any]) -> EpisodeRecord:
         return EpisodeRecord(

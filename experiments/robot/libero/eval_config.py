@@ -7,6 +7,7 @@ defaults to None, "as the checkpoint says"; given explicitly it must agree with 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from experiments.robot.libero.video import SaveVideos
 from prismatic.command_line import ForeignFlag, UsageError, check_values, flag, parse, require_package
 
 DEFAULT_INITIAL_STATES = "DEFAULT"
+_LONGEST_NAME = 200
 
 
 EvalInputError = UsageError
@@ -29,7 +31,9 @@ class EvalConfig:
 
     # --- Model (published flags)
     model_family: str = flag("openvla", "Names the log file only.", is_name=True)
-    pretrained_checkpoint: str = flag("", "Checkpoint directory. Not needed for `--control replay`.")
+    pretrained_checkpoint: str = flag(
+        "", "Checkpoint directory. `--control replay` only takes from it how images are made, and does without."
+    )
     use_l1_regression: bool = flag(True, "The only action head there is; False is an error.")
     use_film: bool = flag(
         False, "Accepted because published commands spell them out; the unsupported values are errors."
@@ -170,8 +174,16 @@ class EvalConfig:
         check_values(self)
         if self.use_wandb:
             require_package("--use_wandb True", "wandb", "wandb")
+        if self.save_videos is not SaveVideos.NONE:
+            require_package(f"--save_videos {self.save_videos.value}", "imageio_ffmpeg", "libero")
         _check_paths(self)
+        _check_device(self.device)
         self.shard_part()
+        task_numbers(self.task_ids)
+
+    def renders(self) -> bool:
+        """Whether anybody looks at an image."""
+        return self.control is not Control.REPLAY or self.save_videos is not SaveVideos.NONE
 
     def task_id_list(self, num_tasks: int) -> list[int]:
         """Selected task numbers in ascending order, without repetition.
@@ -182,16 +194,12 @@ class EvalConfig:
         Raises:
             EvalInputError: a task id that is no number, or outside 0 .. num_tasks-1, or given twice.
         """
-        if not self.task_ids.strip():
+        ids = task_numbers(self.task_ids)
+        if ids is None:
             return list(range(num_tasks))
-        words = [word.strip() for word in self.task_ids.strip("[]() ").split(",")]
-        if not all(word.isdigit() for word in words):
-            raise EvalInputError(f"--task_ids: expected comma-separated task numbers, found {self.task_ids!r}")
-        ids = sorted(int(word) for word in words)
-        if ids[-1] >= num_tasks or len(set(ids)) != len(ids):
+        if ids[-1] >= num_tasks:
             raise EvalInputError(
-                f"--task_ids: expected distinct tasks of {self.task_suite_name} (0..{num_tasks - 1}), "
-                f"found {self.task_ids!r}"
+                f"--task_ids: expected tasks of {self.task_suite_name} (0..{num_tasks - 1}), found {self.task_ids!r}"
             )
         return ids
 
@@ -208,7 +216,7 @@ class EvalConfig:
         if self.shard is None:
             return 1, 1
         words = self.shard.split("/")
-        if len(words) == 2 and all(word.strip().isdigit() for word in words):
+        if len(words) == 2 and all(map(_is_number, words)):
             part, parts = int(words[0]), int(words[1])
             if 1 <= part <= parts:
                 return part, parts
@@ -222,6 +230,33 @@ class EvalConfig:
         if self.unnorm_key:
             return self.unnorm_key
         return split_suite(self.task_suite_name)[0] or self.task_suite_name
+
+
+def task_numbers(text: str) -> list[int] | None:
+    """`0,3` or `[0, 3]` -> [0, 3], ascending; None for blank text.
+
+    Raises:
+        EvalInputError: a word that is no number, or one given twice.
+    """
+    if not text.strip():
+        return None
+    words = [word.strip() for word in text.strip("[]() ").split(",")]
+    if not all(map(_is_number, words)):
+        raise EvalInputError(f"--task_ids: expected comma-separated task numbers, found {text!r}")
+    ids = sorted(int(word) for word in words)
+    if len(set(ids)) != len(ids):
+        raise EvalInputError(f"--task_ids: expected distinct task numbers, found {text!r}")
+    return ids
+
+
+def _is_number(word: str) -> bool:
+    """Digits 0-9, of a length that a count can have."""
+    return bool(re.fullmatch(r"[0-9]{1,9}", word.strip()))
+
+
+def _check_device(device: str | None) -> None:
+    if device is not None and not re.fullmatch(r"[a-z]+(:[0-9]{1,3})?", device):
+        raise EvalInputError(f"--device is {device!r}, expected cpu, cuda or cuda:N")
 
 
 def _check_supported(cfg: EvalConfig) -> None:
@@ -256,14 +291,41 @@ def _check_paths(cfg: EvalConfig) -> None:
         )
     if cfg.initial_states_path != DEFAULT_INITIAL_STATES and not os.path.isfile(cfg.initial_states_path):
         raise EvalInputError(f"--initial_states_path: no such file: {cfg.initial_states_path}")
+    check_output_folder("--local_log_dir", cfg.local_log_dir)
+    if cfg.results_dir is not None:
+        check_output_folder("--results_dir", cfg.results_dir)
+    if cfg.save_videos is not SaveVideos.NONE:
+        check_output_folder("--rollout_dir", cfg.rollout_dir)
 
 
+def check_output_folder(name: str, folder: str) -> None:
+    """EvalInputError unless the folder is one that can be written to, or made; name: the flag."""
+    if not folder:
+        raise EvalInputError(f"{name}: expected a folder, found an empty text")
+    path = os.path.abspath(folder)
+    if max(len(part.encode(errors="replace")) for part in path.split(os.sep)) > _LONGEST_NAME:
+        raise EvalInputError(f"{name} {folder[:40]}...: a name in it is longer than {_LONGEST_NAME} bytes")
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise EvalInputError(f"{name} {folder}: expected a folder, but {path} is none")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise EvalInputError(f"{name} {folder}: {path} cannot be written to")
+
+
+_DIFFUSION = ForeignFlag("diffusion heads are not implemented", harmless=None)
+_ADAPTERS = ForeignFlag("the checkpoint knows its adapters", harmless=None)
+_BASE = ForeignFlag("use --pretrained_checkpoint FOLDER")
 FOREIGN = {
     "use_diffusion": ForeignFlag("diffusion heads are not implemented", harmless=("false",)),
-    "num_diffusion_steps_train": ForeignFlag("diffusion heads are not implemented", harmless=None),
-    "num_diffusion_steps_inference": ForeignFlag("diffusion heads are not implemented", harmless=None),
-    "lora_rank": ForeignFlag("the checkpoint knows its adapters", harmless=None),
-    "vla_path": ForeignFlag("use --pretrained_checkpoint FOLDER"),
+    "num_diffusion_steps_train": _DIFFUSION,
+    "num_diffusion_steps_inference": _DIFFUSION,
+    "use_lora": _ADAPTERS,
+    "lora_rank": _ADAPTERS,
+    "lora_dropout": _ADAPTERS,
+    "vla_path": _BASE,
+    "config_file_path": _BASE,
+    "vlm_path": _BASE,
 }
 """Flags of published evaluation commands that this program does not have (docs/migrating.md)."""
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from experiments.robot.libero.content import file_hash, files_hash, folder_hash
 from experiments.robot.libero.control_results import read_control_results
 from experiments.robot.libero.controls import Control
-from experiments.robot.libero.episode import Backend, EnvSettings, Job, RunInfo
+from experiments.robot.libero.episode import Backend, EnvSettings, Job, RunInfo, with_policy_protocol
 from experiments.robot.libero.eval_config import DEFAULT_INITIAL_STATES, EvalConfig, EvalInputError
 from experiments.robot.libero.eval_log import (
     EpisodeRecord,
@@ -28,11 +30,11 @@ from experiments.robot.libero.eval_log import (
     summarize_run,
     write_json,
 )
+from experiments.robot.libero.free_names import create_free
 from experiments.robot.libero.initial_states import read_initial_states
 from experiments.robot.libero.scheduler import CrashReport, Report, SessionReport, WorkerPool, run_in_process
 from experiments.robot.libero.suites import language_warnings, with_language
 from experiments.robot.libero.tracking import make_tracker
-from experiments.robot.libero.video import SaveVideos, require_encoder
 from prismatic.output_folder import hold, release
 from prismatic.training.checkpoint_folder import MANIFEST
 
@@ -45,24 +47,36 @@ PLAN_FILE = "plan.json"
 class LiberoBackend:
     """The real policy, data sets and simulator. Imports happen where they are needed."""
 
+    def check_machine(self, cfg: EvalConfig) -> None:
+        """The device of the policy, and the renderer unless nobody looks."""
+        from experiments.robot.libero import simulator
+
+        if cfg.control is not Control.REPLAY:
+            usable_device(cfg.device)
+        simulator.require(render=cfg.renders())
+
     def load_policy(self, cfg: EvalConfig) -> Any:
         """`VLAPolicy` from the checkpoint directory, on `cfg.device` or the best device there is."""
-        import torch
-
         from experiments.robot.policy import VLAPolicy
 
-        device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = usable_device(cfg.device)
         key, images = cfg.statistics_key(), cfg.num_images_in_input
         try:
             return VLAPolicy.from_checkpoint(cfg.pretrained_checkpoint, device, unnorm_key=key, num_images=images)
         except KeyError as error:
             raise EvalInputError(f"--unnorm_key: checkpoint {cfg.pretrained_checkpoint}: {error.args[0]}") from error
+        except (ValueError, OSError) as error:
+            raise EvalInputError(f"--pretrained_checkpoint: {error}") from error
 
     def open_demonstrations(self, path: str) -> Any:
         """RLDS reader of one data set directory."""
         from prismatic.vla.datasets.rlds import RLDSReader
 
-        return RLDSReader(path)
+        try:
+            return RLDSReader(path)
+        except (OSError, ValueError, KeyError) as error:
+            text = error.args[0] if isinstance(error, KeyError) and error.args else error
+            raise EvalInputError(f"--replay_dataset {path}: expected an RLDS data set: {text}") from error
 
     def task_count(self, suite: str) -> int:
         """Number of tasks of the suite."""
@@ -103,6 +117,24 @@ class LiberoBackend:
         return found | {"python": ".".join(map(str, sys.version_info[:3]))}
 
 
+def usable_device(wanted: str | None) -> str:
+    """The device of `--device`; None: cuda when there is one, else cpu.
+
+    Raises:
+        EvalInputError: torch knows no such device, or this machine has none.
+    """
+    import torch
+
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise EvalInputError(f"--device {wanted} cannot be used: {reason}; expected cpu, cuda or cuda:N") from error
+    return wanted
+
+
 def plan_tasks(cfg: EvalConfig, backend: Backend) -> list[TaskPlan]:
     """The trials of the run in log order: tasks, then initial states ascending, numbered from 1 without the skipped.
 
@@ -117,7 +149,10 @@ def plan_tasks(cfg: EvalConfig, backend: Backend) -> list[TaskPlan]:
     source = cfg.resolved_language_source()
     plans, tasks, number = [], [], 0
     for task_id in cfg.task_id_list(count):
-        task = backend.load_task(cfg.task_suite_name, task_id)
+        try:
+            task = backend.load_task(cfg.task_suite_name, task_id)
+        except FileNotFoundError as error:
+            raise EvalInputError(f"--task_suite_name {cfg.task_suite_name}: {error}") from error
         tasks.append(task)
         episodes = []
         for init_idx, state in read_initial_states(cfg, task).items():
@@ -154,6 +189,8 @@ def checkpoint_fingerprint(path: str) -> str:
     files = sorted(item for item in root.rglob("*") if item.is_file()) if root.is_dir() else []
     if not files:
         found = "an empty directory" if root.is_dir() else "no such directory"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not root.exists():
+            found += "; a name of a hub is not downloaded: fetch it first, then name the folder"
         raise EvalInputError(f"--pretrained_checkpoint {path}: expected a checkpoint directory, found {found}")
     manifest = root / MANIFEST
     return files_hash(
@@ -216,16 +253,41 @@ def evaluate(cfg: EvalConfig, backend: Backend | None = None) -> dict[str, Any]:
     """
     cfg.validate()
     backend = backend or LiberoBackend()
-    if cfg.save_videos is not SaveVideos.NONE:
-        require_encoder()
+    backend.check_machine(cfg)
+    if cfg.control is Control.REPLAY:
+        cfg = with_policy_protocol(cfg, backend)
     fingerprint, checkpoint = run_fingerprint(cfg)
     plans = plan_tasks(cfg, backend)
-    started = datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
-    note = f"--{cfg.run_id_note}" if cfg.run_id_note else ""
-    run_id = f"EVAL-{cfg.task_suite_name}-{cfg.model_family}-{started}{note}"
-    run = RunInfo(run_id, started, fingerprint, checkpoint)
     controls = read_control_results(cfg, checkpoint)
-    return _Evaluation(cfg, backend, run, plans, controls).execute()
+    if cfg.results_dir:
+        _check_unused(Path(cfg.results_dir), cfg)
+    started = datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
+    log_path = Path(cfg.local_log_dir) / f"{run_name(cfg, started)}.txt"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with create_free(log_path) as log:
+        run = RunInfo(Path(log.name).stem, started, fingerprint, checkpoint)
+        try:
+            evaluation = _Evaluation(cfg, backend, run, plans, controls)
+        except BaseException:
+            os.unlink(log.name)  # it says nothing
+            raise
+        return evaluation.execute(log)
+
+
+def run_name(cfg: EvalConfig, started: str) -> str:
+    """Name of the run and of its text log, `EVAL-<suite>-<family>-<started>[--shard1of2][--<note>]`."""
+    part, parts = cfg.shard_part()
+    shard = f"--shard{part}of{parts}" if cfg.shard is not None else ""
+    note = f"--{cfg.run_id_note}" if cfg.run_id_note else ""
+    return f"EVAL-{cfg.task_suite_name}-{cfg.model_family}-{started}{shard}{note}"
+
+
+def _check_unused(folder: Path, cfg: EvalConfig) -> None:
+    if not cfg.resume and (folder / "episodes.jsonl").exists():
+        raise EvalInputError(
+            f"--results_dir {folder}: holds the episodes of another run; pass --resume True to continue it, "
+            "or name another folder"
+        )
 
 
 class _Evaluation:
@@ -240,11 +302,7 @@ class _Evaluation:
         folder = Path(cfg.results_dir) if cfg.results_dir else Path(cfg.local_log_dir) / run.run_id
         self.results_path = folder / "results.json"
         hold(folder, "--results_dir")
-        if not cfg.resume and (folder / "episodes.jsonl").exists():
-            raise EvalInputError(
-                f"--results_dir {folder}: holds the episodes of another run; pass --resume True to continue it, "
-                "or name another folder"
-            )
+        _check_unused(folder, cfg)  # now that nobody else writes to it
         try:
             self.store = EpisodeStore(folder / "episodes.jsonl", run.fingerprint)
         except ValueError as error:
@@ -253,25 +311,23 @@ class _Evaluation:
         self.errors_in_a_row = 0
         self.new_episodes = 0
 
-    def execute(self) -> dict[str, Any]:
-        log_path = Path(self.cfg.local_log_dir) / f"{self.run.run_id}.txt"
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"Logging to local log file: {log_path}", flush=True)
+    def execute(self, log: TextIO) -> dict[str, Any]:
+        """Run everything; `log` is the open text log."""
+        print(f"Logging to local log file: {log.name}", flush=True)
         _warn_about_versions(self.facts["versions"])
         if self.store.dropped is not None:
             print(f"warning: {self.store.path}: cut off an unfinished last line", file=sys.stderr)
         write_plan(self.results_path.with_name(PLAN_FILE), self.whole_plan)
         started = time.monotonic()
         tracker = make_tracker(self.cfg, self.run.run_id)
-        with open(log_path, "x", encoding="utf-8") as file:
-            text_log = OrderedTextLog(self.plans, self.cfg.initial_states_path, _Tee(file))
-            try:
-                self._run_all(text_log)
-                text_log.finish()
-            finally:
-                results = self._write_results(time.monotonic() - started)
-                release(self.results_path.parent)
-        tracker.finish(results, log_path)
+        text_log = OrderedTextLog(self.plans, self.cfg.initial_states_path, _Tee(log))
+        try:
+            self._run_all(text_log)
+            text_log.finish()
+        finally:
+            results = self._write_results(time.monotonic() - started)
+            release(self.results_path.parent)
+        tracker.finish(results, Path(log.name))
         return results
 
     def _run_all(self, text_log: OrderedTextLog) -> None:

@@ -42,24 +42,31 @@ def _from_json(path: str, task_key: str, wanted: range) -> dict[int, np.ndarray 
     try:
         with open(path, encoding="utf-8") as file:
             tasks = json.load(file)
-    except json.JSONDecodeError as error:
-        raise EvalInputError(f"--initial_states_path {path}: no valid JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise EvalInputError(f"--initial_states_path {path}: expected JSON in UTF-8: {error}") from error
     if not isinstance(tasks, dict) or task_key not in tasks:
         found = ", ".join(sorted(tasks)) if isinstance(tasks, dict) else type(tasks).__name__
         raise EvalInputError(f"--initial_states_path {path}: expected task {task_key!r}, found: {found}")
     return {index: _one_state(tasks[task_key], f"demo_{index}", f"{path}: {task_key}") for index in wanted}
 
 
-def _one_state(demos: dict[str, Any], key: str, where: str) -> np.ndarray | None:
-    demo = demos.get(key)
+def _one_state(demos: Any, key: str, where: str) -> np.ndarray | None:
+    demo = demos.get(key) if isinstance(demos, dict) else None
     if not isinstance(demo, dict) or not {"success", "initial_state"} <= set(demo):
-        raise EvalInputError(
-            f"{where}: expected {key} with success and initial_state, found "
-            f"{sorted(demo) if isinstance(demo, dict) else f'{len(demos)} demonstrations without it'}"
-        )
+        found = sorted(demo) if isinstance(demo, dict) else _described(demos)
+        raise EvalInputError(f"{where}: expected {key} with success and initial_state, found {found}")
+    if not isinstance(demo["success"], bool):
+        raise EvalInputError(f"{where}: {key}: success: expected true or false, found {demo['success']!r}")
     if not demo["success"]:
         return None
-    state = np.asarray(demo["initial_state"], dtype=np.float64)
+    try:
+        state = np.asarray(demo["initial_state"], dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise EvalInputError(f"{where}: {key}: initial_state: expected numbers (d,): {error}") from error
     if state.ndim != 1 or not np.isfinite(state).all():
         raise EvalInputError(f"{where}: {key}: initial_state: expected finite numbers (d,), found shape {state.shape}")
     return state
+
+
+def _described(demos: Any) -> str:
+    return f"{len(demos)} demonstrations without it" if isinstance(demos, dict) else f"a {type(demos).__name__}"

@@ -78,7 +78,7 @@ def resolve_render_mode(cfg: EvalConfig, facts: PolicyFacts) -> RenderMode:
     except ValueError:
         known = [mode.value for mode in RenderMode]
         raise EvalInputError(
-            f"checkpoint {cfg.pretrained_checkpoint}: render_mode: expected one of {known}, found {name!r}"
+            f"--render_mode: the training data record {name!r}, expected one of {known}; choose one of them"
         ) from None
 
 

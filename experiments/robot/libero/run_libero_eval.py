@@ -19,8 +19,9 @@ def main() -> int:
     from experiments.robot.libero.control_results import control_lines
     from experiments.robot.libero.eval_config import parse_flags
     from experiments.robot.libero.evaluation import evaluate
+    from experiments.robot.libero.surroundings import SimulatorUnavailableError
 
-    with bad_input_in_one_line("run_libero_eval.py", (UsageError,)):
+    with bad_input_in_one_line("run_libero_eval.py", (UsageError, SimulatorUnavailableError)):
         results = evaluate(parse_flags())
     if not results["valid"]:
         print(f"error: {results['overall']['errors']} episodes ended in an error: no valid result", file=sys.stderr)

@@ -36,6 +36,7 @@ from experiments.robot.libero.episode import (
 )
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 from experiments.robot.libero.eval_log import EpisodeRecord
+from experiments.robot.libero.surroundings import SimulatorUnavailableError
 from experiments.robot.libero.video import SaveVideos, VideoBudget
 
 MAX_CRASHES = 2
@@ -186,7 +187,7 @@ def _worker_main(
         connection.send(_Ready())
         while (assignment := connection.recv()) is not None:
             connection.send(runner.run(assignment))
-    except EvalInputError as error:
+    except (EvalInputError, SimulatorUnavailableError) as error:
         connection.send(error)
     except (_ParentGoneError, EOFError, BrokenPipeError):
         pass  # nobody is left to report to
@@ -222,7 +223,8 @@ class WorkerPool:
         """Yield reports in the order they arrive.
 
         Raises:
-            EvalInputError, WorkerFailedError: a worker could not do its job; the others are ended.
+            EvalInputError, SimulatorUnavailableError, WorkerFailedError: a worker could not do its job; the others are
+                ended.
         """
         if not jobs:
             return

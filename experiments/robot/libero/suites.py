@@ -15,6 +15,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from prismatic.command_line import nearest
+
 BASE_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
 PRO_PERTURBATIONS = ("object", "swap", "lan", "task")
@@ -47,6 +49,16 @@ def split_suite(name: str) -> tuple[str | None, str | None]:
         if name.startswith(base + "_"):
             return base, name[len(base) + 1 :]
     return None, None
+
+
+def nearest_suite(name: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` for what papers, data sets and other code bases call a suite, and where all are listed."""
+    known, word = set(known), re.sub(r"[\W_]+", "_", name.lower()).strip("_")
+    word = re.sub(r"(_scripted)?(_no_noops?)?(_rlds|_lerobot|_hdf5)?$", "", word)
+    word = re.sub(r"^(libero_?)?", "libero_", word).replace("libero_long", "libero_10")
+    ends = {suite.removeprefix("libero_") for suite in known}  # what all begin with makes nothing alike
+    meant = f"; did you mean {word}?" if word in known else nearest(word.removeprefix("libero_"), ends, "libero_")
+    return f"{meant}; python -m experiments.robot.libero.suites lists all"
 
 
 def perturbation(name: str) -> str | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Sequence
 from enum import Enum
 
 import numpy as np
+
+from experiments.robot.libero.free_names import create_free
 
 PUBLISHED_FPS = 30.0
 
@@ -66,28 +69,17 @@ def rollout_path(folder: str, date_time: str, episode: int, success: bool, task:
     return f"{folder}/{date}/{date_time}--episode={episode}--success={success}--task={name}.mp4"
 
 
-def require_encoder() -> None:
-    """Fail early, before an hour of simulation.
-
-    Raises:
-        ModuleNotFoundError: imageio-ffmpeg is not installed.
-    """
-    try:
-        import imageio_ffmpeg  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "imageio-ffmpeg writes the rollout videos and is not installed: install the `libero` extra, "
-            "or pass --save_videos none"
-        ) from error
-
-
-def write_video(path: str, frames: Sequence[np.ndarray], fps: float = PUBLISHED_FPS) -> None:
+def write_video(path: str, frames: Sequence[np.ndarray], fps: float = PUBLISHED_FPS) -> str:
     """Write an H.264 MP4; the file appears under its name only when complete.
 
     Args:
-        path: target; its folder is created.
+        path: wanted name, ending in .mp4; its folder is created. A name that another run has taken gets -2, -3, ...
+            before the ending.
         frames: n >= 1 images (H, W, 3) uint8, all of one size, H and W even.
         fps: frames per second of the video.
+
+    Returns:
+        The name it got.
 
     Raises:
         ValueError: no frames, or a frame of another shape or dtype.
@@ -101,7 +93,7 @@ def write_video(path: str, frames: Sequence[np.ndarray], fps: float = PUBLISHED_
         if frame.dtype != np.uint8 or frame.shape != shape or frame.ndim != 3 or frame.shape[2] != 3:
             raise ValueError(f"{path}: frame {index}: expected uint8 {shape}, found {frame.dtype} {frame.shape}")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    partial = f"{path}.{os.getpid()}.partial.mp4"
+    partial = f"{path}.{uuid.uuid4().hex}.partial.mp4"
     # macro_block_size 2: the default of 16 would silently rescale sizes such as 100 x 100.
     writer = imageio_ffmpeg.write_frames(
         partial, (shape[1], shape[0]), fps=fps, codec="libx264", macro_block_size=2, ffmpeg_log_level="error"
@@ -111,7 +103,9 @@ def write_video(path: str, frames: Sequence[np.ndarray], fps: float = PUBLISHED_
         for frame in frames:
             writer.send(np.ascontiguousarray(frame))
         writer.close()
-        os.replace(partial, path)
+        with create_free(path) as taken:
+            os.replace(partial, taken.name)
+        return taken.name
     finally:
         writer.close()
         if os.path.exists(partial):
