@@ -47,9 +47,11 @@ def check_is_checkpoint(path: str | Path) -> Path:
     """
     text, path = str(path), Path(path)
     try:
+        if "\0" in text:
+            raise ValueError("NUL character")
         there, is_folder = path.exists(), path.is_dir()
-    except (OSError, ValueError) as error:  # a name that is too long, or with a NUL
-        raise CheckpointError(f"{text[:200]}: no path of a folder: {error}") from None
+    except (OSError, ValueError) as error:  # a name that is too long, or no name
+        raise CheckpointError(f"{text[:200]!r}: no path of a folder: {error}") from None
     if not there:
         raise MissingFileError(nothing_there(text, "the folder of a checkpoint"))
     if not is_folder:
