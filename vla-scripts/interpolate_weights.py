@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prismatic.command_line import bad_input_in_one_line, flag, parse
+from prismatic.model_files import ROBOT_PLATFORM
 from prismatic.training.interpolation import check_scale, interpolate_checkpoint, save_policy
+from prismatic.vla.datasets.registry import load_data_set_file
 
 
 @dataclass
@@ -29,6 +31,8 @@ class InterpolateConfig:
         "VLM does",
         choices=("vlm", "llm", "head", "all"),
     )
+    data_set_file: str | None = flag(None, "Python file that registers data sets of your own (docs/datasets.md)")
+    robot_platform: str | None = flag(None, ROBOT_PLATFORM)
     output: str = ""
 
 
@@ -40,7 +44,9 @@ def interpolate(cfg: InterpolateConfig) -> None:
     check_scale(cfg.adapter_scale)
     if Path(cfg.output).exists():
         raise FileExistsError(f"--output {cfg.output} exists already")
-    policy = interpolate_checkpoint(cfg.checkpoint, cfg.adapter_scale, cfg.base or None, cfg.parts)
+    if cfg.data_set_file is not None:
+        load_data_set_file(cfg.data_set_file)
+    policy = interpolate_checkpoint(cfg.checkpoint, cfg.adapter_scale, cfg.base or None, cfg.parts, cfg.robot_platform)
     folder = save_policy(policy, cfg.output)
     record = policy.manifest["interpolation"]
     print(f"{folder}: {record['base']} + {cfg.adapter_scale} ({cfg.checkpoint} - {record['base']}), {cfg.parts}")

@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 from prismatic.command_line import bad_input_in_one_line, flag, parse
+from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.representation import MeasureSettings, measure_retention, write_report
+from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.registry import load_data_set_file
 
 
@@ -27,6 +29,8 @@ class MeasureConfig:
     data_root_dir: str = "datasets/rlds"
     dataset_name: str = ""
     data_set_file: str | None = flag(None, "Python file that registers data sets of your own (docs/datasets.md)")
+    robot_platform: str | None = flag(None, ROBOT_PLATFORM)
+    base_checkpoint: str | None = flag(None, BASE_CHECKPOINT)
     output: str = ""
     max_samples: int = flag(512, "evenly spread over the episodes; 0: all", at_least=0)
     batch_size: int = flag(16, at_least=1)
@@ -46,7 +50,9 @@ def measure(cfg: MeasureConfig) -> None:
     settings = MeasureSettings(cfg.max_samples, cfg.batch_size, cfg.seed, device, cfg.unnorm_key)
     if cfg.data_set_file is not None:
         load_data_set_file(cfg.data_set_file)
-    start, trained = load_checkpoint(cfg.start), load_checkpoint(cfg.checkpoint)
+    trained = load_checkpoint(cfg.checkpoint, base=cfg.base_checkpoint, robot=cfg.robot_platform)
+    # A published start does not say which robot it is for; what was trained from it does.
+    start = load_checkpoint(cfg.start, robot=ActionSpec.from_dict(trained.manifest["action_spec"]))
     report = measure_retention(start, trained, cfg.data_root_dir, cfg.dataset_name, settings)
     write_report({"flags": asdict(cfg)} | report, cfg.output)
     drift, errors = report["drift"]["original"]["rel_mse"]["total"], report["action_l1"]

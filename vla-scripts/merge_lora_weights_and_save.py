@@ -10,12 +10,15 @@ stored in `craft_checkpoint.json`. Runs on the CPU with at most one more copy of
 (`interpolate_weights.py` moves them as well).
 """
 
+import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prismatic.command_line import bad_input_in_one_line, flag, parse
-from prismatic.training.checkpoint_files import has_weights, read_manifest
+from prismatic.model_files import BASE_CHECKPOINT, has_weights
+from prismatic.training.base_model import BaseModel
+from prismatic.training.checkpoint_files import read_manifest
 from prismatic.training.checkpoint_folder import (
     LISTING,
     MANIFEST,
@@ -26,6 +29,7 @@ from prismatic.training.checkpoint_folder import (
     write_json,
 )
 from prismatic.training.checkpoints import add_merged_model, load_checkpoint, load_unmerged
+from prismatic.training.folder_kinds import check_is_checkpoint
 from prismatic.training.interpolation import check_scale, scale_adapters
 from prismatic.training.published import check_exportable, export_published
 
@@ -35,7 +39,7 @@ class MergeConfig:
     """Flags."""
 
     lora_finetuned_checkpoint_dir: str = ""
-    base_checkpoint: str = flag("", "where the base model is now, when it moved; its weights have the recorded hash")
+    base_checkpoint: str = flag("", BASE_CHECKPOINT)
     output_dir: str = ""
     tolerance: float = flag(1e-3, "of a normalised action", at_least=0)
     adapter_scale: float = flag(1.0, "factor on what the adapters add; other than 1 needs --output_dir", at_least=0)
@@ -46,7 +50,7 @@ def merge(cfg: MergeConfig) -> None:
     """Merge, verify, report; ValueError when the folder is merged already or the outputs differ."""
     if not cfg.lora_finetuned_checkpoint_dir:
         raise ValueError("--lora_finetuned_checkpoint_dir is missing: name the LoRA checkpoint to merge")
-    source = Path(cfg.lora_finetuned_checkpoint_dir)
+    source = check_is_checkpoint(cfg.lora_finetuned_checkpoint_dir)
     if has_weights(source):
         raise ValueError(f"--lora_finetuned_checkpoint_dir {source}: holds a whole model already")
     if check_scale(cfg.adapter_scale) != 1 and not cfg.output_dir:
@@ -54,7 +58,8 @@ def merge(cfg: MergeConfig) -> None:
             f"--adapter_scale {cfg.adapter_scale} needs --output_dir: in {source} itself the merged weights would not "
             "be those of the adapters beside them"
         )
-    adapted = load_unmerged(source, cfg.base_checkpoint or None)
+    given = cfg.base_checkpoint or None
+    adapted = load_unmerged(source, given)
     scale_adapters(adapted.model.vla, cfg.adapter_scale)
     if cfg.export_published_layout:
         check_exportable(adapted.model)
@@ -66,6 +71,7 @@ def merge(cfg: MergeConfig) -> None:
     shutil.copytree(source, work, ignore=shutil.ignore_patterns(TRAINING_STATE, LISTING))
     difference = add_merged_model(adapted.model, work, cfg.tolerance)
     _record_scale(work, cfg.adapter_scale)
+    _record_base(work, folder, BaseModel.from_dict(adapted.manifest["base"], source).find(source, given))
     _publish(work, folder)
     print(f"merged into {folder}: largest difference of a normalised action {difference:.3g} (allowed {cfg.tolerance})")
     if cfg.export_published_layout:
@@ -81,6 +87,13 @@ def _record_scale(work: Path, scale: float) -> None:
         file = work / "lora_adapter" / "adapter_config.json"
         config = read_json(file)
         write_json(file, config | {"lora_alpha": config["lora_alpha"] * scale})
+
+
+def _record_base(work: Path, folder: Path, place: Path) -> None:
+    """Note where the base is, seen from the folder that the files go to."""
+    manifest = read_manifest(work)
+    base = replace(BaseModel.from_dict(manifest["base"], work / MANIFEST), path=os.path.abspath(place))
+    write_json(work / MANIFEST, manifest | {"base": base.to_dict(folder)})
 
 
 def _publish(work: Path, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,13 +47,13 @@ class VLAPolicy:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, device: str = "cpu", unnorm_key: str | None = None, num_images: int | None = None
+        cls, path: str | Path, device: str = "cpu", unnorm_key: str | None = None, **options: Any
     ) -> VLAPolicy:
         """Read a checkpoint folder, ours or published; errors name the file that is missing or does not fit.
 
-        `num_images`: images per sample of a published folder, which does not state it.
+        `options`: of `load_checkpoint`, what the folder does not state.
         """
-        return cls(load_checkpoint(path, num_images), device, unnorm_key)
+        return cls(load_checkpoint(path, **options), device, unnorm_key)
 
     def predict(self, image: np.ndarray, wrist_image: np.ndarray, state: np.ndarray, instruction: str) -> np.ndarray:
         """Actions of the next chunk: (K, A) float64, un-normalised, gripper in [0, 1] with 1 = open.
@@ -81,9 +82,12 @@ class VLAPolicy:
 
     def _sample(self, image: np.ndarray, wrist_image: np.ndarray, state: np.ndarray, instruction: str) -> dict:
         images = [image, wrist_image][: self._num_images]
+        proprio = np.zeros(self.action_spec.proprio_dim, dtype=np.float32)  # a policy without it has no use for one
+        if self._model.proprio_projector is not None:
+            proprio = self._normalizer.normalize_proprio(np.asarray(state, dtype=np.float32), self._zero_constant)
         return {
             "images": np.stack([prepare_eval_image(i, self.image_spec) for i in images]),
-            "proprio": self._normalizer.normalize_proprio(np.asarray(state, dtype=np.float32), self._zero_constant),
+            "proprio": proprio,
             "actions": np.zeros((self.action_spec.chunk_len, self.action_spec.action_dim), dtype=np.float32),
             "instruction": instruction,
             "dataset_name": self.unnorm_key,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.robot.libero.controls import to_simulator_actions
+from prismatic.command_line import bad_input_in_one_line
 
 
 def policy_inputs(obs: dict[str, Any], num_images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
@@ -57,19 +58,28 @@ def server_class() -> type:
             unnorm_key: key of the normalisation statistics; empty: the only one.
             num_open_loop_steps: actions executed of each chunk.
             device: torch device.
+            data_set_file, robot_platform: of a published folder for a robot of one's own (docs/evaluation.md).
+            base_checkpoint: where the base of LoRA adapters is now.
         """
 
-        def __init__(
+        def __init__(  # noqa: PLR0913 -- flags of the program
             self,
             pretrained_checkpoint: str,
             unnorm_key: str = "",
             num_open_loop_steps: int = 8,
             device: str = "cpu",
+            data_set_file: str = "",
+            robot_platform: str = "",
+            base_checkpoint: str = "",
         ) -> None:
             super().__init__(chunk_size=num_open_loop_steps)
             from experiments.robot.policy import VLAPolicy
+            from prismatic.vla.datasets.registry import load_data_set_file
 
-            self.policy = VLAPolicy.from_checkpoint(pretrained_checkpoint, device, unnorm_key or None)
+            if data_set_file:
+                load_data_set_file(data_set_file)
+            options = {"base": base_checkpoint or None, "robot": robot_platform or None}
+            self.policy = VLAPolicy.from_checkpoint(pretrained_checkpoint, device, unnorm_key or None, **options)
             self.num_images = self.policy.metadata["num_images"]
 
         def predict(self, obs: dict[str, Any], ctx: Any) -> dict[str, np.ndarray]:
@@ -98,7 +108,8 @@ def main() -> None:
     """Serve until interrupted; the flags are those of `vla-eval` (`--port`, `--address`) and `--args.<name>`."""
     from vla_eval.model_servers.serve import run_server
 
-    run_server(server_class())
+    with bad_input_in_one_line("serve_vla_eval"):
+        run_server(server_class())
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, VisionTowerSpec
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.model_files import MissingFileError, nothing_there, regular_file
 
 VISION_FOLDER = "vision_backbone"
 """Folder of a native run where vision weights are looked for when the checkpoint file has none."""
@@ -89,7 +90,7 @@ def find_native_checkpoint(path: str | Path) -> Path:
             )
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: expected a native checkpoint (a .pt file or a folder), found nothing")
+        raise MissingFileError(nothing_there(str(path), "a native checkpoint (a .pt file or a folder)"))
     place = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     files = sorted(file for file in place.glob("*.pt") if file.is_file())
     steps = [(int(match[1]), file) for file in files if (match := _STEP_NAME.fullmatch(file.name))]
@@ -238,6 +239,7 @@ _RENAMES: dict[str, Callable[[str], str | None]] = {
 
 def _read_components(file: Path) -> dict[str, dict[str, Tensor]]:
     """The "model" entry of a checkpoint, its tensors mapped from the file."""
+    regular_file(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -332,7 +334,7 @@ def _resample_positions(positions: Tensor, spec: VisionTowerSpec) -> Tensor:
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     """A safetensors file, its tensors mapped from the file."""
     try:
-        return load_file(file)
+        return load_file(regular_file(file))
     except SafetensorError as error:
         raise ValueError(f"{file}: truncated, or not a safetensors file: {error}") from error
 

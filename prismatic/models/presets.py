@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
+from prismatic.extern.hf.tokenizer_files import load_tokenizer
+from prismatic.model_files import CheckpointError
 from prismatic.models.action_heads import ActionHeadConfig, ChunkStart, L1RegressionActionHead, RopeMode
 from prismatic.models.projectors import ProprioProjector
 from prismatic.models.tiny_tokenizer import load_tiny_tokenizer
@@ -165,7 +166,10 @@ def build_processor(name: str, tokenizer_path: str | None = None) -> PrismaticPr
     size = get_preset(name).image_size
     image_processor = PrismaticImageProcessor(input_sizes=[[3, size, size]] * 2)
     if tokenizer_path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
+        try:
+            tokenizer = load_tokenizer(tokenizer_path)
+        except CheckpointError as error:
+            raise type(error)(f"--tokenizer_path: {error}") from error
     elif name == "tiny":
         tokenizer = load_tiny_tokenizer()
     else:

@@ -8,6 +8,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from prismatic.extern.hf.tokenizer_files import load_tokenizer, save_tokenizer
+
 TOKENIZER_DIR = Path(__file__).parent / "assets" / "tiny_tokenizer"
 PAD_TOKEN = "<|endoftext|>"
 SPECIAL_TOKENS = (PAD_TOKEN, "<|im_start|>", "<|im_end|>")
@@ -51,13 +53,13 @@ def train_tiny_tokenizer(instructions: Iterable[str], directory: str | Path = TO
         model_max_length=MODEL_MAX_LENGTH,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.save_pretrained(str(directory))
+    save_tokenizer(tokenizer, Path(directory))
     return tokenizer
 
 
 def load_tiny_tokenizer() -> PreTrainedTokenizerFast:
     """The packaged tokenizer; needs no network."""
-    return PreTrainedTokenizerFast.from_pretrained(str(TOKENIZER_DIR))
+    return load_tokenizer(TOKENIZER_DIR)
 
 
 def libero_instructions() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,32 +12,55 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, PrismaticConfig
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
-from prismatic.models.vla_policy import VLAPolicyModel
-from prismatic.training.checkpoint_folder import (
-    MANIFEST,
+from prismatic.model_files import (
     CheckpointError,
-    MissingFileError,
-    existing,
+    check_numbers,
+    is_file_name,
     read_json,
     reading,
+    regular_file,
+    weight_files,
 )
+from prismatic.models.action_heads import ActionHeadConfig
+from prismatic.models.vla_policy import VLAPolicyModel
+from prismatic.training.checkpoint_folder import MANIFEST
+from prismatic.vla.action_spec import ActionSpec
+from prismatic.vla.images import ImageSpec
 from prismatic.vla.prompts import PROMPT_KIND
 
 FORMAT_VERSION = 1
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
+_COUNT, _TEXT, _SWITCH, _OBJECT = ("a count", int), ("text", str), ("true or false", bool), ("an object", dict)
 _MANIFEST_FIELDS = {
-    "action_head",
-    "action_spec",
-    "file_suffix",
-    "image_spec",
-    "legacy_slices",
-    "num_images",
-    "tuning",
-    "use_proprio",
+    "action_head": _OBJECT,
+    "action_spec": _OBJECT,
+    "file_suffix": _TEXT,
+    "image_spec": _OBJECT,
+    "legacy_slices": _SWITCH,
+    "num_images": _COUNT,
+    "tuning": _TEXT,
+    "use_proprio": _SWITCH,
 }
+_OPTIONAL_FIELDS = {
+    "base": _OBJECT,
+    "datasets": _OBJECT,
+    "instructions": _OBJECT,
+    "interpolation": _OBJECT,
+    "merge": _OBJECT,
+    "origin": _TEXT,
+    "samples_seen": _COUNT,
+    "step": _COUNT,
+    "training": _OBJECT,
+}
+_CONFIG_SIZES = ("num_images_in_input", "num_action_queries", "projector_hidden_multiplier", "pad_token_id")
+_LARGEST_SIZE = 1 << 20
+"""Of a chunk, a width, a number of images, an image in pixels."""
+_MOST_LAYERS = 1000
+_LARGEST_STATISTIC = 1e10
+"""No robot moves further, in any unit."""
 
 
 @dataclass
@@ -57,10 +81,74 @@ def read_manifest(path: Path) -> dict:
     for name, expected in (("format_version", FORMAT_VERSION), ("prompt_kind", PROMPT_KIND)):
         if manifest.get(name) != expected:
             raise CheckpointError(f"{file}: {name} is {manifest.get(name)!r}, expected {expected!r}")
-    missing = sorted(_MANIFEST_FIELDS - manifest.keys())
+    missing = sorted(_MANIFEST_FIELDS.keys() - manifest.keys())
     if missing:
         raise CheckpointError(f"{file}: {', '.join(missing)} missing")
+    _check_manifest(manifest, file)
     return manifest
+
+
+def _check_manifest(manifest: dict, file: Path) -> None:
+    """Types, sizes and names: what is read becomes sizes of tensors and names of files."""
+    given = {name for name in _OPTIONAL_FIELDS if manifest.get(name) is not None} | _MANIFEST_FIELDS.keys()
+    for name in sorted(given):
+        (words, kind), value = (_OPTIONAL_FIELDS | _MANIFEST_FIELDS)[name], manifest[name]
+        if type(value) is not kind or (kind is int and value < 0):
+            raise CheckpointError(f"{file}: {name} is {str(value)[:80]!r}, expected {words}")
+    if not is_file_name(manifest["file_suffix"]):
+        raise CheckpointError(f"{file}: file_suffix is {manifest['file_suffix']!r}, expected a part of a file's name")
+    sizes = {name: manifest[name] for name in ("action_head", "action_spec", "image_spec", "num_images")}
+    check_numbers(sizes, str(file), _LARGEST_SIZE)
+    with reading(file):
+        spec, head = ActionSpec.from_dict(sizes["action_spec"]), ActionHeadConfig.from_dict(sizes["action_head"])
+        ImageSpec.from_dict(sizes["image_spec"])
+    if (head.chunk_len, head.action_dim) != (spec.chunk_len, spec.action_dim) or head.num_blocks > _MOST_LAYERS:
+        raise CheckpointError(
+            f"{file}: action_head has chunks of {head.chunk_len} actions of {head.action_dim} numbers in "
+            f"{head.num_blocks} blocks, expected chunks of {spec.chunk_len} of {spec.action_dim} as in action_spec and "
+            f"at most {_MOST_LAYERS} blocks"
+        )
+
+
+def read_statistics(path: Path) -> dict:
+    """`dataset_statistics.json` of a checkpoint: {data set name: statistics}, all numbers finite and of a robot's size.
+
+    Raises MissingFileError and CheckpointError, naming file and entry.
+    """
+    file = Path(path) / "dataset_statistics.json"
+    statistics = read_json(file)
+    wrong = [name for name, entry in statistics.items() if not isinstance(entry, dict)]
+    if wrong or not statistics:
+        raise CheckpointError(f"{file}: expected statistics by data set name, found {wrong[:3] or 'nothing'}")
+    check_numbers(statistics, str(file), _LARGEST_STATISTIC)
+    return statistics
+
+
+def read_config(path: Path) -> OpenVLAConfig:
+    """`config.json` of a folder. Code, kernels and quantisation that it names are not followed.
+
+    Raises MissingFileError and CheckpointError.
+    """
+    file = Path(path) / "config.json"
+    values = _without_code(read_json(file))
+    known = (OpenVLAConfig.model_type, PrismaticConfig.model_type)
+    if values.get("model_type", known[0]) not in known:
+        raise CheckpointError(f"{file}: model_type is {values['model_type']!r}, expected {known[0]!r}")
+    if values.get("quantization_config") is not None:
+        raise CheckpointError(f"{file}: the weights are quantised, expected bf16, fp16 or fp32")
+    with reading(file):
+        text, towers = values.get("text_config") or {}, values.get("vision_towers") or []
+        depths = [text.get("num_hidden_layers"), *(tower.get("depth") for tower in towers)]
+    check_numbers([text, towers, values.get("image_sizes")], str(file), 1e9)
+    check_numbers({name: values.get(name) for name in _CONFIG_SIZES}, str(file), _LARGEST_SIZE)
+    check_numbers(depths, f"{file}: layers", _MOST_LAYERS)
+    with reading(file):
+        return OpenVLAConfig.from_dict(values)
+
+
+def _without_code(values: dict) -> dict:
+    kept = {k: v for k, v in values.items() if k != "auto_map" and not k.endswith("_implementation")}
+    return {k: _without_code(v) if k == "text_config" and isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def package_versions() -> dict[str, str]:
@@ -74,12 +162,23 @@ def load_vla(path: Path, num_images: int | None = None) -> OpenVLAForActionPredi
     `num_images` replaces the configured number of images. Raises MissingFileError without weights, CheckpointError
     listing the missing, unexpected or mismatched keys.
     """
-    if not has_weights(path):
-        raise MissingFileError(f"{path} has neither {' nor '.join(WEIGHT_FILES)}: not a complete checkpoint folder")
-    settings = {} if num_images is None else {"num_images_in_input": num_images}
+    weight_files(path)
+    if (path / "adapter_config.json").exists():  # the library would take the base model that this file names
+        raise CheckpointError(f"{path / 'adapter_config.json'} lies beside whole weights, expected one of the two")
+    config = read_config(path)
+    if num_images is not None:
+        config.num_images_in_input = num_images
     with reading(path):
         vla, report = OpenVLAForActionPrediction.from_pretrained(
-            path, output_loading_info=True, dtype=torch.float32, local_files_only=True, **settings
+            path,
+            config=config,
+            output_loading_info=True,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_kernels=False,
+            use_safetensors=True,
+            weights_only=True,
         )
     problems = {k: sorted(report[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[k]}
     if problems:
@@ -87,9 +186,17 @@ def load_vla(path: Path, num_images: int | None = None) -> OpenVLAForActionPredi
     return vla
 
 
-def has_weights(path: Path) -> bool:
-    """Whether the folder holds a whole model, in one file or in shards."""
-    return any((path / name).is_file() for name in WEIGHT_FILES)
+def load_processor(path: Path, vla: OpenVLAForActionPrediction) -> PrismaticProcessor:
+    """Tokenizer and image processor of a folder.
+
+    Raises MissingFileError and CheckpointError, also when the tokenizer has tokens without an embedding in the model.
+    """
+    with reading(path):
+        processor = PrismaticProcessor.from_pretrained(path)
+    tokens, rows = len(processor.tokenizer), vla.config.text_config.vocab_size
+    if tokens > rows:
+        raise CheckpointError(f"{path / 'tokenizer.json'}: {tokens} tokens, expected at most the {rows} of config.json")
+    return processor
 
 
 def weights_hash(path: Path | None) -> str | None:
@@ -99,7 +206,7 @@ def weights_hash(path: Path | None) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
+        with regular_file(file).open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
@@ -115,21 +222,26 @@ def tensors_hash(tensors: dict[str, Tensor]) -> str:
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Fill a module; ValueError naming the file and the keys that do not fit."""
+    """Fill a module; CheckpointError naming the file and the keys that do not fit."""
     try:
-        module.load_state_dict(state)
+        # A module without memory takes the tensors themselves: only to compare keys and shapes.
+        module.load_state_dict(state, assign=any(p.is_meta for p in module.parameters()))
     except RuntimeError as error:
         raise CheckpointError(f"{source} does not fit the model: {error}") from error
 
 
-def load_module(module: nn.Module, file: Path) -> None:
-    """Fill a module from a safetensors file, strictly."""
-    load_strictly(module, load_tensors(file), file)
+def build_and_fill(build: Callable[[], nn.Module], state: dict[str, Tensor], source: Path) -> nn.Module:
+    """A module with these weights. Sizes are compared before memory is taken for them; errors as of `load_strictly`."""
+    with torch.device("meta"):
+        load_strictly(build(), state, source)
+    module = build()
+    load_strictly(module, state, source)
+    return module
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """Content of a safetensors file; MissingFileError without it, CheckpointError when it is damaged."""
-    with reading(existing(file)):
+    with reading(regular_file(file)):
         return load_file(file)
 
 

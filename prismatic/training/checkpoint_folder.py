@@ -17,6 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Also the names under which others know them.
+from prismatic.model_files import CheckpointError, MissingFileError, existing, read_json, reading  # noqa: F401
+
 LISTING = "files.json"
 LATEST = "latest"
 MANIFEST = "craft_checkpoint.json"
@@ -28,50 +31,11 @@ _RUN_FILES = ("metrics.jsonl", "data_manifest.json", "tensorboard", LATEST)
 _ALWAYS_HASHED = 1 << 20
 
 
-class CheckpointError(ValueError):
-    """A file of a checkpoint is damaged or does not fit; the message names it, what was found and what was expected."""
-
-
-class MissingFileError(CheckpointError, FileNotFoundError):
-    """A file of a checkpoint is not there."""
-
-
 class CheckpointWriteError(RuntimeError):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 
 # ------------------------------------------------------------------------------------------------ reading
-
-
-def read_json(path: Path) -> dict:
-    """Content of a JSON file; MissingFileError without it, CheckpointError when it does not hold one JSON object."""
-    try:
-        value = json.loads(existing(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
-    return value
-
-
-def existing(path: Path) -> Path:
-    """The path; MissingFileError when there is nothing."""
-    if not path.exists():
-        raise MissingFileError(f"{path} does not exist: not a complete checkpoint folder")
-    return path
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn whatever damaged content raises into a CheckpointError that names the file."""
-    try:
-        yield
-    except (CheckpointError, FileNotFoundError, MemoryError):
-        raise
-    except Exception as error:  # parsers of weights raise many kinds
-        raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
 
 
 def file_hash(path: Path) -> str:
@@ -116,7 +80,7 @@ def _read_listing(path: Path) -> dict[str, dict]:
     for name, record in files.items():
         if not isinstance(record, dict) or not isinstance(record.get("size"), int) or "sha256" not in record:
             raise CheckpointError(f"{path}: files[{name!r}] is {record!r}, expected size and sha256")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise CheckpointError(f"{path}: files has the path {name!r}, expected one inside the folder")
     return files
 

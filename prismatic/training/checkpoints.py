@@ -29,44 +29,44 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
-from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+from prismatic.model_files import CheckpointError, existing, has_weights, reading
 from prismatic.models.action_heads import L1RegressionActionHead
 from prismatic.models.native import load_native_weights
 from prismatic.models.projectors import ProprioProjector
 from prismatic.models.vla_policy import VLAPolicyModel
+from prismatic.training.base_model import BaseModel
 from prismatic.training.checkpoint_files import (
     FORMAT_VERSION,
     LoadedCheckpoint,
+    build_and_fill,
     contiguous,
-    has_weights,
-    load_module,
+    load_processor,
     load_strictly,
     load_tensors,
     load_vla,
     package_versions,
+    read_config,
     read_manifest,
-    tensors_hash,
-    weights_hash,
+    read_statistics,
 )
 from prismatic.training.checkpoint_folder import (
     LISTING,
     MANIFEST,
     TRAINING_STATE,
-    CheckpointError,
     check_files,
-    existing,
     explained_write_errors,
     find_checkpoints,
     publish,
-    read_json,
-    reading,
     start_folder,
     write_json,
 )
 from prismatic.training.config import FinetuneConfig, TuningMode
-from prismatic.training.lora import merged_state_dict, verify_merge, with_unused_targets
-from prismatic.training.published import export_published, is_published, load_published
+from prismatic.training.folder_kinds import check_is_checkpoint, is_published
+from prismatic.training.lora import load_adapter, merged_state_dict, verify_merge, with_unused_targets
+from prismatic.training.published import export_published, load_published
+from prismatic.training.published_spec import HeadSizes, read_robot
 from prismatic.training.training_state import TrainingState, training_state_files
+from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.prompts import PROMPT_KIND
 
 
@@ -222,7 +222,8 @@ def _write_vla(cfg: FinetuneConfig, model: VLAPolicyModel, folder: Path, state: 
 
 
 def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> dict:
-    base = setup.base.to_dict() if cfg.tuning_mode is TuningMode.LORA else None
+    folder = checkpoint_path(cfg, state.step)
+    base = setup.base.to_dict(folder) if cfg.tuning_mode is TuningMode.LORA else None
     return {
         "format_version": FORMAT_VERSION,
         "origin": setup.origin,
@@ -258,16 +259,26 @@ def _retention_record(state: TrainingState, base: dict | None) -> dict | None:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def load_checkpoint(path: str | Path, num_images: int | None = None) -> LoadedCheckpoint:
+def load_checkpoint(
+    path: str | Path,
+    num_images: int | None = None,
+    base: str | Path | None = None,
+    robot: str | ActionSpec | None = None,
+    data_set: str | None = None,
+) -> LoadedCheckpoint:
     """Read a checkpoint folder, ours or published; LoRA adapters without a merged model are merged after loading.
 
-    `num_images`: images per sample of a published folder, which does not state it. Raises MissingFileError for a
-    missing file and CheckpointError for one that is damaged or does not fit, naming it.
+    Args:
+        path: the folder.
+        num_images: images per sample of a published folder, which does not state it.
+        base: where the base of adapters is now (`--base_checkpoint`); None looks where it is recorded.
+        robot, data_set: what says chunk length and normalisation of a published head (`published_spec`).
+
+    Raises MissingFileError for a missing file and CheckpointError for one that is damaged or does not fit, naming it,
+    and for a folder of another kind, naming the one that was meant.
     """
-    path = Path(path)
-    if not (path / MANIFEST).exists() and is_published(path):
-        return load_published(path, num_images)
-    loaded = _load_own(path, merged=has_weights(path))
+    path = check_is_checkpoint(path)
+    loaded = _load(path, _Given(num_images, base, robot, data_set))
     if isinstance(loaded.model.vla, PeftModel):
         loaded.model.vla = loaded.model.vla.merge_and_unload()
     return loaded
@@ -278,86 +289,81 @@ def load_unmerged(path: str | Path, base_path: str | Path | None = None) -> Load
 
     `base_path`: where the base model is now, None for the recorded path. ValueError for a checkpoint without adapters.
     """
-    path = Path(path)
+    path = check_is_checkpoint(path)
     if read_manifest(path)["tuning"] != TuningMode.LORA.value:
-        raise ValueError(f"{path / MANIFEST}: tuning is {read_manifest(path)['tuning']!r}, expected 'lora'")
-    return _load_own(path, merged=False, base_path=base_path)
+        raise CheckpointError(f"{path / MANIFEST}: tuning is {read_manifest(path)['tuning']!r}, expected 'lora'")
+    return _load_own(path, _Given(base=base_path), merged=False)
 
 
-def _load_own(path: Path, merged: bool, base_path: str | Path | None = None) -> LoadedCheckpoint:
+@dataclass(frozen=True)
+class _Given:
+    """Arguments of `load_checkpoint`. chain: the checkpoints whose base is being read, outermost first."""
+
+    num_images: int | None = None
+    base: str | Path | None = None
+    robot: str | ActionSpec | None = None
+    data_set: str | None = None
+    chain: tuple[Path, ...] = ()
+
+
+def _load(path: Path, given: _Given) -> LoadedCheckpoint:
+    if is_published(path):
+        _refuse_base(path, given)
+        return load_published(path, given.num_images, given.robot, given.data_set)
+    return _load_own(path, given, merged=has_weights(path))
+
+
+def _refuse_base(path: Path, given: _Given) -> None:
+    if given.base is not None:
+        raise CheckpointError(f"--base_checkpoint {given.base}: {path} holds whole weights and needs no base")
+
+
+def _load_own(path: Path, given: _Given, merged: bool) -> LoadedCheckpoint:
     check_files(path)
     manifest = read_manifest(path)
-    if base_path is not None:
-        manifest["base"] = {**(manifest["base"] or {}), "path": str(base_path)}
-    suffix = manifest["file_suffix"]
+    suffix, spec = manifest["file_suffix"], ActionSpec.from_dict(manifest["action_spec"])
+    if isinstance(given.robot, str) and read_robot(given.robot, HeadSizes(spec.action_dim, spec.proprio_dim)) != spec:
+        raise CheckpointError(f"--robot_platform {given.robot}: {path / MANIFEST} states {manifest['action_spec']}")
     adapted = manifest["tuning"] == TuningMode.LORA.value and not merged
-    vla = _load_adapted_vla(path, manifest) if adapted else load_vla(path)
+    if not adapted:
+        _refuse_base(path, given)
+    vla = _load_adapted_vla(path, manifest, given) if adapted else load_vla(path)
     bare = vla.get_base_model() if adapted else vla
+    file, options = path / f"action_head--{suffix}.safetensors", manifest["action_head"]
     with reading(path / MANIFEST):
-        head = L1RegressionActionHead(**manifest["action_head"])
-    load_module(head, path / f"action_head--{suffix}.safetensors")
+        head = build_and_fill(lambda: L1RegressionActionHead(**options), load_tensors(file), file)
     projector = None
     if manifest["use_proprio"]:
-        with reading(path / MANIFEST):
-            projector = ProprioProjector(bare.llm_dim, manifest["action_spec"]["proprio_dim"])
-        load_module(projector, path / f"proprio_projector--{suffix}.safetensors")
-    model = VLAPolicyModel(vla, head, projector, legacy_slices=manifest["legacy_slices"])
-    statistics = read_json(path / "dataset_statistics.json")
-    with reading(path):
-        processor = PrismaticProcessor.from_pretrained(path)
-    return LoadedCheckpoint(model.eval(), processor, manifest, statistics, path)
+        file, sizes = path / f"proprio_projector--{suffix}.safetensors", (bare.llm_dim, spec.proprio_dim)
+        projector = build_and_fill(lambda: ProprioProjector(*sizes), load_tensors(file), file)
+    with reading(path / MANIFEST):
+        model = VLAPolicyModel(vla, head, projector, legacy_slices=manifest["legacy_slices"])
+    return LoadedCheckpoint(model.eval(), load_processor(path, bare), manifest, read_statistics(path), path)
 
 
-def _load_adapted_vla(path: Path, manifest: dict) -> PeftModel:
-    base = BaseModel.from_dict(manifest.get("base"), path / MANIFEST)
+def _load_adapted_vla(path: Path, manifest: dict, given: _Given) -> PeftModel:
     adapter = existing(path / "lora_adapter")
-    bare = base.load(path, manifest["num_images"])
-    with reading(adapter):
-        adapted = PeftModel.from_pretrained(bare, adapter)
+    adapted = load_adapter(_load_base(path, manifest, given), adapter)
     file = path / f"action_queries--{manifest['file_suffix']}.safetensors"
     load_strictly(adapted.get_base_model().action_queries, load_tensors(file), file)
     return adapted
 
 
-@dataclass(frozen=True)
-class BaseModel:
-    """The model that adapters belong to: a checkpoint folder or a native Prismatic VLM, and its weights' hash."""
-
-    kind: str
-    path: str
-    sha256: str
-
-    @classmethod
-    def of_checkpoint(cls, path: Path) -> BaseModel:
-        """Identity of a checkpoint folder (LoRA checkpoints count with their adapters)."""
-        adapter = Path(path) / "lora_adapter" / "adapter_model.safetensors"
-        digest = weights_hash(path) or tensors_hash(load_tensors(adapter))
-        return cls("checkpoint", str(path), digest)
-
-    def to_dict(self) -> dict[str, str]:
-        """JSON-ready fields."""
-        return {"kind": self.kind, "path": self.path, "sha256": self.sha256}
-
-    @classmethod
-    def from_dict(cls, values: dict | None, source: Path) -> BaseModel:
-        """Inverse of `to_dict`; CheckpointError naming `source` when the entry is missing."""
-        if not values:
-            raise CheckpointError(f"{source}: base is missing: the adapter cannot be applied to anything")
-        with reading(source):
-            return cls(**values)
-
-    def load(self, adapted: Path, num_images: int) -> OpenVLAForActionPrediction:
-        """The base VLM; CheckpointError when its weights are not those the adapter in `adapted` was trained on."""
-        if self.kind == "native":
-            config = OpenVLAForActionPrediction.config_class.from_pretrained(adapted, local_files_only=True)
-            vla = OpenVLAForActionPrediction(config)
-            found = load_native_weights(vla, self.path).sha256
-        else:
-            found = BaseModel.of_checkpoint(Path(self.path)).sha256
-            vla = load_checkpoint(self.path, num_images).model.vla if found == self.sha256 else None
-        if found != self.sha256:
+def _load_base(path: Path, manifest: dict, given: _Given) -> OpenVLAForActionPrediction:
+    """The VLM that the adapters in `path` belong to; errors as of `BaseModel.find`, and for another native file."""
+    base = BaseModel.from_dict(manifest.get("base"), path / MANIFEST)
+    place = base.find(path, given.base, given.chain)
+    if base.kind == "native":
+        vla = OpenVLAForActionPrediction(read_config(path))
+        found = load_native_weights(vla, place).sha256
+        if found != base.sha256:
             raise CheckpointError(
-                f"base {self.path}: sha256 of its weights is {found}, "
-                f"the adapter in {adapted} was trained on {self.sha256}"
+                f"base {place}: sha256 of its weights is {found}, the adapter in {path} was trained on {base.sha256}"
             )
         return vla
+    spec = ActionSpec.from_dict(manifest["action_spec"])
+    inner = _Given(manifest["num_images"], robot=spec, chain=(*given.chain, path.resolve()))
+    loaded = _load(check_is_checkpoint(place), inner)
+    if isinstance(loaded.model.vla, PeftModel):
+        loaded.model.vla = loaded.model.vla.merge_and_unload()
+    return loaded.model.vla

@@ -11,6 +11,7 @@ from enum import Enum
 
 from prismatic.command_line import check_values, flag
 from prismatic.craft import PRESET_FIELDS, PRESETS, CRaFTConfig, plain_values
+from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 from prismatic.training.flag_checks import check_choice, check_unread
 from prismatic.training.schedules import LRSchedule, ScheduleSettings, parse_boundaries
 
@@ -113,6 +114,8 @@ class FinetuneConfig:
     n_shot_episodes: int | None = flag(None, "keep N demonstrations per instruction", at_least=1)
     subset_seed: int | None = flag(None, "of the choice of demonstrations; None: seed", at_least=0)
     data_set_file: str | None = flag(None, "Python file that registers data sets of your own (docs/datasets.md)")
+    robot_platform: str | None = flag(None, ROBOT_PLATFORM)
+    base_checkpoint: str | None = flag(None, BASE_CHECKPOINT)
     frame_stride: int = flag(1, "use every n-th frame as the start of a sample", at_least=1)
 
     # --- model

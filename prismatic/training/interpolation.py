@@ -19,14 +19,14 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prismatic.training.checkpoint_files import (
-    LoadedCheckpoint,
-    contiguous,
-    read_manifest,
-)
-from prismatic.training.checkpoint_folder import MANIFEST, existing, publish, start_folder, write_json
-from prismatic.training.checkpoints import BaseModel, load_checkpoint, load_unmerged
+from prismatic.model_files import existing
+from prismatic.training.base_model import BaseModel
+from prismatic.training.checkpoint_files import LoadedCheckpoint, contiguous, read_manifest
+from prismatic.training.checkpoint_folder import MANIFEST, publish, start_folder, write_json
+from prismatic.training.checkpoints import load_checkpoint, load_unmerged
 from prismatic.training.config import TuningMode
+from prismatic.training.folder_kinds import check_is_checkpoint
+from prismatic.vla.action_spec import ActionSpec
 
 _QUERIES, _VLA, _LLM = "vla.action_queries", "vla", "vla.language_model"
 _HEAD, _PROPRIO = "action_head", "proprio_projector"
@@ -94,7 +94,11 @@ def scale_adapters(model: nn.Module, scale: float) -> None:
 
 
 def interpolate_checkpoint(
-    checkpoint: str | Path, scale: float, base: str | Path | None = None, parts: str | Parts = Parts.ALL
+    checkpoint: str | Path,
+    scale: float,
+    base: str | Path | None = None,
+    parts: str | Parts = Parts.ALL,
+    robot: str | None = None,
 ) -> LoadedCheckpoint:
     """The policy between a trained checkpoint and the model it started from, with a merged VLM.
 
@@ -107,12 +111,13 @@ def interpolate_checkpoint(
             the action queries too; `head` keeps the VLM, so that at scale 0 the start model's head reads the trained
             features. Adapters on a native VLM allow `vlm` and `llm` only, and `vlm` keeps the action queries too:
             nothing of that existed before the training.
+        robot: of two published folders that do not name theirs (`published_spec`).
 
     The manifest is that of a full-tuning checkpoint and describes the interpolation. Raises ValueError for a bad scale,
     another hash, or a start model of another shape, naming file, key and shapes; FileNotFoundError for missing files.
     """
     check_scale(scale)
-    parts, checkpoint = _parts(parts), Path(checkpoint)
+    parts, checkpoint = _parts(parts), check_is_checkpoint(checkpoint)
     # The start model goes first: of one with adapters only the small tensors stay in memory.
     if is_lora(checkpoint):
         start = _start_of_adapters(checkpoint, base, parts)
@@ -121,7 +126,7 @@ def interpolate_checkpoint(
             scale_adapters(_adapted(loaded.model.vla, parts.vlm_component), scale)
         loaded.model.vla = loaded.model.vla.merge_and_unload()
     else:
-        loaded = load_checkpoint(checkpoint)
+        loaded = load_checkpoint(checkpoint, robot=robot)
         start = _start_of_weights(loaded, base, parts)
     _check_fits(loaded, start, parts)
     for component, tensors in start.tensors.items():
@@ -168,8 +173,8 @@ def _start_of_adapters(checkpoint: Path, base: str | Path | None, parts: Parts) 
     """Start model of a LoRA checkpoint, without the weights that the adapters belong to."""
     existing(checkpoint / "lora_adapter")
     manifest, file = read_manifest(checkpoint), checkpoint / MANIFEST
-    record = BaseModel.from_dict(manifest["base"], file)
-    path = Path(base or record.path)
+    record = BaseModel.from_dict(manifest.get("base"), file)
+    path = record.find(checkpoint, base)
     if record.kind == "native":
         if parts.has_head:
             raise ValueError(
@@ -177,13 +182,14 @@ def _start_of_adapters(checkpoint: Path, base: str | Path | None, parts: Parts) 
                 "or llm"
             )
         return _Start(path, record.sha256, {}, {})
-    return _describe(_load_start(path, manifest["num_images"]), record.sha256, parts.components(with_adapters=True))
+    start = _load_start(path, manifest["num_images"], ActionSpec.from_dict(manifest["action_spec"]))
+    return _describe(start, record.sha256, parts.components(with_adapters=True))
 
 
 def _start_of_weights(loaded: LoadedCheckpoint, base: str | Path | None, parts: Parts) -> _Start:
     """Start model of a checkpoint that holds whole weights."""
     if not base:
-        training = loaded.manifest.get("training", {})
+        training = loaded.manifest.get("training") or {}
         base, vlm = training.get("config_file_path", ""), training.get("vlm_path", "")
         if vlm or not base or not Path(base).is_dir():
             raise ValueError(
@@ -191,14 +197,14 @@ def _start_of_weights(loaded: LoadedCheckpoint, base: str | Path | None, parts: 
                 f"(training.config_file_path is {base!r}, training.vlm_path {vlm!r})"
             )
     path = Path(base)
-    start = _load_start(path, loaded.model.num_images)
+    start = _load_start(path, loaded.model.num_images, ActionSpec.from_dict(loaded.manifest["action_spec"]))
     return _describe(start, BaseModel.of_checkpoint(path).sha256, parts.components(with_adapters=False))
 
 
-def _load_start(path: Path, num_images: int) -> LoadedCheckpoint:
+def _load_start(path: Path, num_images: int, spec: ActionSpec) -> LoadedCheckpoint:
     if not path.is_dir():
         raise FileNotFoundError(f"start model {path}: not a folder; name the folder it is in now with --base")
-    return load_checkpoint(path, num_images)
+    return load_checkpoint(path, num_images, robot=spec)
 
 
 def _describe(start: LoadedCheckpoint, sha256: str, components: list[str]) -> _Start:

@@ -2,14 +2,69 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.model_files import CheckpointError, check_numbers, read_json, reading
 from prismatic.models.vla_policy import VLAPolicyModel
+from prismatic.training.checkpoint_files import load_tensors
 
 ADAPTER_PREFIX = "base_model.model."
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_LARGEST_RANK = 4096
+# Fields that change what adapters compute or name code, and the values under which they do neither.
+_PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "use_dora": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layer_replication": (None,),
+    "megatron_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+}
+
+
+def load_adapter(bare: OpenVLAForActionPrediction, folder: Path) -> PeftModel:
+    """`bare` with the adapters in `folder` (adapter_config.json, adapter_model.safetensors), in place.
+
+    The description is read as data: base model, classes and modules that it names are not followed. Raises
+    MissingFileError and CheckpointError, naming the file.
+    """
+    state, config = load_tensors(folder / ADAPTER_WEIGHTS), _read_adapter_config(folder / ADAPTER_CONFIG)
+    with reading(folder):
+        adapted = PeftModel(bare, config)
+        missing = set_peft_model_state_dict(adapted, state).missing_keys
+    missing = [name for name in missing if ".lora_" in name]
+    if missing:
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: no weights of the adapters {sorted(missing)[:3]}")
+    return adapted
+
+
+def _read_adapter_config(file: Path) -> LoraConfig:
+    values = read_json(file)
+    for name, allowed in _PLAIN.items():
+        if values.get(name) not in allowed:
+            raise CheckpointError(f"{file}: {name} is {str(values.get(name))[:80]!r}, expected {allowed[0]!r}")
+    rank, targets = values.get("r"), values.get("target_modules")
+    if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
+        raise CheckpointError(f"{file}: r is {str(rank)[:80]!r}, expected a rank of 1 to {_LARGEST_RANK}")
+    if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
+        raise CheckpointError(f"{file}: target_modules is {str(targets)[:80]!r}, expected a list of names")
+    numbers = {name: values.get(name, 0) for name in ("lora_alpha", "lora_dropout")}
+    check_numbers(numbers, str(file), 1e6)
+    with reading(file):
+        return LoraConfig(
+            r=rank, target_modules=targets, use_rslora=bool(values.get("use_rslora")), inference_mode=True, **numbers
+        )
 
 
 def lora_targets(vla: OpenVLAForActionPrediction, skip_vision: bool = False) -> list[str]:

@@ -10,6 +10,7 @@ slices under bf16 rotary angles. The first follows from the keys; the rest is fi
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -18,20 +19,23 @@ import torch
 from torch import Tensor
 
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
-from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+from prismatic.model_files import CheckpointError, read_json, reading, regular_file
 from prismatic.models.action_heads import ChunkStart, L1RegressionActionHead, RopeMode
 from prismatic.models.projectors import ProprioProjector
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.checkpoint_files import (
     FORMAT_VERSION,
     LoadedCheckpoint,
+    build_and_fill,
     contiguous,
-    has_weights,
-    load_strictly,
+    load_processor,
     load_vla,
+    read_config,
+    read_statistics,
 )
-from prismatic.training.checkpoint_folder import read_json, write_json
-from prismatic.vla.action_spec import ACTION_SPECS, ActionSpec
+from prismatic.training.checkpoint_folder import write_json
+from prismatic.training.published_spec import HeadSizes, published_spec
+from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.images import ImageSpec
 from prismatic.vla.prompts import PROMPT_KIND
 
@@ -45,33 +49,50 @@ _AUTO_MAP = {
 }
 
 
-def is_published(path: Path) -> bool:
-    """Whether the folder holds a merged model beside a published action-head file."""
-    return has_weights(path) and bool(_component_files(path, _HEAD))
-
-
-def load_published(path: str | Path, num_images: int | None = None) -> LoadedCheckpoint:
+def load_published(
+    path: str | Path,
+    num_images: int | None = None,
+    robot: str | ActionSpec | None = None,
+    data_set: str | None = None,
+) -> LoadedCheckpoint:
     """Read a published folder; everything it does not state is derived and recorded in the manifest.
 
     Args:
         path: the folder.
         num_images: images per sample; None takes the config's own entry or, as published folders have none, the 512
             vision tokens of published heads divided by the patches of an image.
+        robot, data_set: what says chunk length and normalisation when the names in the statistics do not
+            (`published_spec`).
 
     Raises FileNotFoundError for a missing file, ValueError for keys or shapes that do not fit, naming them.
     """
     path = Path(path)
-    vla = load_vla(path, num_images or _published_num_images(path))
-    statistics = read_json(path / "dataset_statistics.json")
+    statistics = read_statistics(path)
     head_file, projector = _only_component(path, _HEAD), None
-    if _component_files(path, _PROPRIO):
-        projector = _load_projector(_only_component(path, _PROPRIO), vla)
     state = read_component(head_file)
-    spec = action_spec_of(_action_dim(state, head_file), _proprio_dim(projector, statistics), path)
+    proprio = read_component(_only_component(path, _PROPRIO)) if _component_files(path, _PROPRIO) else None
+    sizes = HeadSizes(_action_dim(state, head_file), None if proprio is None else _proprio_dim(proprio, path))
+    spec = published_spec(sizes, statistics, path, robot, data_set)
+    vla = load_vla(path, num_images or _published_num_images(path))
+    if proprio is not None:
+        file, sized = _only_component(path, _PROPRIO), (vla.llm_dim, spec.proprio_dim)
+        projector = build_and_fill(lambda: ProprioProjector(*sized), proprio, file)
+    else:
+        statistics = {name: _without_proprio(entry, spec) for name, entry in statistics.items()}
     head = _load_head(state, head_file, vla, spec)
-    model = VLAPolicyModel(vla, head, projector, legacy_slices=True).eval()
+    with reading(path):
+        model = VLAPolicyModel(vla, head, projector, legacy_slices=True).eval()
     manifest = _derived_manifest(model, spec) | {"step": _step_in_name(head_file)}
-    return LoadedCheckpoint(model, PrismaticProcessor.from_pretrained(path), manifest, statistics, path)
+    return LoadedCheckpoint(model, load_processor(path, vla), manifest, statistics, path)
+
+
+def _without_proprio(entry: dict, spec: ActionSpec) -> dict:
+    """Statistics of a policy that reads no robot state: public files hold zeros of any number there, or nothing."""
+    quantities = ("mean", "std", "max", "min", "q01", "q99")
+    found = entry.get("proprio")
+    if isinstance(found, dict) and all(len(found.get(name) or ()) == spec.proprio_dim for name in quantities):
+        return entry
+    return entry | {"proprio": dict.fromkeys(quantities, [0.0] * spec.proprio_dim)}
 
 
 def _derived_manifest(model: VLAPolicyModel, spec: ActionSpec) -> dict:
@@ -91,32 +112,17 @@ def _derived_manifest(model: VLAPolicyModel, spec: ActionSpec) -> dict:
     }
 
 
-def action_spec_of(action_dim: int, proprio_dim: int | None, source: Path) -> ActionSpec:
-    """The registered robot's action specification with these sizes; ValueError when none or several fit."""
-    fitting = {
-        spec
-        for spec in ACTION_SPECS.values()
-        if spec.action_dim == action_dim and proprio_dim in (None, spec.proprio_dim)
-    }
-    if len(fitting) != 1:
-        raise ValueError(
-            f"{source}: {len(fitting)} registered robots have {action_dim} action and {proprio_dim} proprio "
-            "dimensions, expected one (prismatic/vla/action_spec.py)"
-        )
-    return fitting.pop()
-
-
 # ------------------------------------------------------------------------------------------------ reading
 
 
 def _published_num_images(path: Path) -> int:
-    config = OpenVLAForActionPrediction.config_class.from_pretrained(path, local_files_only=True)
-    stated = read_json(path / "config.json").get("num_images_in_input")
-    if stated is not None:
-        return int(stated)
-    patches = config.tower_specs()[0].num_patches
+    config = read_config(path)
+    if read_json(path / "config.json").get("num_images_in_input") is not None:
+        return config.num_images_in_input
+    with reading(path / "config.json"):
+        patches = config.tower_specs()[0].num_patches
     if PUBLISHED_TASK_TOKENS % patches:
-        raise ValueError(
+        raise CheckpointError(
             f"{path}: config.json states no number of images, and the {PUBLISHED_TASK_TOKENS} vision tokens of a "
             f"published head are no multiple of {patches} patches per image: pass --num_images_in_input"
         )
@@ -126,51 +132,49 @@ def _published_num_images(path: Path) -> int:
 def _action_dim(state: dict[str, Tensor], file: Path) -> int:
     missing = [key for key in ("model.fc1.weight", "model.fc2.weight") if key not in state]
     if missing:
-        raise ValueError(f"{file}: not an L1 action head: {missing} missing, found {sorted(state)[:8]}")
+        raise CheckpointError(f"{file}: not an L1 action head: {missing} missing, found {sorted(state)[:8]}")
     return state["model.fc2.weight"].shape[0]
 
 
-def _proprio_dim(projector: ProprioProjector | None, statistics: dict) -> int | None:
-    if projector is not None:
-        return projector.proprio_dim
-    dims = {len(entry["proprio"]["mean"]) for entry in statistics.values() if "proprio" in entry}
-    return dims.pop() if len(dims) == 1 else None
+def _proprio_dim(state: dict[str, Tensor], path: Path) -> int:
+    if "fc1.weight" not in state:
+        file = _only_component(path, _PROPRIO)
+        raise CheckpointError(f"{file}: not a proprio projector: fc1.weight is missing, found {sorted(state)[:8]}")
+    return state["fc1.weight"].shape[-1]
 
 
 def _load_head(
     state: dict[str, Tensor], file: Path, vla: OpenVLAForActionPrediction, spec: ActionSpec
 ) -> L1RegressionActionHead:
     blocks = {int(m[1]) for key in state if (m := re.match(r"model\.mlp_resnet_blocks\.(\d+)\.", key))}
-    head = L1RegressionActionHead(
-        hidden_dim=state["model.fc2.weight"].shape[1],
-        action_dim=spec.action_dim,
-        chunk_len=spec.chunk_len,
-        num_blocks=max(1, len(blocks)),
-        num_heads=PUBLISHED_HEADS,
-        num_task_tokens=vla.vision_backbone.num_vision_tokens,
-        use_pro_version=any(".k_self." in key for key in state),
-        rope_mode=RopeMode.LEGACY,
-        chunk_start=ChunkStart.ZEROS,
-        published_layout=True,
-    )
-    load_strictly(head, state, file)
-    return head
-
-
-def _load_projector(file: Path, vla: OpenVLAForActionPrediction) -> ProprioProjector:
-    state = read_component(file)
-    if "fc1.weight" not in state:
-        raise ValueError(f"{file}: not a proprio projector: fc1.weight is missing, found {sorted(state)[:8]}")
-    projector = ProprioProjector(vla.llm_dim, state["fc1.weight"].shape[1])
-    load_strictly(projector, state, file)
-    return projector
+    options = {
+        "hidden_dim": state["model.fc2.weight"].shape[-1],
+        "action_dim": spec.action_dim,
+        "chunk_len": spec.chunk_len,
+        "num_blocks": max(1, len(blocks)),
+        "num_heads": PUBLISHED_HEADS,
+        "num_task_tokens": vla.vision_backbone.num_vision_tokens,
+        "use_pro_version": any(".k_self." in key for key in state),
+        "rope_mode": RopeMode.LEGACY,
+        "chunk_start": ChunkStart.ZEROS,
+        "published_layout": True,
+    }
+    with reading(file):
+        return build_and_fill(lambda: L1RegressionActionHead(**options), state, file)
 
 
 def read_component(file: Path) -> dict[str, Tensor]:
     """State dict of a published `.pt` file in fp32, without the `module.` prefix that DDP left in its keys."""
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(regular_file(file), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{file}: expected tensors alone, found other objects, which are not read") from error
+    except (RuntimeError, ValueError, EOFError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: truncated, or not a file written by torch.save: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{file}: expected a state dict (name -> tensor), found {type(state).__name__}")
+        raise CheckpointError(f"{file}: expected a state dict (name -> tensor), found {type(state).__name__}")
     return {key.removeprefix("module."): value.float() for key, value in state.items()}
 
 
@@ -182,7 +186,7 @@ def _only_component(path: Path, component: str) -> Path:
     files = _component_files(path, component)
     if len(files) != 1:
         found = [file.name for file in files]
-        raise ValueError(f"{path}: expected exactly one {component}--*checkpoint.pt, found {found}")
+        raise CheckpointError(f"{path}: expected exactly one {component}--*checkpoint.pt, found {found}")
     return files[0]
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
 
-from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
+from prismatic.model_files import CheckpointError, has_weights
 from prismatic.models.native import check_native_config, load_native_weights
 from prismatic.models.presets import (
     PRESETS,
@@ -20,9 +20,10 @@ from prismatic.models.presets import (
     image_spec_of,
 )
 from prismatic.models.vla_policy import VLAPolicyModel
-from prismatic.training.checkpoint_files import has_weights
+from prismatic.training.base_model import BaseModel
+from prismatic.training.checkpoint_files import read_config
 from prismatic.training.checkpoint_folder import MANIFEST
-from prismatic.training.checkpoints import BaseModel, load_checkpoint
+from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.config import FinetuneConfig, TuningMode
 from prismatic.training.instruction_record import recorded_instructions, with_trained_on
 from prismatic.training.lora import lora_targets
@@ -169,11 +170,13 @@ def load_start_model(cfg: FinetuneConfig) -> StartModel:
         vla, head, projector = build_vla(source, cfg.seed, spec.proprio_dim, **_head_flags(cfg, spec))
         model = VLAPolicyModel(vla, head, projector, legacy_slices=bool(cfg.legacy_slices))
         return StartModel(model, build_processor(source, cfg.tokenizer_path), spec, image, None, "random")
-    if not Path(source).is_dir():
-        raise FileNotFoundError(
-            f"--config_file_path {source}: neither a folder nor a preset ({', '.join(sorted(PRESETS))})"
+    try:
+        loaded = load_checkpoint(
+            source, cfg.num_images_in_input, cfg.base_checkpoint, cfg.robot_platform, cfg.dataset_name
         )
-    loaded = load_checkpoint(source, cfg.num_images_in_input)
+    except CheckpointError as error:
+        presets = "" if Path(source).is_dir() else f"; presets: {', '.join(sorted(PRESETS))}"
+        raise type(error)(f"--config_file_path: {error}{presets}") from error
     return StartModel(
         loaded.model,
         loaded.processor,
@@ -193,7 +196,7 @@ def _native_start(cfg: FinetuneConfig, source: str) -> StartModel:
     if source in PRESETS:
         config, processor = build_config(source), build_processor(source, cfg.tokenizer_path)
     elif (Path(source) / "config.json").is_file() and not has_weights(Path(source)):
-        config = OpenVLAConfig.from_pretrained(source, local_files_only=True)
+        config = read_config(Path(source))
         processor = PrismaticProcessor.from_pretrained(source)
     else:
         raise ValueError(
@@ -208,7 +211,7 @@ def _native_start(cfg: FinetuneConfig, source: str) -> StartModel:
     report = load_native_weights(vla, cfg.vlm_path)
     model = VLAPolicyModel(vla, head, projector, legacy_slices=bool(cfg.legacy_slices))
     image = ImageSpec(size=config.tower_specs()[0].image_size)
-    base = BaseModel("native", str(report.file), report.sha256)
+    base = BaseModel.of_native(report.file, report.sha256)
     return StartModel(model, processor, spec, image, base, "native")
 
 

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from prismatic.craft import CRaFTWeightManager
+from prismatic.model_files import CheckpointError, existing, read_json, reading, regular_file
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.checkpoint_files import contiguous, load_tensors, tensors_hash
-from prismatic.training.checkpoint_folder import TRAINING_STATE, CheckpointError, existing, read_json, reading
+from prismatic.training.checkpoint_folder import TRAINING_STATE
 from prismatic.training.ema import WeightAverage
 from prismatic.training.retention.landing import Landing
 from prismatic.training.retention.protocol import Retention
@@ -107,7 +108,7 @@ def _saved_generators(folder: Path) -> list[dict]:
     if "ranks" in saved:
         return saved["ranks"]
     with reading(folder / "rng.pt"):  # an earlier version, which saved rank 0 only
-        rng = torch.load(existing(folder / "rng.pt"), weights_only=True)
+        rng = torch.load(regular_file(folder / "rng.pt"), weights_only=True)
         cuda = _encode(rng["cuda"][0]) if rng["cuda"] else None
         return [saved | {"torch": _encode(rng["torch"]), "cuda": cuda}]
 
@@ -239,7 +240,7 @@ def _restore_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     old = folder / "optimizer.pt"
     if old.exists():  # an earlier version
         with reading(old):
-            optimizer.load_state_dict(torch.load(old, weights_only=True))
+            optimizer.load_state_dict(torch.load(regular_file(old), weights_only=True))
         return
     file = folder / "optimizer.json"
     values, tensors = read_json(file), load_tensors(folder / "optimizer.safetensors")

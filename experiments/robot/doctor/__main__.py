@@ -18,6 +18,7 @@ from experiments.robot.doctor.findings import Check, Finding, exit_code
 from experiments.robot.libero.simulator import RenderMode
 from experiments.robot.libero.suites import BASE_SUITES, nearest_suite, split_suite
 from prismatic.command_line import OneLineParser, bad_input_in_one_line
+from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 
 SHIPPED_DATA = Path(__file__).parents[3] / "datasets" / "rlds" / "libero_object_scripted_no_noops"
 """Scripted demonstrations of a source checkout; an installed package has none."""
@@ -33,6 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--suite", help="suite to be evaluated (default: that of the data)")
     add("--unnorm_key", help="key of the normalisation statistics (default: by the suite's name)")
     add("--num_images_in_input", type=int, help="images per sample of a published checkpoint")
+    add("--data_set_file", help="Python file that registers data sets of your own (docs/datasets.md)")
+    add("--robot_platform", help=ROBOT_PLATFORM)
+    add("--base_checkpoint", help=BASE_CHECKPOINT)
     add("--render_mode", choices=[m.value for m in RenderMode], help="of the colour check (default: that of --data)")
     add("--quick", action="store_true", help="nothing that renders: no colours, no image comparison, no replay")
     add("--json", help="also write the findings to this file")
@@ -72,8 +76,11 @@ def collect_checks(args: argparse.Namespace) -> list[Check]:
 def _checkpoint_checks(args: argparse.Namespace, data: Any) -> list[Check]:
     from experiments.robot.doctor.checkpoint_checks import Wanted, checkpoint_checks
     from prismatic.training.checkpoints import load_checkpoint
+    from prismatic.vla.datasets.registry import load_data_set_file
 
-    loaded = load_checkpoint(args.checkpoint, args.num_images_in_input)
+    if args.data_set_file is not None:
+        load_data_set_file(args.data_set_file)
+    loaded = load_checkpoint(args.checkpoint, args.num_images_in_input, args.base_checkpoint, args.robot_platform)
     suite = args.suite or (data.suite if args.data else None)
     known = data is not None and bool(args.data)  # the shipped demonstrations are not what it was trained on
     wanted = Wanted(suite, args.unnorm_key, data.name if known else None, data.statistics() if known else None)

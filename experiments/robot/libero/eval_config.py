@@ -16,6 +16,7 @@ from experiments.robot.libero.simulator import RenderMode, ResetMode
 from experiments.robot.libero.suites import LanguageSource, resolve_language_source, split_suite
 from experiments.robot.libero.video import SaveVideos
 from prismatic.command_line import ForeignFlag, UsageError, check_values, flag, parse, require_package
+from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 
 DEFAULT_INITIAL_STATES = "DEFAULT"
 _LONGEST_NAME = 200
@@ -55,6 +56,9 @@ class EvalConfig:
     )
     unnorm_key: str = flag("", "Key of the normalisation statistics. Empty: the suite's name, or `<suite>_no_noops`.")
     phase: str = "Inference"
+    data_set_file: str | None = flag(None, "Python file that registers data sets of your own (docs/datasets.md)")
+    robot_platform: str | None = flag(None, ROBOT_PLATFORM)
+    base_checkpoint: str | None = flag(None, BASE_CHECKPOINT)
 
     # --- LIBERO (published flags)
     task_suite_name: str = "libero_spatial"

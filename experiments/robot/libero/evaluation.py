@@ -35,8 +35,10 @@ from experiments.robot.libero.initial_states import read_initial_states
 from experiments.robot.libero.scheduler import CrashReport, Report, SessionReport, WorkerPool, run_in_process
 from experiments.robot.libero.suites import language_warnings, with_language
 from experiments.robot.libero.tracking import make_tracker
+from prismatic.model_files import CheckpointError
 from prismatic.output_folder import hold, release
 from prismatic.training.checkpoint_folder import MANIFEST
+from prismatic.training.folder_kinds import check_is_checkpoint
 
 PINNED_VERSIONS = {"mujoco": "3.3.0", "robosuite": "1.4.0"}
 """Simulator versions behind the published numbers; others change success rates by up to 86 points on single tasks."""
@@ -48,21 +50,31 @@ class LiberoBackend:
     """The real policy, data sets and simulator. Imports happen where they are needed."""
 
     def check_machine(self, cfg: EvalConfig) -> None:
-        """The device of the policy, and the renderer unless nobody looks."""
+        """The device of the policy and its folder, and the renderer unless nobody looks. Raises EvalInputError."""
         from experiments.robot.libero import simulator
 
         if cfg.control is not Control.REPLAY:
             usable_device(cfg.device)
+            try:
+                check_is_checkpoint(cfg.pretrained_checkpoint)
+            except CheckpointError as error:
+                raise EvalInputError(f"--pretrained_checkpoint: {error}") from error
         simulator.require(render=cfg.renders())
 
     def load_policy(self, cfg: EvalConfig) -> Any:
-        """`VLAPolicy` from the checkpoint directory, on `cfg.device` or the best device there is."""
+        """`VLAPolicy` from the checkpoint directory, on `cfg.device` or the best device there is.
+
+        Raises EvalInputError for a checkpoint that cannot be used.
+        """
         from experiments.robot.policy import VLAPolicy
+        from prismatic.vla.datasets.registry import load_data_set_file
 
         device = usable_device(cfg.device)
-        key, images = cfg.statistics_key(), cfg.num_images_in_input
+        if cfg.data_set_file is not None:
+            load_data_set_file(cfg.data_set_file)
+        options = {"num_images": cfg.num_images_in_input, "base": cfg.base_checkpoint, "robot": cfg.robot_platform}
         try:
-            return VLAPolicy.from_checkpoint(cfg.pretrained_checkpoint, device, unnorm_key=key, num_images=images)
+            return VLAPolicy.from_checkpoint(cfg.pretrained_checkpoint, device, cfg.statistics_key(), **options)
         except KeyError as error:
             raise EvalInputError(f"--unnorm_key: checkpoint {cfg.pretrained_checkpoint}: {error.args[0]}") from error
         except (ValueError, OSError) as error:
@@ -224,6 +236,7 @@ def run_fingerprint(cfg: EvalConfig) -> tuple[str, str]:
     names = ("task_suite_name", "control", "seed", "num_open_loop_steps", "num_steps_wait", "env_img_res")
     names += ("initial_states_path", "render_mode", "reset_mode", "unnorm_key", "init_noise_mm")
     names += ("batch_inference",) if cfg.batch_inference else ()  # as the default, it changes nothing
+    names += ("robot_platform",) if cfg.robot_platform is not None else ()  # else the checkpoint says it
     settings = {name: _plain(getattr(cfg, name)) for name in names} | {"checkpoint": checkpoint.rpartition("@")[2]}
     settings["initial_states_path"] = _initial_states(cfg)
     settings["language_source"] = cfg.resolved_language_source().value

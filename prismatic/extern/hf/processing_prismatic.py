@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, BatchFeature
+from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
+
+from prismatic.extern.hf.tokenizer_files import load_tokenizer, save_tokenizer
+from prismatic.model_files import read_json
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
@@ -142,7 +145,7 @@ class PrismaticImageProcessor(BaseImageProcessor):
     @classmethod
     def from_pretrained(cls, directory: str | Path, **options: Any) -> PrismaticImageProcessor:
         """Read preprocessor_config.json of a local folder; FileNotFoundError when absent. `options`: `from_dict`."""
-        return cls.from_dict(_read_json(Path(directory) / PREPROCESSOR_FILE), **options)
+        return cls.from_dict(read_json(Path(directory) / PREPROCESSOR_FILE), **options)
 
 
 class PrismaticProcessor:
@@ -173,7 +176,7 @@ class PrismaticProcessor:
     def save_pretrained(self, directory: str | Path) -> None:
         """Write tokenizer files, preprocessor_config.json and processor_config.json."""
         Path(directory).mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(str(directory))
+        save_tokenizer(self.tokenizer, Path(directory))
         self.image_processor.save_pretrained(directory)
         _write_json(Path(directory) / PROCESSOR_FILE, {"processor_class": "PrismaticProcessor"})
 
@@ -184,13 +187,7 @@ class PrismaticProcessor:
         `options`: loading options of AutoProcessor, without effect.
         """
         image_processor = PrismaticImageProcessor.from_pretrained(directory, **options)
-        return cls(image_processor, AutoTokenizer.from_pretrained(str(directory), local_files_only=True))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    return json.loads(path.read_text(encoding="utf-8"))
+        return cls(image_processor, load_tokenizer(directory))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
