@@ -30,7 +30,6 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", help="checkpoint folder; without it, statistics, crop, images and attention are not checked")
     add("--data", help="data set the checkpoint was trained on (default: the shipped demonstrations, if any)")
-    add("--data_set_file", help="Python file that registers the data set (docs/datasets.md)")
     add("--suite", help="suite to be evaluated (default: that of the data)")
     add("--unnorm_key", help="key of the normalisation statistics (default: by the suite's name)")
     add("--num_images_in_input", type=int, help="images per sample of a published checkpoint")
@@ -76,10 +75,7 @@ def collect_checks(args: argparse.Namespace) -> list[Check]:
 def _checkpoint_checks(args: argparse.Namespace, data: Any) -> list[Check]:
     from experiments.robot.doctor.checkpoint_checks import Wanted, checkpoint_checks
     from prismatic.training.checkpoints import load_checkpoint
-    from prismatic.vla.datasets.registry import load_data_set_file
 
-    if args.data_set_file is not None:
-        load_data_set_file(args.data_set_file)
     loaded = load_checkpoint(args.checkpoint, args.num_images_in_input, args.base_checkpoint, args.robot_platform)
     suite = args.suite or (data.suite if args.data else None)
     known = data is not None and bool(args.data)  # the shipped demonstrations are not what it was trained on
