@@ -112,7 +112,7 @@ def test_flags_replace_values_of_the_preset():
         ({"preset": "huge"}, "--preset: found 'huge'"),
         ({"suites": "libero_90"}, r"--suites: found \['libero_90'\]"),
         ({"seeds": "0,-1"}, "--seeds: expected whole numbers"),
-        ({"max_steps": 0}, "--max_steps: expected at least 1, found 0"),
+        ({"max_steps": 0}, "--max_steps is 0, expected at least 1"),
         ({"num_gpus": -1}, "--num_gpus"),
     ],
 )

@@ -66,9 +66,10 @@ def test_the_shipped_data_keep_their_conventions(object_data):
 
 def test_an_unregistered_name_needs_the_file_that_registers_it(tmp_path, object_data, capsys, monkeypatch):
     folder = write_lerobot_v21(tmp_path / "my_arm", [cut(object_data.reader.episode(0))])
-    assert command.main(["--data", str(folder), "--quick"]) == 2
+    with pytest.raises(SystemExit) as end:
+        command.main(["--data", str(folder), "--quick"])
     line = capsys.readouterr().err
-    assert line.startswith("error: data set 'my_arm'") and "--data_set_file" in line and line.count("\n") == 1
+    assert end.value.code == 2 and line.startswith("doctor: error: data set 'my_arm'") and "--data_set_file" in line and line.count("\n") == 1
     text = (
         "from prismatic.vla.datasets.registry import *\nregister_data_set('my_arm', get_data_set_config('libero_'))\n"
     )
