@@ -69,7 +69,8 @@ def test_an_unregistered_name_needs_the_file_that_registers_it(tmp_path, object_
     with pytest.raises(SystemExit) as end:
         command.main(["--data", str(folder), "--quick"])
     line = capsys.readouterr().err
-    assert end.value.code == 2 and line.startswith("doctor: error: data set 'my_arm'") and "--data_set_file" in line and line.count("\n") == 1
+    assert end.value.code == 2 and line.startswith("doctor: error: data set 'my_arm'")
+    assert "--data_set_file" in line and line.count("\n") == 1
     text = (
         "from prismatic.vla.datasets.registry import *\nregister_data_set('my_arm', get_data_set_config('libero_'))\n"
     )
