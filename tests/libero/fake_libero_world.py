@@ -128,6 +128,9 @@ class FakeBackend:
     def check_machine(self, cfg):
         pass
 
+    def check_policy(self, cfg):
+        pass
+
     def load_policy(self, cfg):
         if self.load_error and self.load_error != "exit":
             raise OSError(self.load_error)

@@ -50,16 +50,21 @@ class LiberoBackend:
     """The real policy, data sets and simulator. Imports happen where they are needed."""
 
     def check_machine(self, cfg: EvalConfig) -> None:
-        """The device of the policy and its folder, and the renderer unless nobody looks. Raises EvalInputError."""
+        """The device of the policy, and the renderer unless nobody looks."""
         from experiments.robot.libero import simulator
 
         if cfg.control is not Control.REPLAY:
             usable_device(cfg.device)
-            try:
-                check_is_checkpoint(cfg.pretrained_checkpoint)
-            except CheckpointError as error:
-                raise EvalInputError(f"--pretrained_checkpoint: {error}") from error
         simulator.require(render=cfg.renders())
+
+    def check_policy(self, cfg: EvalConfig) -> None:
+        """What can be seen of the checkpoint without loading it. Raises EvalInputError."""
+        if cfg.control is Control.REPLAY:
+            return
+        try:
+            check_is_checkpoint(cfg.pretrained_checkpoint)
+        except CheckpointError as error:
+            raise EvalInputError(f"--pretrained_checkpoint: {error}") from error
 
     def load_policy(self, cfg: EvalConfig) -> Any:
         """`VLAPolicy` from the checkpoint directory, on `cfg.device` or the best device there is.
@@ -265,7 +270,9 @@ def evaluate(cfg: EvalConfig, backend: Backend | None = None) -> dict[str, Any]:
         WorkerFailedError: a worker process could not load what it needs.
     """
     cfg.validate()
-    backend = backend or LiberoBackend()
+    if backend is None:
+        backend = LiberoBackend()
+        backend.check_policy(cfg)
     backend.check_machine(cfg)
     if cfg.control is Control.REPLAY:
         cfg = with_policy_protocol(cfg, backend)
