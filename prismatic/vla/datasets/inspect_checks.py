@@ -143,7 +143,7 @@ def _check_gripper(report: dict) -> Iterator[Finding]:
 def _motion(use: dict) -> str:
     if use["opens_when_high"] is None:
         return ""
-    return f", and the fingers open after the {'higher' if use['opens_when_high'] else 'lower'} ones"
+    return f", and the fingers are open under the {'higher' if use['opens_when_high'] else 'lower'} ones"
 
 
 def _way_out(use: dict, data_set: str) -> str:
