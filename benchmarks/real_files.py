@@ -97,6 +97,8 @@ def _stand_in_for_torchvision() -> None:
     else:
         return
 
+    import datasets  # noqa: F401 - looks for the real one
+
     class Anything(types.ModuleType):
         __path__: list = []
 

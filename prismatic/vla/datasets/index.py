@@ -208,7 +208,6 @@ class IndexWriter:
                 if isinstance(error, DataSetError):
                     error.args = (f"{error}; --skip_bad_episodes True leaves such episodes out",)
                 raise
-            del self._episodes[count:]
             self._first_problem = self._first_problem or error
             self.problems[str(count)] = str(error)
             self._append_episode("", 0, b"unreadable", None)
