@@ -108,7 +108,8 @@ class _Scaling:
         self.mask = np.array(mask)
         self.constant = self.mask & (self.values["min"] == self.values["max"])
         for low, high in (("q01", "q99"), ("min", "max")):
-            wrong = np.flatnonzero(self.values[low] > self.values[high])
+            slack = 1e-6 * (1 + np.abs(self.values[high]))  # of numbers that were rounded on their way
+            wrong = np.flatnonzero(self.values[low] > self.values[high] + slack)
             if wrong.size:
                 raise StatisticsError(f"{where}: {group}.{low} > {group}.{high} in dimensions {wrong.tolist()}")
         if (self.values["std"] < 0).any():

@@ -1,6 +1,8 @@
 """Validation: fixed samples, shares of processes, and no effect on the run."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -121,3 +123,69 @@ def test_augmented_samples_are_refused(make_trainer):
 def test_bad_flags_are_named(flags):
     with pytest.raises(ValueError, match=f"{next(iter(flags))} is"):
         FinetuneConfig(**flags)
+
+
+# A split of the files
+
+
+@pytest.fixture
+def two_splits(golden_dir, tmp_path):
+    """The small data set with its second shard as the split `valid`."""
+    folder = tmp_path / "data" / "libero_mini_no_noops" / "1.0.0"
+    source = golden_dir / "rlds_mini" / "libero_mini_no_noops" / "1.0.0"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(".craft_index"))
+    info = json.loads((folder / "dataset_info.json").read_text())
+    name, (split,) = info["name"], info["splits"]
+    lengths = split["shardLengths"]
+    for number, new in enumerate(("train", "valid")):
+        (folder / f"{name}-train.tfrecord-{number:05d}-of-00002").rename(
+            folder / f"{name}-{new}.tfrecord-00000-of-00001"
+        )
+    info["splits"] = [{"name": new, "shardLengths": [lengths[n]]} for n, new in enumerate(("train", "valid"))]
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return str(tmp_path / "data"), [int(length) for length in lengths]
+
+
+def test_another_split_is_measured_on_and_all_of_train_is_trained_on(make_trainer, two_splits):
+    root, (train, valid) = two_splits
+    setup = make_trainer("run", data_root_dir=root, use_val_set=True, val_split="valid").setup
+    assert [len(ids) for ids in setup.dataset.episode_ids.values()] == [train]
+    assert [len(ids) for ids in setup.val_dataset.episode_ids.values()] == [valid]
+    assert setup.val_dataset.fingerprints != setup.dataset.fingerprints
+    assert setup.val_dataset.normalizers.keys() == setup.dataset.normalizers.keys()
+    assert not setup.val_dataset.settings.image_aug
+    other = make_trainer("other", data_root_dir=root, split="valid").setup
+    assert other.dataset.fingerprints == setup.val_dataset.fingerprints
+    assert other.dataset.manifest()["libero_mini_no_noops"]["split"] == "valid"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"val_split": "valid"}, "--val_split valid has no effect: it needs --use_val_set True"),
+        ({"val_split": "train", "use_val_set": True}, "--val_split train is the split that is trained on"),
+        ({"val_split": "a", "split": "a", "use_val_set": True}, "--val_split a is the split that is trained on"),
+    ],
+)
+def test_a_validation_split_that_makes_no_sense(flags, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**flags)
+
+
+def test_a_split_that_is_not_there_lists_those_that_are(make_trainer, two_splits):
+    with pytest.raises(ValueError, match=r"no split 'test', found splits \['train', 'valid'\]: name one with --split"):
+        make_trainer("run", data_root_dir=two_splits[0], split="test")
+
+
+def test_a_broken_episode_stops_a_run_unless_it_is_left_out(make_trainer, two_splits, capsys):
+    root, (train, _) = two_splits
+    (shard,) = Path(root).glob("*/*/*-train.tfrecord*")
+    content = bytearray(shard.read_bytes())
+    content[500] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="record 0 .*--skip_bad_episodes True"):
+        make_trainer("strict", data_root_dir=root)
+    setup = make_trainer("lenient", data_root_dir=root, skip_bad_episodes=True).setup
+    assert [len(ids) for ids in setup.dataset.episode_ids.values()] == [train - 1]
+    assert list(setup.dataset.manifest()["libero_mini_no_noops"]["left_out"]) == ["0"]
+    assert f"1 of {train} episodes are left out" in capsys.readouterr().out

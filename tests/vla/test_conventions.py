@@ -25,9 +25,10 @@ def episode_of(index, change=lambda actions, state: None, length=30):
     actions, state = episode.actions, episode.state
     actions[:, 6] = np.where(np.arange(length) < OPEN_STEPS, -1, 1)
     state[:, 3:6] = [[np.pi + 0.01 * (-1) ** t, 0, 0] for t in range(length)]
-    width = np.cumsum(np.where(actions[:, 6] < 0, 0.001, -0.001))
-    state[1:, 6], state[1:, 7] = width[:-1], -width[:-1]
-    state[0, 6:] = 0
+    width = 0.039 - np.cumsum(np.where(actions[:, 6] < 0, 0, 0.005)).clip(0, 0.03)
+    lag = index - 1  # states are of before, of at and of after the action
+    width = np.roll(width, lag)
+    state[:, 6], state[:, 7] = width, -width
     change(actions, state)
     return episode
 

@@ -189,6 +189,15 @@ def test_the_instruction_in_the_file_comes_before_its_name(folder, told, instruc
     assert all(PLATE in line and repr(instruction) in line and "'push the plate'" in line for line in source.warnings)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("language_instruction", "fold it"), ("language_instruction", b"fold it"), ("ep_meta", '{"lang": "fold it"}')],
+)
+def test_a_demonstration_may_have_an_instruction_of_its_own(folder, name, value):
+    edit(folder, lambda demo: demo.attrs.create(name, value))
+    assert list(HDF5Source(folder, HDF5_KEYS).instructions) == ["push the plate", "fold it"]
+
+
 @pytest.mark.parametrize("value", ["{", "[]", "\xff", b"{}", 3])
 def test_a_description_that_says_nothing_is_not_read(folder, value):
     tell(folder, "problem_info", value)

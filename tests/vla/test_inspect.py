@@ -118,6 +118,18 @@ def test_each_problem_is_named(check, tmp_path):
     assert found in checks(report)[check]
 
 
+def test_episodes_that_cannot_be_read_do_not_hide_the_others(tmp_path, capsys):
+    directory = write_data_set(tmp_path, "libero_demo", [good_episode(0), good_episode(1)])
+    (shard,) = directory.glob("*tfrecord*")
+    content = bytearray(shard.read_bytes())
+    content[300] ^= 1
+    shard.write_bytes(content)
+    report = run(tmp_path)
+    assert "1, first: " in checks(report)["unreadable episodes"] and report["frames"] == 12
+    assert inspect_module.main([str(tmp_path / "libero_demo")]) == 0
+    assert "record 0 at offset 0 has a corrupt payload" in capsys.readouterr().out
+
+
 def test_duplicates(tmp_path):
     write_data_set(tmp_path, "libero_demo", [good_episode(0), good_episode(1), good_episode(0)])
     assert checks(run(tmp_path)) == {"duplicate episodes": "episodes [0, 2] have equal actions and states"}

@@ -259,7 +259,8 @@ def _add_file(writer: IndexWriter, path: Path, keys: SourceKeys, split: str) -> 
     with _opened(path) as file:
         for name in names:
             with writer.episode():
-                _add_demo(writer, path, keys, file[f"data/{name}"], told or named)
+                demo = file[f"data/{name}"]
+                _add_demo(writer, path, keys, demo, _told(demo) or told or named)
     return rate
 
 
@@ -281,11 +282,13 @@ def _add_demo(writer: IndexWriter, path: Path, keys: SourceKeys, demo, instructi
         raise DataSetError(f"{where}: {error}") from error
 
 
-def _told(data) -> str:
-    """The instruction that a file states for all its demonstrations, or an empty text."""
-    found = _json_attribute(data, "problem_info").get("language_instruction")
+def _told(group) -> str:
+    """The instruction that a file states for a demonstration or for all of them, or an empty text."""
+    found = _json_attribute(group, "problem_info").get("language_instruction")
+    found = found or _json_attribute(group, "ep_meta").get("lang") or group.attrs.get("language_instruction")
     if isinstance(found, list) and found and all(isinstance(part, str) for part in found):
         found = ("" if all(len(part) == 1 for part in found) else " ").join(found)
+    found = found.decode("utf-8", "replace") if isinstance(found, bytes) else found
     return found.strip().strip("\"'").strip() if isinstance(found, str) else ""
 
 

@@ -208,7 +208,6 @@ class IndexWriter:
                 if isinstance(error, DataSetError):
                     error.args = (f"{error}; --skip_bad_episodes True leaves such episodes out",)
                 raise
-            del self._episodes[count:]
             self._first_problem = self._first_problem or error
             self.problems[str(count)] = str(error)
             self._append_episode("", 0, b"unreadable", None)
@@ -297,7 +296,6 @@ class IndexWriter:
         if self._first_problem is not None and not self._arrays:
             raise self._first_problem
         instructions, lengths, records = zip(*self._episodes, strict=True) if self._episodes else ((), (), ())
-        more = len(self.warnings) - _MOST_WARNINGS
         header = {
             "version": VERSION,
             "files": stamp,
@@ -308,7 +306,7 @@ class IndexWriter:
             "instructions": instructions,
             "records": records,
             "problems": self.problems,
-            "warnings": self.warnings[:_MOST_WARNINGS] + [f"and {more} more of this kind"] * (more > 0),
+            "warnings": first_lines(self.warnings),
             "runs": self._runs,
         }
         with (self.folder / "index.json").open("w", encoding="utf-8") as stream:
@@ -318,6 +316,12 @@ class IndexWriter:
     def abort(self) -> None:
         """Close the files."""
         self._stack.close()
+
+
+def first_lines(lines: list[str]) -> list[str]:
+    """The first of many lines, and how many more there are."""
+    more = len(lines) - _MOST_WARNINGS
+    return lines[:_MOST_WARNINGS] + [f"and {more} more such lines"] * (more > 0)
 
 
 def _entry(values: np.ndarray) -> dict:

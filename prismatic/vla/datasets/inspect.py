@@ -27,7 +27,9 @@ from prismatic.vla.datasets.source import EpisodeSource, MissingFeatureError, So
 _MAX_INSTRUCTIONS = 20
 
 
-def open_folder(directory: str | os.PathLike, split: str | None = None) -> tuple[str, EpisodeSource, DataSetConfig]:
+def open_folder(
+    directory: str | os.PathLike, split: str | None = None, skip_bad: bool = False
+) -> tuple[str, EpisodeSource, DataSetConfig]:
     """Open a data-set folder `<root>/<name>` or an RLDS version directory `<root>/<name>/<x.y.z>`.
 
     The configuration is that of the folder's name. An RLDS folder without one is opened with all its cameras and the
@@ -50,8 +52,8 @@ def open_folder(directory: str | os.PathLike, split: str | None = None) -> tuple
     else:
         config = get_data_set_config(folder.name)  # raises
     if folder == directory:
-        return name, open_data_set(_root_of(folder, name), name, config, split), config
-    return name, _open_version(directory, config, split), config
+        return name, open_data_set(_root_of(folder, name), name, config, split, None, skip_bad), config
+    return name, _open_version(directory, config, split, skip_bad), config
 
 
 def _is_registered(name: str) -> bool:
@@ -70,12 +72,12 @@ def _is_version(directory: Path) -> bool:
     return directory in version_directories(directory.parent)
 
 
-def _open_version(directory: Path, config: DataSetConfig, split: str | None) -> RLDSSource:
+def _open_version(directory: Path, config: DataSetConfig, split: str | None, skip_bad: bool) -> RLDSSource:
     problems = []
     for keys in config.keys:
         if keys.format == "rlds":
             try:
-                return RLDSSource(directory, keys, split)
+                return RLDSSource(directory, keys, split, skip_bad)
             except MissingFeatureError as error:
                 problems.append(str(error))
     raise MissingFeatureError("; ".join(problems) or f"{directory}: its configuration has no keys for rlds")
@@ -113,7 +115,7 @@ def inspect(
     Returns:
         (report, output folder). Raises what `open_folder` raises.
     """
-    name, source, config = open_folder(directory, split)
+    name, source, config = open_folder(directory, split, True)
     output = Path(output or Path("runs") / "inspect" / name)
     report = {
         "data_set": name,
@@ -122,7 +124,7 @@ def inspect(
         "split": source.split,
         "keys": {"cameras": source.keys.cameras, "state": source.keys.state, "action": source.keys.action},
     }
-    report |= measure(source, config, max_images)
+    report |= measure(source, config, max_images) | {"unreadable": source.problems, "notes": source.warnings}
     report["warnings"] = find_problems(report)
     report["strips"] = [
         draw_strip(source, camera, output / f"frames_{camera.replace('/', '.')}.png").name

@@ -96,6 +96,11 @@ def _check_numbers(report: dict) -> Iterator[Finding]:
 def _check_episodes(report: dict) -> Iterator[Finding]:
     if not report["episodes"]:
         yield "no episodes", "0 episodes", "at least one"
+    unreadable = list(report.get("unreadable", {}).values())
+    if unreadable:
+        yield "unreadable episodes", f"{len(unreadable)}, first: {unreadable[0]}", "none (--skip_bad_episodes True)"
+    for line in report.get("notes", []):
+        yield "contradiction in the files", line, "files that agree; not needed to read them"
     if report["short_episodes"]:
         yield (
             "short episodes",
@@ -143,7 +148,7 @@ def _check_gripper(report: dict) -> Iterator[Finding]:
 def _motion(use: dict) -> str:
     if use["opens_when_high"] is None:
         return ""
-    return f", and the fingers open after the {'higher' if use['opens_when_high'] else 'lower'} ones"
+    return f", and the fingers are open under the {'higher' if use['opens_when_high'] else 'lower'} ones"
 
 
 def _way_out(use: dict, data_set: str) -> str:

@@ -16,7 +16,7 @@ QUANTILES = {"min": 0.0, "q01": 0.01, "q50": 0.5, "q99": 0.99, "max": 1.0}
 NOOP_NORM = 1e-4  # of the six motion dimensions, LIBERO's rule
 _ROTATION = slice(3, 6)  # axis-angle in a LIBERO state
 _FINGER_RANGE = 0.1  # metres; joints of LIBERO's gripper go to 0.04
-_FEWEST_MOTIONS, _CLEAR = 10, 5.0  # steps after each command, standard errors: random numbers show no direction
+_FEWEST_FRAMES, _CLEAR, _AGREEING = 5, 8.0, 0.8  # per command; standard errors; share of the episodes
 _MAX_LISTED = 10
 _MAX_DISTINCT = 16
 
@@ -92,8 +92,8 @@ def measure_gripper(
 
     Returns {opens, closes, low, high: range of the values, opening, closing: frames nearer to one command than to the
     other, outside: share beyond both, others: share at neither, constant: one of the commands and nothing else,
-    opens_when_high: whether the fingers (state 6 and 7, metres) move apart after the higher values, None when that is
-    not clear, reversed: it contradicts the commands}.
+    opens_when_high: whether the fingers (state 6 and 7, metres) are farther apart under the higher values, None when
+    that is not clear, reversed: it contradicts the commands}.
     """
     values = np.concatenate([episode[:, -1] for episode in actions]).astype(np.float64)
     values = values[np.isfinite(values)]
@@ -117,21 +117,35 @@ def measure_gripper(
 
 
 def _opens_when_high(actions: list[np.ndarray], states: list[np.ndarray]) -> bool | None:
-    """Whether the fingers move apart after the higher half of the commands; None when it is not clear."""
+    """Whether the fingers are farther apart under the higher half of the commands; None when it is not clear.
+
+    How far apart they are, not how they move: whether a state is that before or after its action changes nothing.
+    """
     if not states or states[0].shape[1] != 8 or actions[0].shape[1] != 7:
         return None
-    command = np.concatenate([episode[:-1, -1] for episode in actions]).astype(np.float64)
     fingers = [episode[:, 6:].astype(np.float64) for episode in states]
     if not all(np.abs(joints).max(initial=0) <= _FINGER_RANGE for joints in fingers):  # NaN is not either
         return None
-    motion = np.concatenate([np.diff(joints[:, 0] - joints[:, 1]) for joints in fingers])
-    middle = (command.min(initial=np.inf) + command.max(initial=-np.inf)) / 2
-    after_high, after_low = motion[command > middle], motion[command < middle]
-    if min(len(after_high), len(after_low)) < _FEWEST_MOTIONS:
+    width = [joints[:, 0] - joints[:, 1] for joints in fingers]
+    command = np.concatenate([episode[:, -1] for episode in actions]).astype(np.float64)
+    high = command > (command.min(initial=np.inf) + command.max(initial=-np.inf)) / 2
+    single = [
+        _difference(*pair) for pair in zip(width, np.split(high, np.cumsum([len(w) for w in width[:-1]])), strict=True)
+    ]
+    single = [difference for difference, error in filter(None, single)]
+    both = _difference(np.concatenate(width), high)
+    if both is None or not abs(both[0]) > _CLEAR * both[1]:
         return None
-    error = np.sqrt(after_high.var() / len(after_high) + after_low.var() / len(after_low))
-    difference = after_high.mean() - after_low.mean()
-    return None if not abs(difference) > _CLEAR * error else bool(difference > 0)
+    agree = np.mean([np.sign(difference) == np.sign(both[0]) for difference in single]) if single else 0.0
+    return bool(both[0] > 0) if agree >= _AGREEING else None
+
+
+def _difference(width: np.ndarray, high: np.ndarray) -> tuple[float, float] | None:
+    """Mean width under the higher commands minus that under the others, and its standard error."""
+    above, below = width[high], width[~high]
+    if min(len(above), len(below)) < _FEWEST_FRAMES:
+        return None
+    return float(above.mean() - below.mean()), float(np.sqrt(above.var() / len(above) + below.var() / len(below)))
 
 
 def describe(episodes: list[np.ndarray]) -> dict:

@@ -26,7 +26,14 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from prismatic.vla.datasets.index import MAX_STEPS, EpisodeIndex, IndexedSource, IndexWriter, open_index
+from prismatic.vla.datasets.index import (
+    MAX_STEPS,
+    EpisodeIndex,
+    IndexedSource,
+    IndexWriter,
+    first_lines,
+    open_index,
+)
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
 from prismatic.vla.datasets.source_files import (
     OpenFiles,
@@ -96,7 +103,7 @@ class LeRobotSource(IndexedSource):
     @property
     def warnings(self) -> list[str]:
         """What contradicts itself in metadata and files."""
-        return [*self._info.warnings, *super().warnings]
+        return [*first_lines(self._info.warnings), *super().warnings]
 
     @property
     def recorded_hz(self) -> float | None:
