@@ -179,7 +179,7 @@ def _keep_training(s: Settings, job: Job, record: dict[str, Any]) -> None:
 
 def _metrics(path: Path) -> dict[str, list]:
     """{"step": [...], metric: [...]}; None where a step has no value. Empty when the run kept no metrics."""
-    rows = read_jsonl(path) if path.is_file() else []
+    rows = read_jsonl(path, finite=False) if path.is_file() else []
     found = {"step": [row["step"] for row in rows]}
     for name in METRICS:
         values = [row.get(name) for row in rows]
