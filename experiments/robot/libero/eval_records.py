@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from craft_experiments.common_utils.cells import one_line
 from craft_experiments.common_utils.record_checks import check_episode, check_fields, parse_object, read_text
 
 STATUSES = ("success", "failure", "error")
@@ -243,7 +244,8 @@ class ProtocolDifference:
     decisive: bool
 
     def __str__(self) -> str:
-        return f"{self.field}: A {', '.join(self.a) or 'not recorded'}, B {', '.join(self.b) or 'not recorded'}"
+        one, two = (one_line(", ".join(values)) or "not recorded" for values in (self.a, self.b))
+        return f"{one_line(self.field)}: A {one}, B {two}"
 
 
 def protocol_differences(a: RecordedRun, b: RecordedRun, paired: Iterable[EpisodeId]) -> list[ProtocolDifference]:
