@@ -33,7 +33,7 @@ COMMANDS = {"run": 1, "report": 1, "list": 1, "job": 2, "graph": 2}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; see the module."""
-    words = [w.replace("--dry-run", "--dry_run=True") for w in (sys.argv[1:] if argv is None else argv)]
+    words = ["--dry_run=True" if w == "--dry-run" else w for w in (sys.argv[1:] if argv is None else argv)]
     if not words or words[0] not in COMMANDS or len(words) <= COMMANDS[words[0]]:
         print(f"{__doc__}\nTABLE: {', '.join(FOLDERS)}", file=sys.stderr)
         return 2

@@ -14,14 +14,18 @@ import contextlib
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from craft_experiments.common_utils.log_parser import FailureCode, write_text_atomic
+from craft_experiments.common_utils.record_checks import check_fields, is_count, is_number, parse_object, read_text
 
 FORMAT = 1
+MAX_RECORD_BYTES = 1 << 28
+"""Largest record, decompressed: a small file can hold gigabytes of zeros."""
 TRAINING, RETENTION = "training", "retention"
 METRICS = (
     "VLA Train/Loss",
@@ -87,15 +91,36 @@ def read_record(path: Path) -> dict[str, Any]:
         RecordError: no gzipped JSON object of this format.
     """
     try:
-        record = json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
+        with gzip.open(path) as stream:
+            data = stream.read(MAX_RECORD_BYTES + 1)
+        if len(data) > MAX_RECORD_BYTES:
+            raise RecordError(f"{path}: found more than {MAX_RECORD_BYTES >> 20} MiB of text, expected a record")
+        record = json.loads(data)
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        if isinstance(error, (FileNotFoundError, RecordError)):
             raise
         raise RecordError(f"{path}: no gzipped JSON: {error}") from None
     found = record.get("format") if isinstance(record, dict) else type(record).__name__
     if found != FORMAT:
         raise RecordError(f"{path}: format: found {found!r}, expected {FORMAT}")
+    _check_record(path, record)
     return record
+
+
+def _check_record(path: Path, record: Mapping[str, Any]) -> None:
+    try:
+        check_fields(record, {"command": list, "metrics": dict, "episodes": list, RETENTION: dict}, str(path))
+        check_fields(record, {"rate": (int, float), "seconds": (int, float)}, str(path))
+    except ValueError as error:
+        raise RecordError(str(error)) from None
+    rate, seconds = record.get("rate", 0), record.get("seconds", 0)
+    if not (is_number(rate) and 0 <= rate <= 1 and is_number(seconds) and seconds >= 0):
+        raise RecordError(f"{path}: found rate {rate!r} and seconds {seconds!r}, expected a rate in [0, 1] and >= 0")
+    for row in record.get("episodes", ()):
+        if not isinstance(row, list) or len(row) < 3 or not all(map(is_count, row[:3])) or row[2] > 1:
+            raise RecordError(f"{path}: episodes: found {row!r:.60}, expected [task, initial state, 0 or 1, steps]")
+    if not all(isinstance(word, str) for word in record.get("command", ())):
+        raise RecordError(f"{path}: command: expected a list of words")
 
 
 def settings_of(command: Sequence[str]) -> dict[str, str]:
@@ -135,9 +160,14 @@ def read_manifest(records_dir: Path) -> dict[str, dict[str, str]]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_object(read_text(path), str(path))
     except ValueError as error:
-        raise RecordError(f"{path}: no JSON: {error}") from None
+        raise RecordError(str(error)) from None
+    for cell, entry in manifest.items():
+        codes = entry.get("code", FailureCode.EVAL_FAILED) if isinstance(entry, dict) else None
+        if codes not in list(FailureCode) or not isinstance(entry.get("state"), str):
+            raise RecordError(f"{path}: {cell}: found {entry!r:.60}, expected a state and, if failed, a known code")
+    return manifest
 
 
 def set_states(records_dir: Path, changes: Mapping[str, State | FailureCode], only_new: bool = False) -> None:

@@ -133,15 +133,15 @@ def run_job(s: Settings, job: Job) -> None:
             set_states(s.records_dir, {job.cell.name: State.TRAINING})
         if job.stage is Stage.MEASURE:
             measurement_file(s, job).unlink(missing_ok=True)  # of a run killed before its record was written
-        begun = time.time()
+        begun = time.monotonic()
         for command in commands_of(s, job):
             _run(s, job, command, descriptor)
         try:
-            _finish(s, job, command, round(time.time() - begun, 1))
+            _finish(s, job, command, round(time.monotonic() - begun, 1))
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"what {job.name} left cannot be read: {type(error).__name__}: {error}"
             raise JobFailed(FailureCode.PARSE_FAILED, reason) from error
-    say(f"{job.name}: done in {time.time() - begun:.0f} s")
+    say(f"{job.name}: done in {time.monotonic() - begun:.0f} s")
 
 
 def _finish(s: Settings, job: Job, command: Sequence[str], seconds: float) -> None:
@@ -179,7 +179,7 @@ def _keep_training(s: Settings, job: Job, record: dict[str, Any]) -> None:
 
 def _metrics(path: Path) -> dict[str, list]:
     """{"step": [...], metric: [...]}; None where a step has no value. Empty when the run kept no metrics."""
-    rows = read_jsonl(path) if path.is_file() else []
+    rows = read_jsonl(path, finite=False) if path.is_file() else []
     found = {"step": [row["step"] for row in rows]}
     for name in METRICS:
         values = [row.get(name) for row in rows]
@@ -190,8 +190,7 @@ def _metrics(path: Path) -> dict[str, list]:
 
 def _outcome(folder: Path) -> dict[str, Any]:
     """Success rate as the newest text log states it, and every episode. PARSE_FAILED when they disagree."""
-    logs = sorted(folder.glob("EVAL-*.txt"))  # the names end in a time stamp
-    log = logs[-1] if logs else folder / "console.log"
+    log = _text_log(folder)
     try:
         rate = extract_success_rate_from_log(log)
         rows = read_jsonl(folder / "episodes.jsonl") if (folder / "episodes.jsonl").is_file() else []
@@ -206,6 +205,16 @@ def _outcome(folder: Path) -> dict[str, Any]:
         reason = f"{log}: success rate {rate}, episodes.jsonl has {counted} of {len(episodes)}"
         raise JobFailed(FailureCode.PARSE_FAILED, reason)
     return {"rate": rate, "episodes": episodes}
+
+
+def _text_log(folder: Path) -> Path:
+    """That of the run which wrote the results. Names of logs hold a time, and clocks are set back."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        log = folder / f"{json.loads((folder / 'results.json').read_text(encoding='utf-8'))['run_id']}.txt"
+        if log.is_file() and log.parent == folder:
+            return log
+    logs = sorted(folder.glob("EVAL-*.txt"))
+    return logs[-1] if logs else folder / "console.log"
 
 
 # --- Programs -----------------------------------------------------------------------------------------------------

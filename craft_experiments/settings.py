@@ -131,8 +131,8 @@ def resolve(cfg: RunConfig, table: str) -> Settings:
         controls=cfg.controls,
         num_images=cfg.num_images,
         vlm_path=cfg.vlm_path,
-        extra_train=tuple(shlex.split(cfg.extra_train_args)),
-        extra_eval=tuple(shlex.split(cfg.extra_eval_args)),
+        extra_train=_split("extra_train_args", cfg.extra_train_args),
+        extra_eval=_split("extra_eval_args", cfg.extra_eval_args),
         python=cfg.python or sys.executable,
         torchrun=cfg.torchrun,
         work_dir=work,
@@ -141,6 +141,13 @@ def resolve(cfg: RunConfig, table: str) -> Settings:
         slots=cfg.slots,
         dry_run=cfg.dry_run,
     )
+
+
+def _split(name: str, text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"--{name}: found {text!r}, expected words as a shell has them: {error}") from None
 
 
 def _with_flags(preset: Preset, cfg: RunConfig) -> Preset:

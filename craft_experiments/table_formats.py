@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from craft_experiments.common_utils.cells import csv_cell, markdown_cell, one_line
 from craft_experiments.common_utils.statistics import mean_and_half_width
 from craft_experiments.table_data import (
     RETENTION_MEASURES,
@@ -218,10 +219,10 @@ def budget_grid(data: TableData) -> Grid | None:
 def markdown(grid: Grid) -> list[str]:
     """Lines of a Markdown table."""
     names = [_heading(group, name) for group, name in zip(grid.groups, grid.header, strict=True)]
-    lines = [f"| {' | '.join([grid.corner, *map(_bar, names)])} |", "|---" * (len(names) + 1) + "|"]
+    lines = [f"| {' | '.join([grid.corner, *map(markdown_cell, names)])} |", "|---" * (len(names) + 1) + "|"]
     for row in grid.rows:
-        label = f"*{_bar(row.label)}*" if row.control else _bar(row.label)
-        cells = [f"**{_bar(c)}**" if i in row.bold else _bar(c) for i, c in enumerate(row.cells)]
+        label = f"*{markdown_cell(row.label)}*" if row.control else markdown_cell(row.label)
+        cells = [f"**{markdown_cell(c)}**" if i in row.bold else markdown_cell(c) for i, c in enumerate(row.cells)]
         lines.append(f"| {' | '.join([label, *cells])} |")
     return lines
 
@@ -231,10 +232,6 @@ def _heading(group: str, name: str) -> str:
     if not (group and name):
         return group or name
     return f"{group} {name}" if name.startswith("(") else f"{group}: {name}"
-
-
-def _bar(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 # --- LaTeX --------------------------------------------------------------------------------------------------------
@@ -264,7 +261,7 @@ _WIDE = 6  # columns that fit a page without scaling
 
 def latex_text(text: str) -> str:
     """Escaped for LaTeX; letters outside ASCII that have no entry stay as they are (UTF-8 input)."""
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+    return "".join(_LATEX.get(letter, letter) for letter in one_line(text))
 
 
 def latex(grid: Grid, caption: str, label: str, notes: Sequence[str]) -> str:
@@ -438,7 +435,7 @@ def _csv(rows: Sequence[Mapping[str, object]]) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _plain(value) for name, value in row.items()} for row in rows)
+    writer.writerows({name: _plain(csv_cell(value)) for name, value in row.items()} for row in rows)
     return stream.getvalue()
 
 

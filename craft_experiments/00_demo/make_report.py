@@ -14,7 +14,6 @@ last checkpoint (`craft_checkpoint.json`). Every number of the report is compute
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a chec
 from craft_experiments.common_utils.job_slots import duration
 from craft_experiments.common_utils.log_parser import write_text_atomic
 from craft_experiments.common_utils.plots import COLOURS, DRIFT, plot_drift, plot_success_bars
+from craft_experiments.common_utils.record_checks import check_fields, parse_object, read_text
 from craft_experiments.common_utils.results import (
     Evaluation,
     TrainingMetrics,
@@ -115,14 +115,18 @@ def load_results(folder: str | os.PathLike) -> DemoResults:
     path = folder / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(f"manifest not found: {path}")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = parse_object(read_text(path), str(path))
     for entries, names in (("runs", ("name", "metrics")), ("evaluations", ("row", "column", "results_dir"))):
         if entries not in manifest:
             raise KeyError(f"{path}: {entries}: missing")
+        check_fields(manifest, {entries: list}, str(path))
         for index, entry in enumerate(manifest[entries]):
+            where = f"{path}: {entries}[{index}]"
             missing = [name for name in names if name not in entry]
             if missing:
-                raise KeyError(f"{path}: {entries}[{index}]: missing {missing}")
+                raise KeyError(f"{where}: missing {missing}")
+            for name in {"metrics", "checkpoint", "results_dir"} & entry.keys():
+                _inside(folder, entry[name], f"{where}: {name}")
     runs = [read_training(folder, entry) for entry in manifest["runs"]]
     table: dict[str, dict[str, Evaluation]] = {}
     for entry in manifest["evaluations"]:
@@ -133,11 +137,16 @@ def load_results(folder: str | os.PathLike) -> DemoResults:
     return DemoResults(folder, manifest, runs, table)
 
 
+def _inside(folder: Path, name: object, where: str) -> None:
+    if not isinstance(name, str) or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{where}: found {name!r:.80}, expected a path below {folder}")
+
+
 def read_training(folder: Path, entry: dict[str, Any]) -> Training:
     """The run of a manifest entry. Raises what `read_metrics` raises, and KeyError for a checkpoint without flags."""
     flags = {}
     if "checkpoint" in entry:
-        record = json.loads((folder / entry["checkpoint"]).read_text(encoding="utf-8"))
+        record = parse_object(read_text(folder / entry["checkpoint"]), str(folder / entry["checkpoint"]))
         if "training" not in record:
             raise KeyError(f"{folder / entry['checkpoint']}: training: missing, expected the flags of the run")
         flags = record["training"]

@@ -28,6 +28,7 @@ START = "start"
 TRAINED = {"plain": 1.0, "replay": 1.0, "keep": 1.3, "keep_data": 1.6, "features": 1.4}
 # Flags by which the demo finds its results again.
 _OWN_FLAGS = ("--max_steps", "--run_root_dir", "--run_id_override", "--save_freq", "--resume", "--config_file_path")
+_REPLACED = ("evaluations", "metrics", "videos")  # folders of a record
 _STEP_S, _EPISODE_S, _START_UP_S = 0.4, 3.5, 10.0  # on an idle core of a laptop
 
 
@@ -100,6 +101,7 @@ def main() -> None:
     with bad_input_in_one_line("run_demo.py"):
         cfg = parse(DemoConfig, description=__doc__)
         os.chdir(ROOT)
+        check_record_dir(cfg)
         jobs = plan(cfg)
     say(f"{len(jobs)} jobs, two at a time; everything is written below {cfg.work_dir}")
     work = Path(cfg.work_dir)
@@ -108,6 +110,18 @@ def main() -> None:
     subprocess.run([sys.executable, str(REPORT_SCRIPT), cfg.work_dir], check=True)
     if cfg.record_dir:
         copy_record(work, Path(cfg.record_dir))
+
+
+def check_record_dir(cfg: DemoConfig) -> None:
+    """Raise ValueError when the record would replace the results themselves, or folders of something else."""
+    if not cfg.record_dir:
+        return
+    record, work = Path(cfg.record_dir).resolve(), Path(cfg.work_dir).resolve()
+    if work.is_relative_to(record):
+        raise ValueError(f"--record_dir {cfg.record_dir}: holds --work_dir {cfg.work_dir}; name another folder")
+    others = [name for name in _REPLACED if (record / name).exists()]
+    if others and not (record / "manifest.json").is_file():
+        raise ValueError(f"--record_dir {cfg.record_dir}: found {', '.join(others)} and no manifest.json of a record")
 
 
 def plan(cfg: DemoConfig) -> list[Job]:
@@ -247,7 +261,7 @@ def copy_record(work: Path, record: Path) -> None:
 
     Of an earlier record nothing stays, or a report could mix two; other files of the folder are left alone.
     """
-    for name in ("evaluations", "metrics", "videos"):
+    for name in _REPLACED:
         shutil.rmtree(record / name, ignore_errors=True)
     for old in record.glob("*.png"):
         old.unlink()

@@ -18,9 +18,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+from craft_experiments.common_utils.record_checks import is_count, is_number, parse_object, read_text
+
 DRIFT, LAMBDA, OUT_OF_REACH = "CRaFT/Retention Loss", "CRaFT/Lambda", "CRaFT/Out Of Reach"
 TAIL = 0.25
 """Share of the run, at its end, over which drift and action loss are averaged."""
+MAX_STEPS = 10_000_000
 HEAD, GROUP, DIGITS = 100, 4, 4
 """A compact record holds the first 100 steps as they are, then means of 4 steps, all with 4 significant digits."""
 
@@ -198,16 +201,35 @@ def write_text(path: Path, text: str) -> None:
 def read_runs(folder: Path) -> list[dict]:
     """Records of all runs in name order, with `achieved` (drift) and `loss`, the means of their last quarter, added.
 
-    Raises FileNotFoundError when there is none.
+    Raises FileNotFoundError when there is none, and ValueError, which names the file, for another content.
     """
     files = sorted((folder / "runs").glob("*.json"))
     if not files:
         raise FileNotFoundError(f"{folder / 'runs'}: no run has been recorded")
-    runs = [expanded(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    runs = [expanded(_checked(file)) for file in files]
     for run in runs:
         run["achieved"] = tail_mean(run[DRIFT])
         run["loss"] = tail_mean(run["all_losses"])
     return runs
+
+
+def _checked(file: Path) -> dict:
+    record = parse_object(read_text(file), str(file))
+    steps, averaged = record.get("steps", 1), record.get("averaged", {"after": 1, "over": 1})
+    if not is_count(steps) or not 1 <= steps <= MAX_STEPS or not isinstance(averaged, dict):
+        raise ValueError(f"{file}: steps: found {steps!r}, expected 1 to {MAX_STEPS}")
+    after, over = averaged.get("after"), averaged.get("over")
+    if not (is_count(after) and is_count(over) and over):
+        raise ValueError(f"{file}: averaged: found {averaged!r}, expected whole numbers as after and over")
+    groups = min(steps, after) + -(-max(0, steps - after) // over)
+    series = {name: values for name, values in record.items() if isinstance(values, list)}
+    for name in (DRIFT, "all_losses", *series):
+        values = series.get(name)
+        if not values or not all(value is None or is_number(value) for value in values):
+            raise ValueError(f"{file}: {name}: expected a list of finite numbers")
+        if "averaged" in record and len(values) != groups:
+            raise ValueError(f"{file}: {name}: found {len(values)} values, expected {groups} for {steps} steps")
+    return record
 
 
 def tail_mean(values: list[float], share: float = TAIL) -> float:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,19 +67,28 @@ class Job:
             return False
         if self.result.name != "results.json":
             return True
-        outcome = json.loads(self.result.read_text(encoding="utf-8"))
-        return bool(outcome["complete"] and outcome["valid"])
+        outcome = _object(self.result.read_text(encoding="utf-8", errors="replace")) or {}
+        return outcome.get("complete") is True and outcome.get("valid") is True
 
     def units_done(self) -> int:
         """Steps or episodes that `progress` holds, at most `units`."""
         if self.progress is None or not self.progress.exists():
             return 0
-        *lines, unfinished = self.progress.read_text(encoding="utf-8").split("\n")
-        rows = [line for line in [*lines, *([unfinished] if unfinished.endswith("}") else [])] if line.strip()]
-        if not rows:
-            return 0
-        done = json.loads(rows[-1]).get("step")
-        return min(self.units, len(rows) if done is None else done)
+        lines = self.progress.read_text(encoding="utf-8", errors="replace").split("\n")
+        rows = [line for line in lines if line.strip()]
+        if rows and _object(rows[-1]) is None:  # the command was killed while it wrote
+            rows.pop()
+        done = (_object(rows[-1]) or {}).get("step") if rows else None
+        return min(self.units, done if isinstance(done, int) else len(rows))
+
+
+def _object(text: str) -> dict | None:
+    """The JSON object; None for anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 @dataclass
@@ -204,6 +213,7 @@ class _Queue:
         self.is_continued = bool(self.done) or any(job.units_done() for job in jobs)
         self.running: list[Running] = []
         self.has_failed = False
+        self._held: set[str] = set()  # jobs that a program of a killed driver still works on
         self._outlook = Outlook()
         if self.done:
             say(f"{len(self.done)} of {self.count} jobs are already done")
@@ -214,10 +224,28 @@ class _Queue:
             self.running.remove(run)
             self._collect(run)
         ready = [] if self.has_failed else [job for job in self.waiting if set(job.after) <= self.done]
-        for job in ready[: self.slots - len(self.running)]:
+        for job in ready:
+            if len(self.running) < self.slots:
+                self._try(job)
+        return bool(self.running) or (bool(self._held) and not self.has_failed)
+
+    def _try(self, job: Job) -> None:
+        lock = _lock(self.log_dir / f"{job.name}.lock")
+        if lock is None:
+            if job.name not in self._held:
+                say(f"{job.name}: an earlier run of this program still works on it; waiting for it")
+            self._held.add(job.name)
+            return
+        try:
             self.waiting.remove(job)
-            self.running.append(_start(job, self.log_dir))
-        return bool(self.running)
+            if job.name in self._held and job.is_done():
+                self.done.add(job.name)
+                say(f"{job.name}: done by the earlier run")
+            else:
+                self.running.append(_start(job, self.log_dir, lock))
+            self._held.discard(job.name)
+        finally:
+            os.close(lock)  # the command has it now
 
     def progress_line(self) -> str:
         """What is done and running, and the time left."""
@@ -245,7 +273,22 @@ class _Queue:
         say(f"{run.job.name}: done in {duration(run.elapsed)}{_outcome(run.job)}; {self._so_far()}")
 
 
-def _start(job: Job, log_dir: Path) -> Running:
+def _lock(path: Path) -> int | None:
+    """Descriptor of the locked file; None when another process holds the lock. On Windows nothing is locked."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ModuleNotFoundError:
+        pass
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _start(job: Job, log_dir: Path, lock: int) -> Running:
     before = job.units_done()
     command = [*job.command, *(job.resume if before else [])]
     log = log_dir / f"{job.name}.log"
@@ -259,6 +302,8 @@ def _start(job: Job, log_dir: Path) -> Running:
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
             start_new_session=True,
+            # A program outlives a driver that is killed. It keeps the lock, so that no second one is started beside it.
+            **({"pass_fds": (lock,)} if os.name == "posix" else {}),
         )
     return Running(job, process, log, units_before=before)
 
@@ -277,7 +322,7 @@ def _check_commands(jobs: Sequence[Job], log_dir: Path) -> None:
 def _outcome(job: Job) -> str:
     if job.result.name != "results.json":
         return ""
-    overall = json.loads(job.result.read_text(encoding="utf-8")).get("overall", {})
+    overall = (_object(job.result.read_text(encoding="utf-8")) or {}).get("overall")
     return f", {overall['successes']} of {overall['trials']} episodes succeed" if overall else ""
 
 
@@ -317,5 +362,8 @@ def duration(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """A line with the time of day, at once."""
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+    """A line with the time of day, at once. A closed terminal, or one without the letters, ends no run."""
+    encoding = sys.stdout.encoding or "utf-8"
+    with suppress(OSError, ValueError):
+        line = f"[{time.strftime('%H:%M:%S')}] {text}"
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)

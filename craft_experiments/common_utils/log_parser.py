@@ -23,6 +23,7 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from craft_experiments.common_utils.cells import markdown_cell, one_line
 from craft_experiments.common_utils.log_figures import read_rate
 from craft_experiments.common_utils.log_runs import EvalLog, LogFormatError, TaskOutcome, parse_runs, select_runs
 from craft_experiments.common_utils.log_text import decode_text, message_lines, read_log_bytes, unwrapped
@@ -220,7 +221,7 @@ def format_results_table(
     """
     if not results:
         raise ValueError("results: found none, expected at least one suite")
-    lines = [f"# {title}", "", "| Task Suite | Success Rate |", "|---|---|"]
+    lines = [f"# {one_line(title)}", "", "| Task Suite | Success Rate |", "|---|---|"]
     lines += [f"| {suite} | {format_rate(results[suite])} |" for suite in sorted(results)]
     average = average_rate(results)
     lines.append(f"| **Average** | **{'n/a' if average is None else format_rate(average)}** |")
@@ -248,7 +249,13 @@ def format_comparison_table(columns: dict[str, dict[str, float | FailureCode]], 
     suites = sorted({suite for results in columns.values() for suite in results})
     if not suites:
         raise ValueError("columns: found no results, expected at least one method with one suite")
-    lines = [f"# {title}", "", "| Task Suite | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    names = map(markdown_cell, columns)
+    lines = [
+        f"# {one_line(title)}",
+        "",
+        "| Task Suite | " + " | ".join(names) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for suite in suites:
         cells = [format_rate(results[suite]) if suite in results else "-" for results in columns.values()]
         lines.append(f"| {suite} | " + " | ".join(cells) + " |")

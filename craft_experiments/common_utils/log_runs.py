@@ -125,7 +125,8 @@ _PATTERNS = (
     r"(?= (?:\d{2,4}[-/]\d\d|\[|INFO\b|Starting episode|Skipping task|#)|\n|\Z)",
     r"\bStarting\s*episode\s*(?P<start>[0-9]{1,18})\b",
     r"(?P<skipped>\bSkipping\s*task\s*[0-9]+\s*episode)",
-    r"(?P<error>\bEpisode error:|(?<!Episode error: )\bCaught exception:)",
+    # With the rest of its line: the text of an exception states nothing.
+    r"(?P<error>\b(?:Episode error|Caught exception):)[^\n]*",
     r"--success=(?P<video>True|False)--task=",
     r"(?<![\w=])Success\s*:\s*(?P<success>True|False)\b",
     r"(?P<counter>#\s*episodes\s*completed\s*so\s*far\s*:)",

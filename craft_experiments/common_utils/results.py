@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from craft_experiments.common_utils.record_checks import (
+    check_episode,
+    check_fields,
+    is_integer,
+    parse_object,
+    read_text,
+)
 from craft_experiments.common_utils.statistics import mcnemar_exact, wilson_interval
 
 STATUSES = ("success", "failure", "error")
@@ -18,26 +25,26 @@ class ResultFormatError(ValueError):
     """A result file with a missing field, an unreadable line or figures that contradict each other."""
 
 
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+def read_jsonl(path: str | os.PathLike, finite: bool = True) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file, in order.
+
+    Args:
+        path: the file.
+        finite: refuse NaN and infinities, which a training that diverges may write.
 
     Raises:
         FileNotFoundError: no such file.
-        ResultFormatError: a line that is no JSON object; names file and line.
+        ResultFormatError: a line that is no JSON object, or out of bounds (`record_checks.py`); names file and line.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"result file not found: {path}")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ResultFormatError(f"{path}: line {number}: {error.msg}, found {line[:60]!r}") from None
-        if not isinstance(row, dict):
-            raise ResultFormatError(f"{path}: line {number}: expected an object, found {type(row).__name__}")
-        rows.append(row)
-    return rows
+    try:
+        lines = read_text(path).split("\n")
+        lines = lines[:-1] if lines[-1] == "" else lines
+        return [parse_object(line, f"{path}: line {n}", finite) for n, line in enumerate(lines, start=1)]
+    except ValueError as error:
+        raise ResultFormatError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,13 @@ def read_metrics(name: str, path: str | os.PathLike) -> TrainingMetrics:
         FileNotFoundError, ResultFormatError: see :func:`read_jsonl`; also an empty file, a row without `step`, or steps
             that do not ascend.
     """
-    rows = read_jsonl(path)
+    rows = read_jsonl(path, finite=False)
     if not rows:
         raise ResultFormatError(f"{path}: found no row, expected one per logged step")
     last = -1
     for number, row in enumerate(rows, start=1):
         step = row.get("step")
-        if not isinstance(step, int) or step <= last:
+        if not is_integer(step) or step <= last:
             raise ResultFormatError(f"{path}: line {number}: step: found {step!r}, expected an integer above {last}")
         last = step
     if rows[0]["step"] == 0:  # records made while metrics counted steps from 0; the first step is always logged
@@ -137,6 +144,7 @@ def read_evaluation(folder: str | os.PathLike) -> Evaluation:
         missing = {"suite", "task_id", "init_idx", "status"} - row.keys()
         if missing:
             raise ResultFormatError(f"{where}: missing fields {sorted(missing)}")
+        _checked(check_episode, row, where)
         if row["status"] not in STATUSES:
             raise ResultFormatError(f"{where}: status: found {row['status']!r}, expected one of {STATUSES}")
         key = (row["suite"], row["task_id"], row["init_idx"])
@@ -147,13 +155,24 @@ def read_evaluation(folder: str | os.PathLike) -> Evaluation:
     if not outcomes:
         raise ResultFormatError(f"{path}: found no finished episode")
     facts_path = folder / "results.json"
-    facts = json.loads(facts_path.read_text(encoding="utf-8")) if facts_path.is_file() else {}
+    facts = {}
+    if facts_path.is_file():
+        facts = _checked(parse_object, _checked(read_text, facts_path), str(facts_path))
+        _checked(check_fields, facts, {"overall": dict, "config": (dict, type(None))}, str(facts_path))
     evaluation = Evaluation(str(folder), outcomes, len(statuses) - len(outcomes), facts)
     overall = facts.get("overall", {})
     for name, found in (("successes", evaluation.successes), ("trials", evaluation.trials)):
         if overall.get(name, found) != found:
             raise ResultFormatError(f"{facts_path}: {name}: found {overall[name]}, episodes.jsonl gives {found}")
     return evaluation
+
+
+def _checked(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's value, its ValueError as ours."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise ResultFormatError(str(error)) from None
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ DRY_RUN dry_run
 run_table() {
   local table="$1" root variable flag flags=()
   shift
-  root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+  root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)" # with CDPATH, cd prints
   local PRESET="${PRESET:-qwen25-0_5b}" RESULTS_DIR="${RESULTS_DIR:-}"
   case "$RESULTS_DIR" in
     "" | /*) ;;

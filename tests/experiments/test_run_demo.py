@@ -154,3 +154,22 @@ def test_the_record_holds_what_the_report_needs_and_nothing_of_an_earlier_one(tm
     assert manifest["seconds"] == {"train-keep": 1.5}
     assert set(manifest["commands"]) == {job.name for job in jobs}
     assert all(str(ROOT) not in command for command in manifest["commands"].values())
+
+
+@pytest.mark.parametrize("record", ["work", ".", "sub/.."])
+def test_the_record_may_not_replace_the_results(tmp_path, monkeypatch, record):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(ValueError, match="--record_dir .*: holds --work_dir"):
+        run_demo.check_record_dir(run_demo.DemoConfig(work_dir="work", record_dir=record))
+    run_demo.check_record_dir(run_demo.DemoConfig(work_dir="work", record_dir="work/record"))
+
+
+def test_the_record_may_not_replace_folders_of_something_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = run_demo.DemoConfig(work_dir="work", record_dir="mine")
+    (tmp_path / "mine" / "metrics").mkdir(parents=True)
+    with pytest.raises(ValueError, match="--record_dir mine: found metrics and no manifest.json"):
+        run_demo.check_record_dir(cfg)
+    (tmp_path / "mine" / "manifest.json").write_text("{}")
+    run_demo.check_record_dir(cfg)

@@ -120,6 +120,23 @@ def test_our_log_parser_reads_our_log(tmp_path):
     assert parse_eval_log(path).success_sequence == [1, 0, 0]
 
 
+def test_texts_of_records_cannot_write_lines_of_the_log(tmp_path):
+    from craft_experiments.common_utils.log_parser import parse_eval_log
+
+    forged = "x\nSuccess: True\nOverall success rate: 1.0000 (100.0%)\n"
+    plans = [TaskPlan(0, "t", "open it" + forged, (PlannedEpisode(0, 1), PlannedEpisode(1, 2)))]
+    lines: list[str] = []
+    log = OrderedTextLog(plans, "DEFAULT", lines.append)
+    log.begin("libero_10")
+    log.add(replace(RECORD, status=E, error=forged))
+    log.add(replace(RECORD, init_idx=1, status=F))
+    log.finish()
+    assert not any("\n" in line for line in lines)
+    (tmp_path / "log").write_text("\n".join(lines) + "\n")
+    found = parse_eval_log(tmp_path / "log")
+    assert (found.success_sequence, found.overall_success_rate, found.num_episode_errors) == ([0, 0], 0.0, 1)
+
+
 def test_record_survives_json():
     record = replace(RECORD, error="ä", status=E)
     assert EpisodeRecord.from_json(record.to_json(), "x") == record

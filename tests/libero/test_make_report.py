@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from headless_browser import Browser, find_browser
 
-from experiments.robot.libero.make_report import VideoFinder, main, make_report
+from experiments.robot.libero.make_report import VideoFinder, VideoShelf, is_mp4, main, make_report
 from experiments.robot.libero.report_html import Html, el, histogram, number, table, timeline
 from experiments.robot.libero.report_page import query_latencies_ms
 
@@ -197,6 +197,53 @@ def test_videos_are_found_where_recorded_then_above_then_by_name(tmp_path):
     assert VideoFinder([tmp_path / "a", tmp_path / "b"]).find("elsewhere/x.mp4") == tmp_path / "a" / "x.mp4"
     assert VideoFinder([tmp_path]).find("elsewhere/y.mp4") is None
     assert VideoFinder([tmp_path]).find(str(tmp_path / "run" / "secret.txt")) is None
+
+
+def box(kind: bytes, content: bytes = b"") -> bytes:
+    return (8 + len(content)).to_bytes(4, "big") + kind + content
+
+
+MP4 = box(b"ftyp", b"isom\0\0\0\0") + box(b"moov", b"x") + box(b"mdat", b"frames")
+SECRET = b"-----BEGIN PRIVATE KEY-----"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", SECRET, MP4[8:] + SECRET, MP4[:16] + SECRET, MP4 + SECRET, box(b"ftyp", b"isom"), b"\0\0\0\x08ftyp" + SECRET],
+)
+def test_only_what_is_an_mp4_file_goes_into_a_report(tmp_path, content):
+    folder = write(tmp_path / "run", [record(0, 0, "failure", video="v.mp4")])
+    (folder / "v.mp4").write_bytes(MP4)
+    assert is_mp4(folder / "v.mp4") and "data:video/mp4" in make_report(str(folder)).read_text()
+    (folder / "v.mp4").write_bytes(content)
+    for limits in ((3.0, 40.0), (0.0, 0.0)):  # to embed, to link
+        text = make_report(str(folder), limits_mb=limits).read_text()
+        assert "v.mp4 is no MP4 file" in text and "data:video" not in text and "<a" not in text
+
+
+@pytest.mark.parametrize(
+    "name", ["v.mp4", "videos/v.mp4", "{absolute}/v.mp4", "../outside/v.mp4", "{outside}/../run/v.mp4"]
+)
+@pytest.mark.parametrize("target", ["key.pem", "film.mp4"])
+def test_links_and_dots_do_not_lead_out_of_the_folder(tmp_path, monkeypatch, name, target):
+    outside, folder = tmp_path / "outside", write(tmp_path / "run", [])
+    outside.mkdir()
+    (outside / target).write_bytes(MP4 if target == "film.mp4" else SECRET)
+    (folder / "v.mp4").symlink_to(outside / target)
+    (folder / "videos").symlink_to(outside)
+    (outside / "v.mp4").symlink_to(target)
+    monkeypatch.chdir(folder)
+    write(folder, [record(0, 0, "failure", video=name.format(absolute=folder, outside=outside))])
+    assert VideoShelf(folder, [folder], 1e6, 1e6).place(name.format(absolute=folder, outside=outside)).embedded is None
+    text = make_report(str(folder)).read_text()
+    assert "data:video" not in text and "<a" not in text
+
+
+def test_a_link_within_the_folder_is_followed(tmp_path):
+    folder = write(tmp_path / "run", [record(0, 0, "failure", video="v.mp4")])
+    (folder / "real.mp4").write_bytes(MP4)
+    (folder / "v.mp4").symlink_to("real.mp4")
+    assert "data:video/mp4" in make_report(str(folder)).read_text()
 
 
 def test_no_text_field_can_bring_markup_into_the_page(tmp_path):

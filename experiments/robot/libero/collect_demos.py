@@ -280,9 +280,9 @@ def collect_share(settings: CollectSettings, share: Share) -> None:
     for number in missing:
         if _is_orphan():
             return
-        begun = time.time()
+        begun = time.monotonic()
         outcome = _collect_number(env, settings, number)
-        print(f"{task.name} episode {number}: {outcome}, {time.time() - begun:.1f} s", flush=True)
+        print(f"{task.name} episode {number}: {outcome}, {time.monotonic() - begun:.1f} s", flush=True)
     env.close()
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from craft_experiments.common_utils.cells import markdown_cell, one_line
 from craft_experiments.common_utils.statistics import (
     BOOTSTRAP_REPETITIONS,
     BOOTSTRAP_SEED,
@@ -190,7 +191,8 @@ def _no_pairs_message(a: RecordedRun, b: RecordedRun) -> str:
     lines = ["the runs share no finished episode (paired on suite, perturbation, task, initial state, seed):"]
     for name in ("suite", "perturbation", "task_id", "init_idx", "seed"):
         values = [sorted({getattr(key, name) for key in run.episodes}) for run in (a, b)]
-        shown = [format_ranges(v) if name != "suite" and v and isinstance(v[0], int) else ", ".join(v) for v in values]
+        numeric = name not in ("suite", "perturbation")
+        shown = [format_ranges(v) if numeric else one_line(", ".join(v)) for v in values]
         if values[0] != values[1]:
             lines.append(f"  {name}: A {shown[0]}, B {shown[1]}")
     lines += [f"  errors: {run.count('error')} in {name}" for name, run in (("A", a), ("B", b)) if run.count("error")]
@@ -258,19 +260,19 @@ def _points(interval: Sequence[float] | None) -> str:
 
 def _task_name(task: tuple[str, str, int]) -> str:
     suite, perturbation, task_id = task
-    return f"{suite}{f' ({perturbation})' if perturbation else ''} task {task_id}"
+    return markdown_cell(f"{suite}{f' ({perturbation})' if perturbation else ''} task {task_id}")
 
 
 def run_line(run: RecordedRun) -> str:
     """`38/40 = 0.950 [0.835, 0.986]` with control, errors and missing episodes of a whole run."""
     successes, trials = run.count("success"), run.count("success") + run.count("failure")
-    text = f"{run.name}: "
+    text = f"{one_line(run.name)}: "
     if trials:
         low, high = wilson_interval(successes, trials)
         text += f"{successes}/{trials} = {successes / trials:.3f} [{low:.3f}, {high:.3f}]"
     else:
         text += "no finished episode"
-    controls = [control for control in run.values("control") if control != "none"]
+    controls = [one_line(control) for control in run.values("control") if control != "none"]
     text += f", control {', '.join(controls)}" if controls else ""
     if run.count("error"):
         text += f", {run.count('error')} error(s): NOT VALID"
@@ -328,7 +330,7 @@ def _left_out_lines(comparison: Comparison) -> list[str]:
 
 def _protocol_lines(comparison: Comparison) -> list[str]:
     notes = [*comparison.a.notes, *comparison.b.notes]
-    lines = [f"- {note}" for note in notes]
+    lines = [f"- {one_line(note)}" for note in notes]
     lines += [f"- {'**decisive**, ' if d.decisive else ''}{d}" for d in comparison.protocol]
     return ["Warning, the runs differ in more than the policy:" if lines else "The recorded protocols agree.", *lines]
 

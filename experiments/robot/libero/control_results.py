@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from craft_experiments.common_utils.record_checks import check_fields, parse_object, read_text
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 
 _PROTOCOL = ("language_source", "num_steps_wait", "num_open_loop_steps", "initial_states_path", "seed")
@@ -43,7 +43,10 @@ def read_control_results(cfg: EvalConfig, checkpoint: str) -> list[dict[str, Any
 def _read(folder: str, cfg: EvalConfig, checkpoint: str) -> dict[str, Any]:
     file = Path(folder) / "results.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_object(read_text(file), str(file))
+        check_fields(found, {"suite": str, "control": str, "checkpoint": str, "overall": dict}, str(file))
+        check_fields(found["overall"], {"trials": int, "success_rate": (int, float, type(None))}, str(file))
+        check_fields(found["overall"], {"wilson_95": (list, type(None))}, str(file))
         name, suite, overall = found["control"], found["suite"], found["overall"]
         noise = float(found.get("config", {}).get("init_noise_mm", 0.0))
         facts = {key: overall[key] for key in ("trials", "success_rate", "wilson_95")}

@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from craft_experiments.common_utils.record_checks import check_episode, parse_object, read_text
 from craft_experiments.common_utils.statistics import mean_rate_interval, wilson_interval
 
 
@@ -94,20 +95,31 @@ class EpisodeRecord:
         """Parse one line.
 
         Raises:
-            ValueError: not a JSON object, a field is missing or unknown, or the status is unknown; names `where`.
+            ValueError: not a JSON object, a field is missing, unknown or of another type, or the status is unknown;
+                names `where`.
         """
-        try:
-            data = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: expected one JSON object, found {line[:60]!r} ({error.msg})") from None
+        data = parse_object(line, where)
         known = {item.name for item in fields(cls)}
         required = known - _ADDED_LATER  # files of earlier versions stay readable
-        if not isinstance(data, dict) or not required <= set(data) <= known:
-            found = (
-                sorted((required - set(data)) | (set(data) - known)) if isinstance(data, dict) else type(data).__name__
-            )
+        if not required <= set(data) <= known:
+            found = sorted((required - set(data)) | (set(data) - known))
             raise ValueError(f"{where}: expected the fields of an episode record, difference: {found}")
+        check_episode(data, where)
+        if data["status"] not in {status.value for status in EpisodeStatus}:
+            raise ValueError(f"{where}: status: found {data['status']!r}, expected success, failure or error")
         return cls(**{**data, "status": EpisodeStatus(data["status"])})
+
+
+def read_episode_lines(path: Path) -> tuple[list[EpisodeRecord], str]:
+    """Records of an `episodes.jsonl`, and what stands behind the last line end: its run was killed while writing.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is no record; names file and line.
+    """
+    # Not `splitlines`: texts may hold separators that it takes for line ends.
+    *lines, rest = read_text(path, errors="surrogateescape").split("\n")
+    return [EpisodeRecord.from_json(line, f"{path}:{n}") for n, line in enumerate(lines, start=1)], rest
 
 
 class EpisodeStore:
@@ -133,14 +145,13 @@ class EpisodeStore:
             self._load()
 
     def _load(self) -> None:
-        data = self.path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            self.dropped = data[end:].decode("utf-8", "replace")
+        records, rest = read_episode_lines(self.path)
+        if rest:
+            self.dropped = rest
             with open(self.path, "r+b") as file:
-                file.truncate(end)
-        for number, line in enumerate(data[:end].decode("utf-8").splitlines(), start=1):
-            self._admit(EpisodeRecord.from_json(line, f"{self.path}:{number}"), f"{self.path}:{number}")
+                file.truncate(self.path.stat().st_size - len(rest.encode("utf-8", "surrogateescape")))
+        for number, record in enumerate(records, start=1):
+            self._admit(record, f"{self.path}:{number}")
 
     def _admit(self, record: EpisodeRecord, where: str) -> None:
         if record.fingerprint != self.fingerprint:
@@ -247,7 +258,7 @@ class OrderedTextLog:
         if planned.number is not None and record is None:
             return False
         self._sink("")
-        self._sink(f"Task: {plan.instruction}")
+        self._sink(f"Task: {_one_line(plan.instruction)}")
         if record is None:
             self._sink(f"Skipping task {plan.task_id} episode {planned.init_idx} due to failed expert demo!")
         else:
@@ -258,7 +269,7 @@ class OrderedTextLog:
     def _print_record(self, record: EpisodeRecord) -> None:
         self._sink(f"Starting episode {self._task_episodes + 1}...")
         if record.status is EpisodeStatus.ERROR:
-            self._sink(f"Episode error: {record.error}")
+            self._sink(f"Episode error: {_one_line(record.error or '')}")
         if record.video:
             self._sink(f"Saved rollout MP4 at path {record.video}")
         self._task_episodes += 1
@@ -277,6 +288,11 @@ class OrderedTextLog:
         self._task += 1
         self._episode = self._task_episodes = self._task_successes = 0
         self._announced = False
+
+
+def _one_line(text: str) -> str:
+    """A text with line ends could pass for other lines of the log."""
+    return " ".join(text.split("\n")) if "\n" in text else text
 
 
 def summarize(records: Iterable[EpisodeRecord]) -> dict[str, Any]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from craft_experiments.common_utils.cells import one_line
+from craft_experiments.common_utils.record_checks import check_episode, check_fields, parse_object, read_text
 
 STATUSES = ("success", "failure", "error")
 REQUIRED_FIELDS = ("suite", "task_id", "init_idx", "seed", "status")
@@ -107,8 +110,9 @@ def read_run(places: str | os.PathLike | Sequence[str | os.PathLike]) -> Recorde
 
     Raises:
         FileNotFoundError: no `episodes.jsonl` there.
-        RecordsError: an unreadable line, a missing field, an unknown status, a finished episode recorded twice, or no
-            episode at all. An unterminated last line is left out and noted: the run was killed while writing.
+        RecordsError: an unreadable line, a missing field, one of another type, an unknown status, a finished episode
+            recorded twice, or no episode at all. An unterminated last line is left out and noted: the run was killed
+            while writing.
     """
     items = [places] if isinstance(places, (str, os.PathLike)) else list(places)
     items = [word.strip() for item in items for word in os.fspath(item).split(",") if word.strip()]
@@ -140,32 +144,37 @@ def _episodes_file(place: Path) -> Path:
 
 
 def _read_rows(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], bool]:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.split("\n")
-    rows, torn = [], False
+    lines = _checked(read_text, path, "surrogateescape").split("\n")
+    rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            rows.append((number, parse_object(line, f"{path}: line {number}")))
+        except ValueError as error:
             if number == len(lines):  # no line end behind it
-                torn = True
-                continue
-            raise RecordsError(f"{path}: line {number}: {error.msg}, found {line[:60]!r}") from None
-        if not isinstance(row, dict):
-            raise RecordsError(f"{path}: line {number}: expected an object, found {type(row).__name__}")
-        rows.append((number, row))
-    return rows, torn
+                return rows, True
+            raise RecordsError(str(error)) from None
+    return rows, False
+
+
+def _checked(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's value, its ValueError as ours."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise RecordsError(str(error)) from None
+
+
+_FACTS = {"config": (dict, type(None)), "controls": (list, type(None)), "missing": int, "init_noise_mm": (int, float)}
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecordsError(f"{path}: expected JSON, found {error}") from None
-    if not isinstance(facts, dict):
-        raise RecordsError(f"{path}: expected an object, found {type(facts).__name__}")
+    facts = _checked(parse_object, _checked(read_text, path), str(path))
+    _checked(check_fields, facts, _FACTS, str(path))
+    for item in facts.get("controls") or []:
+        if not isinstance(item, dict) or not isinstance(item.get("results", ""), str):
+            raise RecordsError(f"{path}: controls: found {item!r:.60}, expected objects with the folder as `results`")
     return facts
 
 
@@ -173,12 +182,10 @@ def _admit(episodes: dict[EpisodeId, dict[str, Any]], row: dict[str, Any], where
     missing = [name for name in REQUIRED_FIELDS if name not in row]
     if missing:
         raise RecordsError(f"{where}: missing fields {missing}")
+    _checked(check_episode, row, where)
     if row["status"] not in STATUSES:
         raise RecordsError(f"{where}: status: found {row['status']!r}, expected one of {STATUSES}")
     key = EpisodeId(row["suite"], _perturbation(row), row["task_id"], row["init_idx"], row["seed"])
-    for name in ("task_id", "init_idx", "seed"):
-        if not isinstance(row[name], int):
-            raise RecordsError(f"{where}: {name}: found {row[name]!r}, expected a whole number")
     previous = episodes.get(key)
     if previous is not None and previous["status"] != "error":
         raise RecordsError(f"{where}: {key} is recorded twice")
@@ -237,7 +244,8 @@ class ProtocolDifference:
     decisive: bool
 
     def __str__(self) -> str:
-        return f"{self.field}: A {', '.join(self.a) or 'not recorded'}, B {', '.join(self.b) or 'not recorded'}"
+        one, two = (one_line(", ".join(values)) or "not recorded" for values in (self.a, self.b))
+        return f"{one_line(self.field)}: A {one}, B {two}"
 
 
 def protocol_differences(a: RecordedRun, b: RecordedRun, paired: Iterable[EpisodeId]) -> list[ProtocolDifference]:

@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TextIO
 
+from craft_experiments.common_utils.record_checks import check_fields, parse_object, read_text
 from experiments.robot.libero.content import file_hash, files_hash, folder_hash
 from experiments.robot.libero.control_results import read_control_results
 from experiments.robot.libero.controls import Control
@@ -429,13 +430,18 @@ def write_plan(path: Path, plans: Iterable[TaskPlan]) -> None:
 def read_plan(path: Path) -> list[TaskPlan]:
     """What `write_plan` wrote.  Raises FileNotFoundError, and ValueError for another content."""
     try:
-        tasks = json.loads(path.read_text(encoding="utf-8"))
-        return [
+        tasks = parse_object(f'{{"tasks": {read_text(path)}}}', str(path))["tasks"]
+        plans = [
             TaskPlan(**{**task, "episodes": tuple(PlannedEpisode(**episode) for episode in task["episodes"])})
             for task in tasks
         ]
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: expected the plan of an evaluation, found something else ({error})") from error
+    for plan in plans:
+        check_fields(dataclasses.asdict(plan), {"task_id": int, "name": str, "instruction": str}, str(path))
+        for episode in plan.episodes:
+            check_fields(vars(episode), {"init_idx": int, "number": (int, type(None))}, str(path))
+    return plans
 
 
 def measured_facts(records: Iterable[EpisodeRecord]) -> dict[str, Any]:

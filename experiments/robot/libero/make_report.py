@@ -26,6 +26,10 @@ EMBED_MB = 3.0
 EMBED_TOTAL_MB = 40.0
 
 
+class VideoError(ValueError):
+    """A recording that may not go into a report; the message is its note there."""
+
+
 class VideoFinder:
     """Finds recordings that may have moved together with their results folder.
 
@@ -36,25 +40,64 @@ class VideoFinder:
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = list(folders)
-        self._by_name: dict[str, Path] | None = None
+        self._by_name: dict[str, tuple[Path, Path]] | None = None
 
     def find(self, recorded: str) -> Path | None:
         """The file a record names: absolute, or relative to the directory the run was started in (this one, or one
-        above the folders). Only `.mp4` files are found, so that a record cannot bring another file into a report."""
-        path = Path(recorded)
-        if path.suffix != ".mp4":
-            return None
-        above = [ancestor / path for folder in self._folders for ancestor in folder.resolve().parents]
-        found = next((place for place in [path, *above] if place.is_file()), None)
-        return found or self._names().get(path.name)
+        above the folders); None when there is none.
 
-    def _names(self) -> dict[str, Path]:
+        A record, or a link beside it, must not bring another file into a report.
+
+        Raises:
+            VideoError: links lead out of the folder that the file is named in, or to a file of another kind.
+        """
+        path = Path(recorded)
+        if path.suffix != ".mp4" or "\0" in recorded:
+            return None
+        outside = False
+        for place, root in [*self._places(path), *self._names(path.name)]:
+            if place.is_file():
+                real = place.resolve()
+                if real.is_relative_to(root.resolve()) and real.suffix == ".mp4":
+                    return place
+                outside = True
+        if outside:
+            raise VideoError(f"not shown: {path.name} leads out of its folder")
+        return None
+
+    def _places(self, path: Path) -> list[tuple[Path, Path]]:
+        """(where the file may be, the folder it must stay in)."""
+        if path.is_absolute():
+            around = [folder for folder in self._folders if path.is_relative_to(folder.absolute())]
+            return [(path, around[0] if around else path.parent)]
+        above = [ancestor for folder in self._folders for ancestor in folder.resolve().parents[:-1]]
+        return [(root / path, root) for root in (Path(), *above)]
+
+    def _names(self, name: str) -> list[tuple[Path, Path]]:
         if self._by_name is None:
             self._by_name = {}
             for folder in self._folders:
                 for path in sorted(folder.rglob("*.mp4")):
-                    self._by_name.setdefault(path.name, path)
-        return self._by_name
+                    self._by_name.setdefault(path.name, (path, folder))
+        return [self._by_name[name]] if name in self._by_name else []
+
+
+def is_mp4(path: Path) -> bool:
+    """Whether a file is made of the boxes of an MP4: `ftyp` first, then others up to its end, one of them `moov`."""
+    size, place, kinds = path.stat().st_size, 0, []
+    with open(path, "rb") as file:
+        while place < size and len(kinds) < 10_000:
+            file.seek(place)
+            head = file.read(16)
+            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+            if length == 1:
+                length = int.from_bytes(head[8:16], "big")
+            length = size - place if length == 0 else length  # up to the end
+            if length < 8 or not kind.isalnum():
+                return False
+            kinds.append(kind)
+            place += length
+    return place == size and kinds[:1] == [b"ftyp"] and b"moov" in kinds
 
 
 class VideoShelf:
@@ -72,7 +115,12 @@ class VideoShelf:
 
     def place(self, recorded: str) -> Video:
         """The video of one record."""
-        path = self.finder.find(recorded)
+        try:
+            path = self.finder.find(recorded)
+            if path is not None and not is_mp4(path):
+                raise VideoError(f"not shown: {path.name} is no MP4 file")
+        except (VideoError, OSError) as error:
+            return Video(None, None, str(error))
         if path is None:
             return Video(None, None, f"file not found: {recorded}")
         size = path.stat().st_size

@@ -10,17 +10,19 @@ error, else the first. Exit code: 0 complete and valid; 1 episodes are missing o
 from __future__ import annotations
 
 import argparse
-import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from craft_experiments.common_utils.record_checks import check_fields, parse_object, read_text
 from experiments.robot.libero.eval_log import (
     EpisodeRecord,
     EpisodeStatus,
     OrderedTextLog,
     TaskPlan,
+    read_episode_lines,
     summarize_run,
     write_json,
 )
@@ -37,16 +39,6 @@ def record_key(record: EpisodeRecord) -> Key:
     """Identity of an episode across folders: checkpoint hash, suite, perturbation, task, initial state, seed."""
     checkpoint = record.checkpoint_hash or record.checkpoint.rpartition("@")[2]
     return checkpoint, record.suite, record.perturbation, record.task_id, record.init_idx, record.seed
-
-
-def read_records(path: Path) -> list[EpisodeRecord]:
-    """Lines of an episodes.jsonl; an unterminated last one (its run was killed) is left out.
-
-    Raises ValueError for a corrupt line, and FileNotFoundError.
-    """
-    data = path.read_bytes()
-    lines = data[: data.rfind(b"\n") + 1].decode("utf-8").splitlines()
-    return [EpisodeRecord.from_json(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
 def deduplicate(records: Iterable[EpisodeRecord]) -> tuple[list[EpisodeRecord], int]:
@@ -101,9 +93,9 @@ def _read_all(folders: Sequence[Path]) -> tuple[list[EpisodeRecord], list[TaskPl
     records, plans, heads = [], [], []
     for folder in folders:
         try:
-            found = read_records(folder / "episodes.jsonl")
+            found, _ = read_episode_lines(folder / "episodes.jsonl")
             plans.append(read_plan(folder / PLAN_FILE))
-            heads.append(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+            heads.append(_read_head(folder / "results.json"))
         except (OSError, ValueError) as error:
             raise MergeError(f"{folder}: expected the results of an evaluation: {error}") from error
         records += found
@@ -118,6 +110,20 @@ def _read_all(folders: Sequence[Path]) -> tuple[list[EpisodeRecord], list[TaskPl
     if not records:
         raise MergeError(f"{', '.join(map(str, folders))}: expected episodes, found none")
     return records, plans[0], heads
+
+
+def _read_head(path: Path) -> dict[str, Any]:
+    head = parse_object(read_text(path), str(path))
+    missing = [name for name in ("run_id", "suite") if name not in head]
+    if missing:
+        raise ValueError(f"{path}: missing fields {missing}")
+    check_fields(head, {"run_id": str, "suite": str, "config": (dict, type(None))}, str(path))
+    if not _FILE_NAME.fullmatch(head["run_id"]):  # it names the text log
+        raise ValueError(f"{path}: run_id: found {head['run_id'][:60]!r}, expected a name without separators")
+    return head
+
+
+_FILE_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f]{1,200}")
 
 
 def _head(results: dict[str, Any]) -> dict[str, Any]:
