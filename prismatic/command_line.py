@@ -22,7 +22,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
@@ -259,8 +259,16 @@ def check_name(what: str, name: str) -> None:
 
 def require_package(what: str, package: str, extra: str) -> None:
     """UsageError unless an optional package is there; `what` asks for it, `extra` of this project installs it."""
-    if importlib.util.find_spec(package) is None:
+    if not is_installed(package):
         raise UsageError(f"{what} needs {package}, which is not installed: pip install 'craft-vla[{extra}]'")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be found; it is not imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # a finder that forbids it
+        return False
 
 
 def nearest(word: str, known: Sequence[str] | set[str], prefix: str = "") -> str:
@@ -290,6 +298,22 @@ class OneLineParser(argparse.ArgumentParser):
             name = words[0][2:].partition("=")[0]
             message = f"--{name}: no such flag{nearest(name, known, '--')}; --help lists them"
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def in_range(kind: type, **limits: float) -> Callable[[str], float]:
+    """`type=` of an argparse flag: an int or a float in the `Range` of these limits."""
+    allowed = Range(**{"at_most": LARGEST} | limits)
+
+    def read(word: str) -> float:
+        try:
+            value = kind(word)
+        except ValueError:
+            value = math.nan
+        if value not in allowed:
+            raise argparse.ArgumentTypeError(f"found {word!r}, expected {'a whole number, ' * (kind is int)}{allowed}")
+        return value
+
+    return read
 
 
 @contextmanager

@@ -8,12 +8,13 @@ camera, the state without folded quaternions, and environments seeded with 0.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 
 from experiments.robot.libero.controls import to_simulator_actions
-from prismatic.command_line import bad_input_in_one_line
+from prismatic.command_line import bad_input_in_one_line, is_installed, require_package
 
 
 def policy_inputs(obs: dict[str, Any], num_images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
@@ -106,9 +107,13 @@ def server_class() -> type:
 
 def main() -> None:
     """Serve until interrupted; the flags are those of `vla-eval` (`--port`, `--address`) and `--args.<name>`."""
-    from vla_eval.model_servers.serve import run_server
-
     with bad_input_in_one_line("serve_vla_eval"):
+        if not is_installed("vla_eval") and {"-h", "--help"} & set(sys.argv):
+            print(__doc__)  # the flags are listed by the package that reads them
+            return
+        require_package("serve_vla_eval", "vla_eval", "vla-eval")
+        from vla_eval.model_servers.serve import run_server
+
         run_server(server_class())
 
 

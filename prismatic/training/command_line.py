@@ -8,12 +8,18 @@ from prismatic.command_line import ForeignFlag, given_flags, parse, require_pack
 from prismatic.training.config import FinetuneConfig
 
 _DIFFUSION = ForeignFlag("diffusion heads are not implemented; leave it out", harmless=None)
+_START = ForeignFlag("use --config_file_path FOLDER")
 FOREIGN = {
-    "vla_path": ForeignFlag("use --config_file_path FOLDER"),
-    "pretrained_checkpoint": ForeignFlag("use --config_file_path FOLDER"),
+    "vla_path": _START,
+    "pretrained_checkpoint": _START,
+    "save_steps": ForeignFlag("use --save_freq N"),
+    "use_quantization": ForeignFlag("quantised training is not implemented", harmless=("false",)),
     "diffusion_sample_freq": _DIFFUSION,
     "num_diffusion_steps_train": _DIFFUSION,
     "num_diffusion_steps": _DIFFUSION,
+    "val_time_limit": ForeignFlag("--val_batches says how much is measured", harmless=None),
+    "adapter_tmp_dir": ForeignFlag("adapters are written to the checkpoint folder", harmless=None),
+    "phase1_path": ForeignFlag("nothing reads it", harmless=None),
 }
 """Flags of published training commands that this program does not have (docs/migrating.md)."""
 

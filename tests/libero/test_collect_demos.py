@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -59,6 +60,8 @@ def without_simulator(monkeypatch):
     monkeypatch.setattr(collect_demos, "task_count", lambda suite: 10)
     monkeypatch.setattr(collect_demos, "simulator_versions", lambda: {"mujoco": "0"})
     monkeypatch.setattr(collect_demos, "_run_processes", ran.append)
+    monkeypatch.setattr(collect_demos, "require", lambda render: None)
+    monkeypatch.setattr(collect_demos, "load_task", lambda suite, task: SimpleNamespace(init_states=np.zeros((50, 3))))
     return ran
 
 
@@ -78,6 +81,12 @@ def test_initial_state_choices():
         ({"noise_std": -0.1}, "noise_std"),
         ({"dataset_name": "a/b"}, "dataset_name"),
         ({"initial_states": "all"}, "initial_states"),
+        ({"initial_states": "standard:\u00b2-3"}, "initial_states"),
+        ({"noise_std": float("nan")}, "noise_std"),
+        ({"init_noise_mm": float("inf")}, "init_noise_mm"),
+        ({"image_size": 0}, "image_size"),
+        ({"jpeg_quality": 101}, "jpeg_quality"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, change, name):
@@ -288,6 +297,37 @@ def test_command_line(tmp_path):
     cfg = parse_arguments(f"{text} {more}".split())
     assert cfg.task_ids == (0, 3) and cfg.render_mode.value == "published" and cfg.noise_std == 0.15
     assert (cfg.episodes_per_task, cfg.image_size, cfg.jpeg_quality) == (40, 96, 95)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("--task_ids 0,x", "--task_ids: .* found '0,x'"),
+        ("--task_ids 0,10", r"--task_ids: libero_object has tasks 0\.\.9"),
+        ("--task_ids 0,0", "--task_ids: .* distinct"),
+        ("--task_ids=", "--task_ids: found none"),
+        ("--initial_states standard:0-50", "--initial_states .* 50 standard states"),
+        ("--output_dir /dev/null", "--output_dir /dev/null"),
+        ("--dataset_name ../x", "--dataset_name"),
+        ("--init_noise_mm nan", "--init_noise_mm is nan"),
+        ("--render_mode lasy", "did you mean lazy"),
+        ("--num_worker 2", "did you mean --num_workers"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, without_simulator, capsys, change, said):
+    words = ["--task_suite_name", "libero_object", "--task_ids", "0", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        collect_demos.main([*words, "--dataset_name", "d", *change.split()])
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and shown.err.count("\n") == 1 and re.search(said, shown.err), shown.err
+    assert without_simulator == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_is_one_line_with_another_code(tmp_path, without_simulator, capsys):
+    words = ["--task_suite_name", "libero_object", "--task_ids", "0", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        collect_demos.main([*words, "--dataset_name", "d"])  # nobody collects anything
+    assert ended.value.code == 1 and "no episode of task 0" in capsys.readouterr().err
 
 
 @pytest.mark.simulator

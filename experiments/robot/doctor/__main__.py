@@ -17,7 +17,7 @@ from typing import Any
 from experiments.robot.doctor.findings import Check, Finding, exit_code
 from experiments.robot.libero.simulator import RenderMode
 from experiments.robot.libero.suites import BASE_SUITES, nearest_suite, split_suite
-from prismatic.command_line import OneLineParser, bad_input_in_one_line
+from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 
 SHIPPED_DATA = Path(__file__).parents[3] / "datasets" / "rlds" / "libero_object_scripted_no_noops"
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", help="data set the checkpoint was trained on (default: the shipped demonstrations, if any)")
     add("--suite", help="suite to be evaluated (default: that of the data)")
     add("--unnorm_key", help="key of the normalisation statistics (default: by the suite's name)")
-    add("--num_images_in_input", type=int, help="images per sample of a published checkpoint")
+    add("--num_images_in_input", type=in_range(int, at_least=1), help="images per sample of a published checkpoint")
     add("--data_set_file", help="Python file that registers data sets of your own (docs/datasets.md)")
     add("--robot_platform", help=ROBOT_PLATFORM)
     add("--base_checkpoint", help=BASE_CHECKPOINT)
@@ -86,8 +86,6 @@ def _checkpoint_checks(args: argparse.Namespace, data: Any) -> list[Check]:
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.suite is not None and split_suite(args.suite)[0] is None:
         raise ValueError(f"--suite: unknown LIBERO suite {args.suite!r}{nearest_suite(args.suite, BASE_SUITES)}")
-    if args.num_images_in_input is not None and args.num_images_in_input < 1:
-        raise ValueError(f"--num_images_in_input is {args.num_images_in_input}, expected at least 1")
     if args.json is not None and (os.path.isdir(args.json) or not os.path.isdir(os.path.dirname(args.json) or ".")):
         raise ValueError(f"--json {args.json}: expected the name of a file in an existing folder")
 

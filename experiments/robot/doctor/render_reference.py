@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ import numpy as np
 
 from experiments.robot.libero import simulator
 from experiments.robot.libero.simulator import RenderMode, ResetMode
+from experiments.robot.libero.surroundings import SimulatorUnavailableError
+from prismatic.command_line import MISTAKES, OneLineParser, bad_input_in_one_line
 
+_PROGRAM = "python -m experiments.robot.doctor.render_reference"
 REFERENCE_FILE = Path(__file__).with_name("render_reference.json")
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 IMAGE_SIZE = 96
@@ -59,6 +63,10 @@ def largest_difference(found: dict[str, list[float]], stored: dict[str, list[flo
 
 def main() -> int:
     """Measure every suite in every mode and write the file."""
+    parser = OneLineParser(prog=_PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.parse_args()
+    with bad_input_in_one_line(_PROGRAM, (*MISTAKES, SimulatorUnavailableError)):
+        simulator.require(render=True)
     modes = {mode.value: {suite: mean_colours(suite, mode) for suite in SUITES} for mode in MODES}
     content = {"versions": simulator.simulator_versions(), "image_size": IMAGE_SIZE, "modes": modes}
     REFERENCE_FILE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -10,7 +10,6 @@ finished (`<output_dir>/.scratch/<dataset_name>/`); starting the same command ag
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import multiprocessing
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.robot.libero.eval_config import check_output_folder, task_numbers
 from experiments.robot.libero.expert import (
     Command,
     ExpertFailedError,
@@ -44,8 +44,19 @@ from experiments.robot.libero.simulator import (
     ResetMode,
     load_task,
     max_episode_steps,
+    require,
     simulator_versions,
     task_count,
+)
+from experiments.robot.libero.surroundings import SimulatorUnavailableError
+from prismatic.command_line import (
+    MISTAKES,
+    UsageError,
+    bad_input_in_one_line,
+    check_values,
+    faults_in_one_line,
+    flag,
+    parse,
 )
 from prismatic.output_folder import held
 from prismatic.vla.datasets.rlds import Episode, write_rlds
@@ -69,39 +80,30 @@ class CollectSettings:
     task_ids: tuple[int, ...]
     output_dir: str
     dataset_name: str
-    episodes_per_task: int = 40
-    image_size: int = 96
-    jpeg_quality: int = 95
-    num_workers: int = 2
-    seed: int = 0
-    noise_std: float = 0.0
-    noise_fraction: float = 0.5
-    initial_states: str = "sampled"
-    # Radius of the disc in which every object is displaced from its start, mm. LIBERO's own starts differ by so little
-    # that a policy succeeds by heart; from displaced ones it has to look.
-    init_noise_mm: float = 0.0
+    episodes_per_task: int = flag(40, at_least=1)
+    image_size: int = flag(96, "pixels, square", at_least=16, at_most=4096)
+    jpeg_quality: int = flag(95, at_least=1, at_most=100)
+    num_workers: int = flag(2, "simulator processes", at_least=1, at_most=1024)
+    seed: int = flag(0, at_least=0)
+    noise_std: float = flag(0.0, "of the executed arm action; the recorded one stays clean", at_least=0, at_most=10)
+    noise_fraction: float = flag(0.5, "share of episodes with noise (if noise_std > 0)", at_least=0, at_most=1)
+    initial_states: str = flag("sampled", "'sampled' or 'standard:FIRST-LAST'")
+    # LIBERO's own starts differ by so little that a policy succeeds by heart; from displaced ones it has to look.
+    init_noise_mm: float = flag(
+        0.0, "radius of the disc in which every object is displaced from its start", at_least=0, at_most=1000
+    )
     render_mode: RenderMode = RenderMode.LAZY
     # Soft resets are faster but leave fixtures where they were built: a sampled object that belongs on one would fall.
     reset_mode: ResetMode = ResetMode.HARD
-    max_attempts: int = 4
+    max_attempts: int = flag(4, "per episode", at_least=1)
     # LIBERO's own demonstrations end after the goal has held for 10 steps. Without them hardly any window shows what
     # to do once the gripper has opened, and a policy trained on those carries the object and never lets go.
-    steps_after_success: int = 10
+    steps_after_success: int = flag(10, "recorded after the goal is reached; it must still hold", at_least=0)
 
     def __post_init__(self) -> None:
-        for name in ("episodes_per_task", "image_size", "num_workers", "max_attempts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        if not 0.0 <= self.noise_fraction <= 1.0:
-            raise ValueError(f"noise_fraction: expected a share in [0, 1], found {self.noise_fraction}")
-        if self.steps_after_success < 0:
-            raise ValueError(f"steps_after_success: expected 0 or more, found {self.steps_after_success}")
-        if self.noise_std < 0.0:
-            raise ValueError(f"noise_std: expected a non-negative standard deviation, found {self.noise_std}")
-        if not 0.0 <= self.init_noise_mm < float("inf"):
-            raise ValueError(f"init_noise_mm: expected a radius of 0 mm or more, found {self.init_noise_mm}")
-        if not re.fullmatch(r"[A-Za-z0-9_]+", self.dataset_name):
-            raise ValueError(f"dataset_name: letters, digits and underscores only, found {self.dataset_name!r}")
+        check_values(self)
+        if not re.fullmatch(r"[A-Za-z0-9_]{1,200}", self.dataset_name):
+            raise UsageError(f"--dataset_name: letters, digits and underscores only, found {self.dataset_name!r}")
         standard_states(self.initial_states)
 
     @property
@@ -143,12 +145,12 @@ class Share:
 
 
 def standard_states(text: str) -> range | None:
-    """`sampled` -> None, `standard:0-29` -> range(0, 30).  Raises ValueError for anything else."""
+    """`sampled` -> None, `standard:0-29` -> range(0, 30).  Raises UsageError for anything else."""
     if text == "sampled":
         return None
-    match = re.fullmatch(r"standard:(\d+)-(\d+)", text)
+    match = re.fullmatch(r"standard:([0-9]{1,9})-([0-9]{1,9})", text)
     if match is None or int(match[1]) > int(match[2]):
-        raise ValueError(f"initial_states: expected 'sampled' or 'standard:FIRST-LAST', found {text!r}")
+        raise UsageError(f"--initial_states: expected 'sampled' or 'standard:FIRST-LAST', found {text!r}")
     return range(int(match[1]), int(match[2]) + 1)
 
 
@@ -379,11 +381,13 @@ def collect(settings: CollectSettings) -> Path:
     """Collect everything that is missing, then write the data set.  Returns the version directory.
 
     Raises FileExistsError when the data set exists, ValueError when the scratch files come from other settings or a
-    task id is outside the suite, CollectionError when a process died or a task has no episode at all.
+    task or start is outside the suite, SimulatorUnavailableError, and CollectionError when a process died or a task has
+    no episode at all.
     """
     if settings.target.exists():
-        raise FileExistsError(f"{settings.target} exists already")
+        raise FileExistsError(f"--dataset_name {settings.dataset_name}: {settings.target} exists already")
     _check_task_ids(settings)
+    require(render=True)
     with held(settings.scratch, "--output_dir"):
         _check_fingerprint(settings)
         _run_processes(settings)
@@ -409,7 +413,14 @@ def _check_task_ids(settings: CollectSettings) -> None:
     count = task_count(settings.task_suite_name)
     wrong = [task for task in settings.task_ids if not 0 <= task < count]
     if wrong or not settings.task_ids:
-        raise ValueError(f"task_ids: {settings.task_suite_name} has tasks 0..{count - 1}, found {settings.task_ids}")
+        raise UsageError(f"--task_ids: {settings.task_suite_name} has tasks 0..{count - 1}, found {settings.task_ids}")
+    states = standard_states(settings.initial_states)
+    for task in settings.task_ids if states is not None else ():
+        found = len(load_task(settings.task_suite_name, task).init_states)
+        if states[-1] >= found:
+            raise UsageError(
+                f"--initial_states {settings.initial_states}: task {task} has {found} standard states (0..{found - 1})"
+            )
 
 
 def _check_fingerprint(settings: CollectSettings) -> None:
@@ -481,37 +492,40 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+@dataclass(frozen=True)
+class CollectFlags(CollectSettings):
+    """The command line: settings whose tasks are still text."""
+
+    task_suite_name: str = flag("", "LIBERO suite (required)")
+    task_ids: str = flag("", "comma separated, or 'all' (required)")
+    output_dir: str = flag("", "root that holds data sets (required)")
+    dataset_name: str = flag("", "name of the data set (required)")
+
+    def __post_init__(self) -> None:
+        for name in ("task_suite_name", "task_ids", "output_dir", "dataset_name"):
+            if not getattr(self, name):
+                raise UsageError(f"--{name}: found none, expected one")
+        super().__post_init__()
+        check_output_folder("--output_dir", self.output_dir)
+
+    def settings(self) -> CollectSettings:
+        """The settings. `all` asks the simulator for the number of tasks."""
+        numbers = range(task_count(self.task_suite_name)) if self.task_ids == "all" else task_numbers(self.task_ids)
+        return CollectSettings(**{**vars(self), "task_ids": tuple(numbers or ())})
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> CollectSettings:
-    """Command line -> settings."""
-    parser = argparse.ArgumentParser(description="Collect scripted LIBERO demonstrations as an RLDS data set.")
-    add = parser.add_argument
-    add("--task_suite_name", required=True)
-    add("--task_ids", required=True, help="comma separated, or 'all'")
-    add("--output_dir", required=True, help="root that holds data sets")
-    add("--dataset_name", required=True)
-    add("--episodes_per_task", type=int, default=40)
-    add("--image_size", type=int, default=96)
-    add("--jpeg_quality", type=int, default=95)
-    add("--num_workers", type=int, default=2)
-    add("--seed", type=int, default=0)
-    add("--noise_std", type=float, default=0.0, help="of the executed arm action; the recorded one stays clean")
-    add("--noise_fraction", type=float, default=0.5, help="share of episodes with noise (if noise_std > 0)")
-    add("--initial_states", default="sampled", help="'sampled' or 'standard:FIRST-LAST'")
-    add("--init_noise_mm", type=float, default=0.0, help="displace every object by up to so much at the start")
-    add("--render_mode", type=RenderMode, choices=list(RenderMode), default=RenderMode.LAZY)
-    add("--reset_mode", type=ResetMode, choices=list(ResetMode), default=ResetMode.HARD)
-    add("--max_attempts", type=int, default=4)
-    add("--steps_after_success", type=int, default=10, help="recorded after the goal is reached; it must still hold")
-    values = vars(parser.parse_args(argv))
-    text = values.pop("task_ids")
-    count = range(task_count(values["task_suite_name"])) if text == "all" else text.split(",")
-    return CollectSettings(task_ids=tuple(int(task) for task in count), **values)
+    """Command line -> settings.  Raises UsageError."""
+    description = "Collect scripted LIBERO demonstrations as an RLDS data set."
+    return parse(CollectFlags, argv, description=description).settings()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point.  Returns 0; errors end the process with their message."""
-    settings = parse_arguments(argv)
-    print(f"written: {collect(settings)}")
+    """Entry point.  Returns 0; unusable input ends the process with one line and exit code 2, a fault with 1."""
+    faults = faults_in_one_line("collect_demos.py", (CollectionError,))
+    with faults, bad_input_in_one_line("collect_demos.py", (*MISTAKES, SimulatorUnavailableError)):
+        settings = parse_arguments(argv)
+        print(f"written: {collect(settings)}")
     for task, counts in collection_report(settings).items():
         kept = f"{counts['episodes']}/{settings.episodes_per_task}"
         print(f"task {task}: {kept} episodes, {counts['attempts']} attempts, steps {counts['steps_min_median_max']}")

@@ -35,6 +35,7 @@ from experiments.robot.libero.eval_records import (
     protocol_differences,
     read_run,
 )
+from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
 
 ALPHA = 0.05
 POWER = 0.8
@@ -365,7 +366,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m experiments.robot.libero.compare_evals",
         description="Compare two evaluations episode by episode.",
     )
@@ -375,8 +376,13 @@ def _argument_parser() -> argparse.ArgumentParser:
         "--output", metavar="FILE", type=Path, help="also write it: as data for *.json, else as Markdown"
     )
     parser.add_argument("--allow", metavar="FIELD,FIELD", default="", help="decisive protocol fields that may differ")
-    parser.add_argument("--seed", type=int, default=BOOTSTRAP_SEED, help="of the bootstraps")
-    parser.add_argument("--repetitions", type=int, default=BOOTSTRAP_REPETITIONS, help="draws of the bootstraps")
+    parser.add_argument("--seed", type=in_range(int, at_least=0), default=BOOTSTRAP_SEED, help="of the bootstraps")
+    parser.add_argument(
+        "--repetitions",
+        type=in_range(int, at_least=1, at_most=10**7),
+        default=BOOTSTRAP_REPETITIONS,
+        help="draws of the bootstraps",
+    )
     return parser
 
 
@@ -400,4 +406,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with bad_input_in_one_line("compare_evals"):
+        sys.exit(main())

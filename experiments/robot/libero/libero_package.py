@@ -46,7 +46,7 @@ def package_folder() -> Path:
         SimulatorUnavailableError: there is none.
     """
     spec = None
-    with contextlib.suppress(ModuleNotFoundError, ValueError):
+    with contextlib.suppress(ImportError, ValueError):
         spec = importlib.util.find_spec("libero.libero")
     if spec is None or not spec.submodule_search_locations:
         raise SimulatorUnavailableError(f"the LIBERO simulator is not installed: {_INSTALL}")

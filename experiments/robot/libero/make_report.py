@@ -20,6 +20,7 @@ from experiments.robot.libero.compare_evals import NotComparableError, compare_r
 from experiments.robot.libero.eval_log import write_text
 from experiments.robot.libero.eval_records import EpisodeId, RecordedRun, RecordsError, read_run
 from experiments.robot.libero.report_page import ControlRun, ReportData, Video, compose, control_label
+from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
 
 MEGABYTE = 1 << 20
 EMBED_MB = 3.0
@@ -202,15 +203,20 @@ def _words(text: str) -> list[str]:
 
 
 def _argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m experiments.robot.libero.make_report", description="Write an evaluation's report.html."
     )
     parser.add_argument("results", metavar="RESULTS_DIR", help="results folder; several separated by commas")
     parser.add_argument("--controls", metavar="DIR,DIR", help="results folders of control runs of the same policy")
     parser.add_argument("--output", metavar="FILE", type=Path, help="default: report.html in RESULTS_DIR")
     parser.add_argument("--videos", metavar="DIR,DIR", default="", help="where to look for videos that have moved")
-    parser.add_argument("--embed_mb", type=float, default=EMBED_MB, help="largest video to embed")
-    parser.add_argument("--embed_total_mb", type=float, default=EMBED_TOTAL_MB, help="all embedded videos together")
+    parser.add_argument("--embed_mb", type=in_range(float, at_least=0), default=EMBED_MB, help="largest video to embed")
+    parser.add_argument(
+        "--embed_total_mb",
+        type=in_range(float, at_least=0),
+        default=EMBED_TOTAL_MB,
+        help="all embedded videos",
+    )
     return parser
 
 
@@ -229,4 +235,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with bad_input_in_one_line("make_report"):
+        sys.exit(main())

@@ -27,6 +27,7 @@ from experiments.robot.libero.eval_log import (
     write_json,
 )
 from experiments.robot.libero.evaluation import PLAN_FILE, measured_facts, read_plan, write_plan
+from prismatic.command_line import OneLineParser, bad_input_in_one_line
 
 Key = tuple[str, str, str, int, int, int]
 
@@ -146,7 +147,7 @@ def _write_text_log(output: Path, plans: list[TaskPlan], records: list[EpisodeRe
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="results folders of the shards")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     args = parser.parse_args(arguments)
@@ -162,4 +163,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with bad_input_in_one_line("merge_shards"):
+        sys.exit(main())

@@ -15,8 +15,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from prismatic.command_line import nearest
+from prismatic.command_line import MISTAKES, OneLineParser, bad_input_in_one_line, nearest
 
+_PROGRAM = "python -m experiments.robot.libero.suites"
 BASE_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
 PRO_PERTURBATIONS = ("object", "swap", "lan", "task")
@@ -173,8 +174,12 @@ def describe_suite(name: str) -> SuiteRow:
 
 def main() -> int:
     """Print one line per suite that the package registers, base suites and their perturbations together."""
+    OneLineParser(prog=_PROGRAM, description="List the LIBERO suites of the installed simulator package.").parse_args()
     from experiments.robot.libero import simulator
+    from experiments.robot.libero.surroundings import SimulatorUnavailableError
 
+    with bad_input_in_one_line(_PROGRAM, (*MISTAKES, SimulatorUnavailableError)):
+        simulator.require(render=False)
     print(f"{'suite':40} {'base':15} {'perturbation':25} tasks installed states steps  other language in BDDL")
     names = sorted(simulator.list_suites(), key=lambda name: (split_suite(name)[0] or "~", name))
     for row in map(describe_suite, names):

@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.formats import find_format, open_data_set
 from prismatic.vla.datasets.inspect_checks import find_problems
@@ -212,15 +213,15 @@ def _compare(directory: str, report: dict) -> int:
 
 
 def _argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m prismatic.vla.datasets.inspect", description=__doc__.split("\n")[0]
-    )
+    parser = OneLineParser(prog="python -m prismatic.vla.datasets.inspect", description=__doc__.split("\n")[0])
     parser.add_argument("directory", help="<root>/<name>, or an RLDS version directory")
     parser.add_argument("--output", help="folder for report.json and PNG files (default runs/inspect/<name>)")
     parser.add_argument("--backend", choices=("native", "tfds"), default="native")
     parser.add_argument("--split", help="split of the data set (default train, or the only one)")
     parser.add_argument("--data_set_file", help="Python file that registers the data set (docs/datasets.md)")
-    parser.add_argument("--max_images", type=int, default=2000, help="images decoded per camera, 0 = all")
+    parser.add_argument(
+        "--max_images", type=in_range(int, at_least=0), default=2000, help="images decoded per camera, 0 = all"
+    )
     return parser
 
 
@@ -244,4 +245,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with bad_input_in_one_line("inspect"):
+        sys.exit(main())
