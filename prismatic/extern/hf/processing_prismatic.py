@@ -20,6 +20,8 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
 # ImageNet statistics rounded to bfloat16, as stored with published checkpoints; SigLIP uses 0.5.
 DINO_MEAN, DINO_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
+_LARGEST_IMAGE = 4096  # pixels of a side
+_LARGEST_LEVEL = 1e3  # of a mean, and of 1 / deviation; images are in [0, 1] there
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
@@ -59,9 +61,22 @@ class PrismaticImageProcessor(BaseImageProcessor):
                 raise ValueError(
                     f"{PREPROCESSOR_FILE} field `{name}`: expected {towers} entries, got {getattr(self, name)}"
                 )
+        self._check_numbers()
         mean, std = (torch.tensor(values).reshape(towers, 3, 1, 1) for values in (self.means, self.stds))
         # (v/255 - mean) / std as one multiply-add per channel.
         self._scale, self._offset = 1.0 / (255.0 * std), -mean / std
+
+    def _check_numbers(self) -> None:
+        numbers = [(name, value) for name in ("means", "stds") for entry in getattr(self, name) for value in entry]
+        shapes = {len(entry) for name in ("means", "stds", "input_sizes") for entry in getattr(self, name)}
+        wrong = [f"{name} {value}" for name, value in numbers if not abs(value) <= _LARGEST_LEVEL]
+        wrong += [f"stds {value}" for name, value in numbers if name == "stds" and not value > 1 / _LARGEST_LEVEL]
+        wrong += [f"input_sizes {s}" for s in self.input_sizes if not all(1 <= n <= _LARGEST_IMAGE for n in s[-2:])]
+        if wrong or shapes != {3}:
+            raise ValueError(
+                f"{PREPROCESSOR_FILE}: expected three means, three positive deviations and images of at most "
+                f"{_LARGEST_IMAGE} pixels per tower, found {', '.join(wrong[:3]) or f'lists of {sorted(shapes)}'}"
+            )
 
     def _use_stored_normalisation(self, stored: list[dict[str, Any]] | None) -> None:
         if stored:

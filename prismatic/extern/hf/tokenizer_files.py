@@ -68,7 +68,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {"clean_up_tokenization_spaces": False}
     for name in ("special_tokens_map.json", TOKENIZER_CONFIG):
         file = folder / name
-        if not file.exists():
+        if not (file.exists() or file.is_symlink()):
             continue
         values = read_json(file)
         settings |= {role: _token(values[role], f"{file}: {role}") for role in _ROLES if values.get(role) is not None}
