@@ -125,6 +125,9 @@ class FakeBackend:
         self.envs: list[FakeEnv] = []
         self.policies: list[FakePolicy] = []
 
+    def check_policy(self, cfg):
+        pass
+
     def load_policy(self, cfg):
         if self.load_error and self.load_error != "exit":
             raise OSError(self.load_error)

@@ -35,6 +35,9 @@ depend on the ones before it."""
 class Backend(Protocol):
     """Everything an evaluation takes from outside; picklable, because worker processes receive a copy."""
 
+    def check_policy(self, cfg: EvalConfig) -> None:
+        """Raise EvalInputError for a checkpoint that cannot be one, before anything is written."""
+
     def load_policy(self, cfg: EvalConfig) -> Any:
         """Policy object with `predict`, and optionally `metadata`, `image_spec`, `action_spec`."""
 

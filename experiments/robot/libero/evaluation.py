@@ -240,9 +240,8 @@ def evaluate(cfg: EvalConfig, backend: Backend | None = None) -> dict[str, Any]:
         WorkerFailedError: a worker process could not load what it needs.
     """
     cfg.validate()
-    if backend is None:
-        backend = LiberoBackend()
-        backend.check_policy(cfg)
+    backend = backend or LiberoBackend()
+    backend.check_policy(cfg)
     if cfg.save_videos is not SaveVideos.NONE:
         require_encoder()
     fingerprint, checkpoint = run_fingerprint(cfg)
