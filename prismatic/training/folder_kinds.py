@@ -68,7 +68,9 @@ def _check_complete(path: Path) -> None:
         regular_file(path / name)
     if has_weights(path):
         weight_files(path)
-    elif not (path / "lora_adapter").is_dir():
+    elif _json(path / MANIFEST).get("tuning") == "lora":
+        existing(path / "lora_adapter")
+    else:
         weight_files(path)  # says which files are missing
     for file in sorted(path.glob(_HEAD)):
         regular_file(file)

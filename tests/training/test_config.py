@@ -60,6 +60,7 @@ def test_cosine_falls_to_zero_and_constant_stays():
         ({"use_diffusion": True}, "use_diffusion"),
         ({"use_l1_regression": False}, "use_l1_regression"),
         ({"use_film": True}, "use_film"),
+        ({"phase": "Inference"}, "phase"),
         ({"use_lora": True, "use_fz": True}, "exclude"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"learning_rate": 0.0}, "learning_rate"),
@@ -103,6 +104,23 @@ def test_run_id_tells_the_runs_apart():
 )
 def test_saving_flags_that_contradict_each_other(flags, message):
     with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "switch"),
+    [
+        ({"resum_vla_path": "runs/x--5_chkpt"}, "--resume True; without it the run starts at step 0"),
+        ({"resume_step": 0}, "--resume True"),
+        ({"val_freq": 5}, "--use_val_set True"),
+        ({"subset_seed": 1}, "--n_shot_episodes N or --use_val_set True"),
+        ({"compile_backend": "eager"}, "--compile True"),
+        ({"lr_min_ratio": 0.5}, "--lr_schedule cosine"),
+        ({"lr_schedule": "cosine", "lr_decay_factor": 0.5}, "--lr_schedule step or multistep"),
+    ],
+)
+def test_flags_that_nothing_reads_without_another_are_refused(flags, switch):
+    with pytest.raises(ValueError, match=f"--{list(flags)[-1]} .* has no effect: it needs {switch}"):
         FinetuneConfig(**flags)
 
 

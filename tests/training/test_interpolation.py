@@ -232,7 +232,8 @@ def test_the_output_is_an_ordinary_checkpoint_to_start_from(start, train, make_t
     trainer = make_trainer("next", config_file_path=str(out), max_steps=1, **TUNING["lora"])
     trainer.fit()
     manifest = json.loads((trainer.setup.run_dir.parent / "next--1_chkpt" / MANIFEST).read_text())
-    assert manifest["base"] == {"kind": "checkpoint", "path": str(out), "sha256": weights_hash(out)}
+    expected = {"kind": "checkpoint", "path": str(out), "relative": "../../out", "sha256": weights_hash(out)}
+    assert manifest["base"] == expected
 
 
 def test_a_moved_start_model_is_named_by_the_flag_and_its_hash_is_checked(start, train, tmp_path, monkeypatch):

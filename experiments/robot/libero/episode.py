@@ -43,6 +43,9 @@ class Backend(Protocol):
         """EvalInputError or SimulatorUnavailableError when this machine cannot do what is asked, before anything is
         loaded or written."""
 
+    def check_policy(self, cfg: EvalConfig) -> None:
+        """Raise EvalInputError for a checkpoint that cannot be one, before anything is written."""
+
     def load_policy(self, cfg: EvalConfig) -> Any:
         """Policy object with `predict`, and optionally `metadata`, `image_spec`, `action_spec`."""
 

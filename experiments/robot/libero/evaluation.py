@@ -271,9 +271,8 @@ def evaluate(cfg: EvalConfig, backend: Backend | None = None) -> dict[str, Any]:
         WorkerFailedError: a worker process could not load what it needs.
     """
     cfg.validate()
-    if backend is None:
-        backend = LiberoBackend()
-        backend.check_policy(cfg)
+    backend = backend or LiberoBackend()
+    backend.check_policy(cfg)
     backend.check_machine(cfg)
     if cfg.control is Control.REPLAY:
         cfg = with_policy_protocol(cfg, backend)
