@@ -206,8 +206,8 @@ def compare(root: Path) -> int:
         folder = root / expected.stem
         source = open_source(folder, keys[find_format(folder)])
         order_file = root / f"{expected.stem}-order.npy"
-        order = np.load(order_file).tolist() if order_file.is_file() else list(range(len(LENGTHS)))
-        content, starts = np.load(expected), np.cumsum((0, *LENGTHS))
+        order = np.load(order_file, allow_pickle=False).tolist() if order_file.is_file() else list(range(len(LENGTHS)))
+        content, starts = np.load(expected, allow_pickle=False), np.cumsum((0, *LENGTHS))
         found = wrong_here = 0
         for number, episode in enumerate(order):
             rows = slice(starts[episode], starts[episode + 1])

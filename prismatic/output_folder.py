@@ -95,6 +95,16 @@ def held(folder: Path, flag: str) -> Iterator[None]:
         release(folder)
 
 
+@contextmanager
+def released_on_failure() -> Iterator[None]:
+    """Let go of every folder when what was to be written to it cannot be begun."""
+    try:
+        yield
+    except BaseException:
+        _release_all(os.getpid())
+        raise
+
+
 def _lock_file(folder: Path) -> Path:
     folder = Path(os.path.abspath(folder))
     return folder.with_name(f".{folder.name}.lock")

@@ -7,6 +7,7 @@ torchrun --standalone --nproc-per-node N vla-scripts/finetune.py ...
 from transformers.utils import logging as transformers_logging
 
 from prismatic.command_line import bad_input_in_one_line, faults_in_one_line
+from prismatic.output_folder import released_on_failure
 from prismatic.training.command_line import parse_flags
 from prismatic.training.faults import FAULTS
 from prismatic.training.loop import Trainer, seed_everything
@@ -18,7 +19,7 @@ from prismatic.training.setup import build_setup
 def finetune() -> None:
     """Parse, build, fit. Bad input ends it before anything is written."""
     transformers_logging.set_verbosity_error()
-    with bad_input_in_one_line("finetune.py"):
+    with bad_input_in_one_line("finetune.py"), released_on_failure():
         cfg = parse_flags()
         accelerator = build_accelerator(cfg)
         if accelerator.is_main_process:

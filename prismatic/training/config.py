@@ -310,19 +310,20 @@ class FinetuneConfig:
         switches = {  # flags by name or prefix: (their switch is on, the switch)
             "compile_backend": (self.compile, "--compile True"),
             "craft_": (measures, "--use_craft True (or --retention_method feature_penalty)"),
-            "compile_backend": (self.compile, "--compile True"),
             "craft_probe_size": (self.craft_probe_data is not None, "--craft_probe_data FOLDER"),
             "l2sp_weight": (l2sp, "--retention_method l2sp"),
             "lr_decay_factor": (decays, "--lr_schedule step or multistep"),
             "lr_min_ratio": (self.lr_schedule == LRSchedule.COSINE.value, "--lr_schedule cosine"),
             "lora_": (self.use_lora, "--use_lora True; without it all weights are trained"),
             "merge_lora_during_training": (self.use_lora, "--use_lora True"),
-            "val_split": (self.use_val_set, "--use_val_set True"),
             "replay_fraction": (self.replay_data is not None, "--replay_data FOLDER"),
             "resum_vla_path": (bool(self.resume), "--resume True; without it the run starts at step 0"),
             "resume_step": (bool(self.resume), "--resume True; without it the run starts at step 0"),
             "subset_seed": (subset, "--n_shot_episodes N or --use_val_set True"),
-            "val_": (self.use_val_set, "--use_val_set True"),
+            # Not `val_freq`: published commands give it beside --use_val_set False.
+            "val_fraction": (self.use_val_set, "--use_val_set True"),
+            "val_batches": (self.use_val_set, "--use_val_set True"),
+            "val_split": (self.use_val_set, "--use_val_set True"),
             "replay_labels": (self.replay_data is not None, "--replay_data FOLDER"),
         }
         for name in sorted(given):

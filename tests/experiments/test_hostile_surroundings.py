@@ -153,7 +153,7 @@ def test_a_job_that_a_killed_driver_left_running_is_waited_for(tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("text", "done"),
-    [('{"step": 4}\n{"step": 5, "a": {"b": 1}', 5), ('{"step": 4}\n[1]', 5), ('{"a": 1}\n\x00\x00', 1), ("\x00", 0)],
+    [('{"step": 4}\n{"step": 5, "a": {"b": 1}', 4), ('{"step": 4}\n[1]', 4), ('{"a": 1}\n\x00\x00', 1), ("\x00", 0)],
 )
 def test_a_line_cut_by_a_kill_does_not_count(tmp_path, text, done):
     (tmp_path / "p").write_text(text)

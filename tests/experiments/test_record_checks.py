@@ -245,7 +245,7 @@ def test_records_of_drift_are_checked(tmp_path, change):
 
 def test_metrics_of_a_training_that_diverged_are_read(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "loss": NaN}\n')
-    assert read_metrics("x", tmp_path / "m.jsonl").series("loss")[0] == [0, 1]
+    assert read_metrics("x", tmp_path / "m.jsonl").series("loss")[0] == [1, 2]
     (tmp_path / "m.jsonl").write_text('{"step": true}\n')
     with pytest.raises(ResultFormatError, match="line 1: step"):
         read_metrics("x", tmp_path / "m.jsonl")

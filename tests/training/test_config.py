@@ -112,7 +112,7 @@ def test_saving_flags_that_contradict_each_other(flags, message):
     [
         ({"resum_vla_path": "runs/x--5_chkpt"}, "--resume True; without it the run starts at step 0"),
         ({"resume_step": 0}, "--resume True"),
-        ({"val_freq": 5}, "--use_val_set True"),
+        ({"val_batches": 5}, "--use_val_set True"),
         ({"subset_seed": 1}, "--n_shot_episodes N or --use_val_set True"),
         ({"compile_backend": "eager"}, "--compile True"),
         ({"lr_min_ratio": 0.5}, "--lr_schedule cosine"),

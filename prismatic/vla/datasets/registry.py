@@ -139,7 +139,9 @@ def load_data_set_file(path: str | os.PathLike) -> None:
     """Run a user's Python file that calls `register_data_set`; FileNotFoundError when there is none."""
     path = Path(path).resolve()
     if not path.is_file():
-        raise FileNotFoundError(f"data set file {path} does not exist")
+        raise FileNotFoundError(f"--data_set_file {path} is no file, expected a Python file that registers data sets")
+    if path.suffix != ".py":
+        raise ValueError(f"--data_set_file {path}: expected a Python file, with the ending .py")
     name = f"craft_data_sets_{path.stem}"
     if getattr(sys.modules.get(name), "__file__", None) == str(path):
         return
