@@ -274,11 +274,11 @@ def evaluate(cfg: EvalConfig, backend: Backend | None = None) -> dict[str, Any]:
     if backend is None:
         backend = LiberoBackend()
         backend.check_policy(cfg)
-    backend.check_machine(cfg)
     if cfg.control is Control.REPLAY:
         cfg = with_policy_protocol(cfg, backend)
     fingerprint, checkpoint = run_fingerprint(cfg)
     plans = plan_tasks(cfg, backend)
+    backend.check_machine(cfg)
     controls = read_control_results(cfg, checkpoint)
     if cfg.results_dir:
         _check_unused(Path(cfg.results_dir), cfg)
