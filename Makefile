@@ -18,8 +18,10 @@ demo-quick: setup
 		--work_dir runs/demo_quick
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not alone"
-	$(BIN)/python -m pytest -m alone
+	ended=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not alone" || ended=$$?; \
+	$(BIN)/python -m pytest -m alone || ended=$$?; \
+	exit $$ended
 
 lint: setup
 	$(BIN)/ruff check .

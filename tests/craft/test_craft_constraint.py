@@ -354,7 +354,7 @@ def undecided(a: dict, r: dict) -> set[str]:
 
 def combine_together(constraints: list[CRaFTConstraint]) -> tuple[list[dict], int]:
     """`combine_` of several processes at once, with an average over them; the metrics and the number of averages."""
-    barrier, sent = threading.Barrier(len(constraints), timeout=30), []
+    barrier, sent = threading.Barrier(len(constraints), timeout=600), []
 
     def mean(tensor):
         sent.append(tensor)

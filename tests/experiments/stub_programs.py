@@ -6,6 +6,8 @@ that runs twice at the same time fails and says so in STUB_VIOLATIONS.
 
     STUB_CALLS        file that gets every command line
     STUB_SLEEP        seconds of each training step and episode
+    STUB_GATE         file with a number: while it is there, programs later than so many calls make one step, then wait
+    STUB_MANIFEST     the driver's manifest; a copy of it is kept at each call, one a line, in STUB_CALLS.states
     STUB_<FAILURE>    suites for which COLLECT_FAILS, TRAIN_FAILS, NO_CHECKPOINT, STOPS_EARLY, EVAL_FAILS, CONSOLE_ONLY,
                       NO_FINAL_LINE or OTHER_EPISODES happens
     STUB_QUIET        no line per step or episode: the program outlives a driver that is killed
@@ -16,6 +18,7 @@ that runs twice at the same time fails and says so in STUB_VIOLATIONS.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -23,6 +26,7 @@ import time
 from pathlib import Path
 
 ARGUMENTS = sys.argv[1:]
+CALL, STEPS = 0, []  # number of this call; one entry per step it made
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
 
@@ -42,6 +46,16 @@ def chance(*facts: object) -> float:
 
 def pause() -> None:
     time.sleep(float(os.environ.get("STUB_SLEEP", "0")))
+    STEPS.append(None)
+    while len(STEPS) > 1 and allowed_calls() < CALL:
+        time.sleep(0.01)
+
+
+def allowed_calls() -> float:
+    try:
+        return float(Path(os.environ["STUB_GATE"]).read_text())
+    except (KeyError, FileNotFoundError):
+        return math.inf
 
 
 def progress(line: str) -> None:
@@ -155,6 +169,11 @@ def main() -> None:
     if "STUB_CALLS" in os.environ:
         with open(os.environ["STUB_CALLS"], "a") as calls:
             calls.write(" ".join([Path(sys.argv[0]).name, *ARGUMENTS]) + "\n")
+        global CALL
+        CALL = Path(os.environ["STUB_CALLS"]).read_text().count("\n")
+    if "STUB_MANIFEST" in os.environ:
+        with open(os.environ["STUB_CALLS"] + ".states", "a") as states:
+            states.write(json.dumps(json.loads(Path(os.environ["STUB_MANIFEST"]).read_text())) + "\n")
     if "experiments.robot.libero.collect_demos" in ARGUMENTS:
         collect()
     elif "vla-scripts/finetune.py" in ARGUMENTS:

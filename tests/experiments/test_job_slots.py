@@ -123,12 +123,21 @@ def test_the_time_left_is_no_shorter_than_the_longest_chain(tmp_path):
     assert Outlook().seconds_left(chain, [], slots=2) == pytest.approx(12)
 
 
-def test_progress_is_told_while_a_job_runs(tmp_path, capsys):
-    progress, result = tmp_path / "metrics.jsonl", tmp_path / "done"
+def test_progress_is_told_while_a_job_runs(tmp_path, capsys, monkeypatch):
+    progress, result, told = tmp_path / "metrics.jsonl", tmp_path / "done", tmp_path / "told"
     program = (
-        f"import time; open({str(progress)!r}, 'w').write('{{\"step\": 7}}\\n'); time.sleep(1); "
+        f"import os, time; open({str(progress)!r}, 'w').write('{{\"step\": 7}}\\n')\n"
+        f"while not os.path.exists({str(told)!r}): time.sleep(0.01)\n"
         f"open({str(result)!r}, 'w')"
     )
+    say = job_slots.say
+
+    def say_and_let_go_on(text: str) -> None:
+        say(text)
+        if "7/20" in text:
+            told.touch()
+
+    monkeypatch.setattr(job_slots, "say", say_and_let_go_on)
     job = Job("train-a", [sys.executable, "-c", program], result, progress=progress, units=20, unit="steps")
     run_jobs([job], tmp_path / "logs", slots=1, report_s=0.2)
     lines = [line for line in capsys.readouterr().out.splitlines() if "train-a 7/20 steps" in line]
@@ -138,17 +147,17 @@ def test_progress_is_told_while_a_job_runs(tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ending_the_run_ends_its_commands(tmp_path, number):
     pid_file = tmp_path / "pid"
-    child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(3600)"
     program = (
         "import sys; from pathlib import Path\n"
         "from craft_experiments.common_utils.job_slots import Job, run_jobs\n"
         f"run_jobs([Job('a', [sys.executable, '-c', {child!r}], Path('never'))], Path({str(tmp_path)!r}), slots=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    assert process.wait(60) == 128 + number
+    assert process.wait(600) == 128 + number
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid_file.read_text()), 0)

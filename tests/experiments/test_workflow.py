@@ -38,7 +38,7 @@ class Table:
 
     def _run(self, command: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess:
         environment = self.environment | variables
-        return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=600)
+        return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=1800)
 
     def snakemake(self, *words: str, **variables: str) -> subprocess.CompletedProcess:
         config = ["table=table1", *(f"{name}={value}" for name, value in self.settings.items())]

@@ -90,8 +90,9 @@ class FakePolicy:
 class RaiseAt:
     """Raises at the given starts: always, or only the first time (remembered in a file, as processes come and go)."""
 
-    def __init__(self, starts, once_file: str | None = None, action: str = "raise") -> None:
-        self.starts, self.once_file, self.action = tuple(starts), once_file, action
+    def __init__(self, starts, once_file: str | None = None, action: str = "raise", hangs: str = "") -> None:
+        """hangs: file that gets a dot whenever a process hangs."""
+        self.starts, self.once_file, self.action, self.hangs = tuple(starts), once_file, action, hangs
 
     def __call__(self, task, start: float) -> None:
         if not any(abs(start - s) < 1e-9 for s in self.starts):
@@ -103,7 +104,9 @@ class RaiseAt:
         if self.action == "exit":
             os._exit(9)
         if self.action == "hang":
-            time.sleep(600)
+            with open(self.hangs, "a") as hangs:
+                hangs.write(".")
+            time.sleep(36_000)
         raise RuntimeError("the renderer\nis gone")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fake_libero_world import LANGUAGES, FakeBackend, RaiseAt, comparable, lines_of, text_log
 
-from experiments.robot.libero import evaluation, run_libero_eval
+from experiments.robot.libero import evaluation, run_libero_eval, scheduler
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.episode import with_policy_protocol
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
@@ -297,15 +297,21 @@ def test_workers_give_the_same_records_and_the_same_log(cfg, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("action", ["exit", "hang"])
-def test_a_dying_or_hanging_worker_costs_one_episode(cfg, action):
-    cfg = replace(cfg, num_workers=2, task_ids="1", worker_timeout_s=6.0)
-    results = evaluate(cfg, FakeBackend(mishap=RaiseAt([-0.05], action=action)))
+def test_a_dying_or_hanging_worker_costs_one_episode(cfg, tmp_path, monkeypatch, action):
+    hangs = tmp_path / "hangs"
+    hangs.touch()
+    if action == "hang":  # time stands still, and passes when a worker hangs
+        clock = SimpleNamespace(monotonic=lambda: 1e5 * len(hangs.read_text()))
+        monkeypatch.setattr(scheduler, "time", clock)
+    cfg = replace(cfg, num_workers=2 if action == "exit" else 1, task_ids="1")
+    results = evaluate(cfg, FakeBackend(mishap=RaiseAt([-0.05], action=action, hangs=str(hangs))))
     assert [(r["init_idx"], r["status"]) for r in sorted(lines_of(cfg), key=lambda r: r["init_idx"])] == [
         (0, "success"),
         (1, "error"),
         (2, "success"),
     ]
     assert not results["valid"] and "worker process" in text_log(cfg)
+    assert len(hangs.read_text()) == (2 if action == "hang" else 0)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from fake_libero_world import FakeBackend, FakePolicy, RaiseAt, comparable, lines_of, text_log
 
+from experiments.robot.libero import scheduler
 from experiments.robot.libero.episode import Job
 from experiments.robot.libero.eval_config import EvalInputError
 from experiments.robot.libero.eval_log import EpisodeStatus, PlannedEpisode
@@ -92,7 +93,6 @@ class BatchPolicy(FakePolicy):
 
     def predict(self, image, wrist_image, state, instruction):
         self.sizes.append(1)
-        time.sleep(0.02)
         return super().predict(image, wrist_image, state, instruction)
 
     def predict_batch(self, requests):
@@ -107,9 +107,15 @@ class BatchBackend(FakeBackend):
         return self.policies[-1]
 
 
+def wait_for_all(connections, timeout):
+    """In place of `wait`: every worker has something to say before any of them is heard."""
+    return [connection for connection in connections if connection.poll(None)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batched", [False, True])
-def test_waiting_queries_share_a_batch_only_when_asked_for(cfg, tmp_path, batched):
+def test_waiting_queries_share_a_batch_only_when_asked_for(cfg, tmp_path, batched, monkeypatch):
+    monkeypatch.setattr(scheduler, "wait", wait_for_all)
     evaluate(cfg, FakeBackend())
     many = replace(cfg, num_workers=3, batch_inference=batched, results_dir=str(tmp_path / "b"), run_id_note="b")
     backend = BatchBackend()
@@ -155,7 +161,7 @@ def test_a_policy_with_memory_is_not_shared(cfg):
 
 
 RUN = """
-import sys, time
+import sys, threading
 from fake_libero_world import FakeBackend, FakePolicy
 from experiments.robot.libero.eval_config import EvalConfig
 from experiments.robot.libero.evaluation import evaluate
@@ -164,7 +170,8 @@ from experiments.robot.libero.video import SaveVideos
 
 class Slow(FakePolicy):
     def predict(self, *request):
-        time.sleep(0.05)
+        if len(self.seen) == 24:  # at least four of the 18 episodes are recorded, and the others never are
+            threading.Event().wait()
         return super().predict(*request)
 
 class SlowBackend(FakeBackend):

@@ -134,7 +134,7 @@ def test_loading_writes_nothing_and_prints_nothing(tmp_path):
 
 @pytest.mark.simulator
 def test_unknown_suite_names_the_nearest_one():
-    with pytest.raises(UnknownSuiteError, match="did you mean libero_spatial.*suites lists all"):
+    with pytest.raises(UnknownSuiteError, match="did you mean libero_spatial. python -m .*suites lists all"):
         load_task("libero_spatail", 0)
     with pytest.raises(UnknownSuiteError):
         load_task("libero_100", 0)  # registered upstream, but without tasks

@@ -27,7 +27,7 @@ def run(folder: Path, launcher: str, *flags: str) -> subprocess.CompletedProcess
         "--device", "cpu", *flags,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1800)
 
 
 @pytest.mark.slow

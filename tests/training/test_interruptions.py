@@ -134,14 +134,14 @@ def wait_for_steps(root: Path, name: str, count: int, process: subprocess.Popen,
 def test_a_stopped_run_resumes_where_it_was(tmp_path, processes):
     # The signal goes to the whole group, data workers included, and to one rank only.
     flags = ("--num_data_workers", "1")
-    run = launch(command(tmp_path, "run", 500, *flags), processes)
+    run = launch(command(tmp_path, "run", 100_000, *flags), processes)
     wait_for_steps(tmp_path, "run", 2, run[0])
     os.killpg(run[-1].pid, signal.SIGTERM)
     outputs = finish(run)
     assert [process.returncode for process in run] == [0] * processes, outputs[-1][-3000:]
     assert "Asked to stop: saving step" in outputs[0]
     stopped = [step for step, _ in find_checkpoints(tmp_path, "run")]
-    assert len(stopped) == 1 and 2 <= stopped[0] < 500
+    assert len(stopped) == 1 and 2 <= stopped[0] < 100_000
     assert (tmp_path / "run" / "latest").read_text() == f"run--{stopped[0]}_chkpt\n"
     steps = stopped[0] + 3
     for name in ("run", "whole"):
@@ -159,18 +159,16 @@ def test_a_stopped_run_resumes_where_it_was(tmp_path, processes):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_others_stop_when_a_process_dies_or_hangs(tmp_path, number):
-    run = launch(command(tmp_path, "run", 100_000, "--ddp_timeout", "30"), 2)
+    run = launch(command(tmp_path, "run", 100_000, "--ddp_timeout", "60"), 2)
     wait_for_steps(tmp_path, "run", 2, run[0])
     os.kill(run[1].pid, number)
-    started = time.monotonic()
     try:
-        output = finish(run[:1], timeout=120)[0]
+        output = finish(run[:1])[0]
     finally:
         run[1].kill()
         run[1].communicate()
-    assert time.monotonic() - started < 100
     assert run[0].returncode not in (0, None)
-    assert "another of the 2 processes is gone or did not answer within --ddp_timeout 30 s" in output, output[-3000:]
+    assert "another of the 2 processes is gone or did not answer within --ddp_timeout 60 s" in output, output[-3000:]
 
 
 # ------------------------------------------------------------------------------------------------ in this process

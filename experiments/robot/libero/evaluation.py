@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -207,8 +206,6 @@ def checkpoint_fingerprint(path: str) -> str:
     files = sorted(item for item in root.rglob("*") if item.is_file()) if root.is_dir() else []
     if not files:
         found = "an empty directory" if root.is_dir() else "no such directory"
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not root.exists():
-            found += "; a name of a hub is not downloaded: fetch it first, then name the folder"
         raise EvalInputError(f"--pretrained_checkpoint {path}: expected a checkpoint directory, found {found}")
     manifest = root / MANIFEST
     return files_hash(
@@ -273,11 +270,11 @@ def evaluate(cfg: EvalConfig, backend: Backend | None = None) -> dict[str, Any]:
     cfg.validate()
     backend = backend or LiberoBackend()
     backend.check_policy(cfg)
-    backend.check_machine(cfg)
     if cfg.control is Control.REPLAY:
         cfg = with_policy_protocol(cfg, backend)
     fingerprint, checkpoint = run_fingerprint(cfg)
     plans = plan_tasks(cfg, backend)
+    backend.check_machine(cfg)
     controls = read_control_results(cfg, checkpoint)
     if cfg.results_dir:
         _check_unused(Path(cfg.results_dir), cfg)

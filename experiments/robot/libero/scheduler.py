@@ -202,7 +202,7 @@ class _Worker:
     process: BaseProcess
     assignment: Assignment | None = None
     task_id: int | None = None  # whose environment it has
-    last_report: float = field(default_factory=time.monotonic)
+    last_report: float = field(default_factory=lambda: time.monotonic())
     ready: bool = False
 
 

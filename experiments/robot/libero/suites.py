@@ -59,7 +59,7 @@ def nearest_suite(name: str, known: Iterable[str]) -> str:
     word = re.sub(r"^(libero_?)?", "libero_", word).replace("libero_long", "libero_10")
     ends = {suite.removeprefix("libero_") for suite in known}  # what all begin with makes nothing alike
     meant = f"; did you mean {word}?" if word in known else nearest(word.removeprefix("libero_"), ends, "libero_")
-    return f"{meant}; python -m experiments.robot.libero.suites lists all"
+    return f"{meant or ';'} python -m experiments.robot.libero.suites lists all"
 
 
 def perturbation(name: str) -> str | None:
