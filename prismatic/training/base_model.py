@@ -92,7 +92,7 @@ class BaseModel:
         if chain:
             advice = f"merge the adapters of {adapted} first (merge_lora_weights_and_save.py)"
         raise (MissingFileError if nothing else CheckpointError)(
-            f"the base model of the adapters in {adapted} was not found: {looked}; expected weights with sha256 "
+            f"the base model of {adapted} was not found: {looked}; expected weights with sha256 "
             f"{self.sha256}. {advice[0].upper()}{advice[1:]}"
         )
 

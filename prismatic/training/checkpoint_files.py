@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, PrismaticConfig
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
@@ -52,6 +55,7 @@ _OPTIONAL_FIELDS = {
     "merge": _OBJECT,
     "origin": _TEXT,
     "samples_seen": _COUNT,
+    "start": _OBJECT,
     "step": _COUNT,
     "training": _OBJECT,
 }
@@ -59,6 +63,7 @@ _CONFIG_SIZES = ("num_images_in_input", "num_action_queries", "projector_hidden_
 _LARGEST_SIZE = 1 << 20
 """Of a chunk, a width, a number of images, an image in pixels."""
 _MOST_LAYERS = 1000
+_SHOWN = 8  # keys
 _LARGEST_STATISTIC = 1e10
 """No robot moves further, in any unit."""
 
@@ -162,13 +167,16 @@ def load_vla(path: Path, num_images: int | None = None) -> OpenVLAForActionPredi
     `num_images` replaces the configured number of images. Raises MissingFileError without weights, CheckpointError
     listing the missing, unexpected or mismatched keys.
     """
-    weight_files(path)
+    for file in weight_files(path):
+        _check_header(file)
+    if (path / "generation_config.json").exists():
+        regular_file(path / "generation_config.json")
     if (path / "adapter_config.json").exists():  # the library would take the base model that this file names
         raise CheckpointError(f"{path / 'adapter_config.json'} lies beside whole weights, expected one of the two")
     config = read_config(path)
     if num_images is not None:
         config.num_images_in_input = num_images
-    with reading(path):
+    with reading(path), _quiet_library():
         vla, report = OpenVLAForActionPrediction.from_pretrained(
             path,
             config=config,
@@ -180,10 +188,34 @@ def load_vla(path: Path, num_images: int | None = None) -> OpenVLAForActionPredi
             use_safetensors=True,
             weights_only=True,
         )
-    problems = {k: sorted(report[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[k]}
+    kinds = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    problems = [f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN])}" for kind, keys in kinds.items() if keys]
     if problems:
-        raise CheckpointError(f"weights of {path} do not fit its config.json: {problems}")
+        files = " and ".join(file.name for file in weight_files(path)[:2])
+        raise CheckpointError(f"{path}: the weights in {files} do not fit config.json: {'; '.join(problems)}")
     return vla
+
+
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Without the library's own account of keys that do not fit: what is wrong is said once, by us."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _check_header(file: Path) -> None:
+    """CheckpointError for a file whose length does not fit its header, or that has none; reads the header alone."""
+    try:
+        with safe_open(file, "pt") as weights:
+            weights.keys()
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{file}: truncated, or not a safetensors file ({error}): copy or download it again"
+        ) from error
 
 
 def load_processor(path: Path, vla: OpenVLAForActionPrediction) -> PrismaticProcessor:

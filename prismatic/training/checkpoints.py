@@ -223,7 +223,8 @@ def _write_vla(cfg: FinetuneConfig, model: VLAPolicyModel, folder: Path, state: 
 
 def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> dict:
     folder = checkpoint_path(cfg, state.step)
-    base = setup.base.to_dict(folder) if cfg.tuning_mode is TuningMode.LORA else None
+    start = None if setup.base is None else setup.base.to_dict(folder)
+    base = start if cfg.tuning_mode is TuningMode.LORA else None
     return {
         "format_version": FORMAT_VERSION,
         "origin": setup.origin,
@@ -232,6 +233,7 @@ def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> 
         "file_suffix": suffix,
         "tuning": cfg.tuning_mode.value,
         "base": base,
+        "start": start,
         "action_spec": setup.action_spec.to_dict(),
         "image_spec": setup.image_spec.to_dict(),
         "prompt_kind": PROMPT_KIND,

@@ -188,6 +188,9 @@ def _start_of_adapters(checkpoint: Path, base: str | Path | None, parts: Parts) 
 
 def _start_of_weights(loaded: LoadedCheckpoint, base: str | Path | None, parts: Parts) -> _Start:
     """Start model of a checkpoint that holds whole weights."""
+    record = loaded.manifest.get("start")
+    if not base and record and record.get("kind") == "checkpoint":
+        base = BaseModel.from_dict(record, loaded.path / MANIFEST).find(loaded.path)
     if not base:
         training = loaded.manifest.get("training") or {}
         base, vlm = training.get("config_file_path", ""), training.get("vlm_path", "")

@@ -33,6 +33,8 @@ from prismatic.training.ema import WeightAverage
 from prismatic.training.retention.landing import Landing
 from prismatic.training.retention.protocol import Retention
 
+_MOST_SAMPLES = 1 << 62
+
 
 @dataclass
 class TrainingState:
@@ -214,8 +216,9 @@ def restore_training_state(folder: str | Path, setup, state: TrainingState, rank
 def _read_counters(file: Path, setup) -> dict:
     counters = read_json(file)
     for name, kind in (("step", int), ("samples_seen", int), ("constraint_metrics", dict)):
-        if not isinstance(counters.get(name), kind):
-            raise CheckpointError(f"{file}: {name} is {counters.get(name)!r}, expected {kind.__name__}")
+        value = counters.get(name)
+        if type(value) is not kind or (kind is int and not 0 <= value < _MOST_SAMPLES):
+            raise CheckpointError(f"{file}: {name} is {str(value)[:80]!r}, expected {kind.__name__}")
     saved, current = counters.get("dataset_fingerprints") or {}, fingerprints(setup)
     if saved and current and saved != current:
         changed = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))

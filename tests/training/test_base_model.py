@@ -16,6 +16,7 @@ from prismatic.training.base_model import BaseModel
 from prismatic.training.checkpoint_folder import LISTING, MANIFEST, read_json, write_json
 from prismatic.training.checkpoints import load_checkpoint, load_unmerged
 from prismatic.training.config import FinetuneConfig
+from prismatic.training.interpolation import interpolate_checkpoint
 from prismatic.training.setup import load_start_model
 
 
@@ -27,7 +28,9 @@ def pair(tmp_path_factory):
     before = os.getcwd()
     os.chdir(home)
     try:
-        train(Path("runs"), "lora", config_file_path="models/start--1_chkpt", save_training_state=False, **LORA)
+        for name, tuning in (("lora", LORA), ("full", {})):
+            flags = {"config_file_path": "models/start--1_chkpt", "save_training_state": False}
+            train(Path("runs"), name, **flags, **tuning)
     finally:
         os.chdir(before)
     return home
@@ -38,15 +41,16 @@ def home(pair, tmp_path, monkeypatch):
     """A copy at another place; the original is gone as far as the copy knows, and the working directory is neither."""
     shutil.copytree(pair, tmp_path / "home")
     edit_base(tmp_path / "home/runs/lora--1_chkpt", path=str(tmp_path / "home/models/start--1_chkpt"))
+    edit_base(tmp_path / "home/runs/full--1_chkpt", entry="start", path=str(tmp_path / "home/models/start--1_chkpt"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     return tmp_path / "home"
 
 
-def edit_base(folder: Path, **changes) -> None:
+def edit_base(folder: Path, entry: str = "base", **changes) -> None:
     manifest = read_json(folder / MANIFEST)
-    base = {key: value for key, value in (manifest["base"] | changes).items() if value is not None}
-    write_json(folder / MANIFEST, manifest | {"base": base})
+    base = {key: value for key, value in (manifest[entry] | changes).items() if value is not None}
+    write_json(folder / MANIFEST, manifest | {entry: base})
     (folder / LISTING).unlink(missing_ok=True)
 
 
@@ -76,6 +80,15 @@ def test_the_base_is_found_from_any_working_directory(home, tmp_path, how):
     elif how == "earlier version":  # as it was typed, without the other path
         edit_base(folder, path="models/start--1_chkpt", relative=None)
     assert torch.equal(act(load_checkpoint(folder).model), expected)
+
+
+def test_interpolation_finds_the_start_of_whole_weights_as_well(home, tmp_path):
+    folder = home.rename(tmp_path / "archive") / "runs/full--1_chkpt"
+    policy = interpolate_checkpoint(folder, 0.0)
+    assert torch.equal(act(policy.model), act(load_checkpoint(tmp_path / "archive/models/start--1_chkpt").model))
+    other_weights(tmp_path / "archive/models/start--1_chkpt")
+    with pytest.raises(CheckpointError, match="expected weights with sha256.*--base"):
+        interpolate_checkpoint(folder, 0.0)
 
 
 def test_the_flag_overrides_and_its_weights_are_compared(home, tmp_path):

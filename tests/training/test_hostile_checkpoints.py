@@ -235,6 +235,22 @@ def test_pipes_devices_and_loops_end_in_an_error(full, place, kind):
         load_checkpoint(full)
 
 
+@pytest.mark.parametrize("content", [b"x" * 100, b"\x08" + b"\0" * 7 + b"{}      "])
+def test_truncated_weights_are_named(full, content):
+    file = full / "model.safetensors"
+    for damaged in (content, file.read_bytes()[:-1]):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="model.safetensors"):
+            load_checkpoint(full)
+
+
+def test_a_pipe_beside_the_configuration_is_not_opened(full):
+    (full / "generation_config.json").unlink(missing_ok=True)
+    os.mkfifo(full / "generation_config.json")
+    with pytest.raises(CheckpointError, match="generation_config.json is a device, pipe or socket"):
+        load_checkpoint(full)
+
+
 def test_a_pipe_in_the_list_of_files_is_not_opened(full):
     os.mkfifo(full / "pipe")
     write_json(full / LISTING, {"files": {"pipe": {"size": 0, "sha256": "x"}}})
