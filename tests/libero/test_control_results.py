@@ -12,6 +12,7 @@ from experiments.robot.libero.control_results import control_lines
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 from experiments.robot.libero.evaluation import evaluate
+from experiments.robot.libero.simulator import RenderMode
 from experiments.robot.libero.video import SaveVideos
 
 
@@ -90,3 +91,12 @@ def test_language_and_noise_are_part_of_the_run(tmp_path, monkeypatch):
     assert first["init_offsets_mm"] is None
     results = run(tmp_path, "own", control_results=str(tmp_path / "noisy"))
     assert control_lines(results)[1].startswith("init_noise (20 mm): ")
+
+
+def test_a_control_of_another_protocol_is_pointed_out(tmp_path):
+    run(tmp_path, "same", control=Control.GREY_IMAGES)
+    run(tmp_path, "other", control=Control.GREY_IMAGES, render_mode=RenderMode.LAZY, num_steps_wait=3)
+    results = run(tmp_path, "own", control_results=f"{tmp_path / 'same'},{tmp_path / 'other'}")
+    _, same, other = control_lines(results)
+    assert same.endswith(")") and "policy" not in same
+    assert "render_mode lazy, the policy's published" in other and "num_steps_wait 3, the policy's 10" in other

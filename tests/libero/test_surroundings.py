@@ -104,11 +104,14 @@ def test_devices_by_another_name_than_a_number_are_left_to_robosuite():
 
 
 NO_DEVICE = """
-import os, sys
+import os, sys, warnings
 from experiments.robot.libero.surroundings import SimulatorUnavailableError, require_renderer
 class Context:
     def __init__(self, **size):
-        raise ImportError("Cannot initialize\\n a device")
+        CODE
+    def make_current(self):
+        pass
+    free = make_current
     def __del__(self):
         self.never_made
 sys.modules["robosuite"] = sys.modules["robosuite.utils"] = type(sys)("robosuite")
@@ -121,13 +124,31 @@ except SimulatorUnavailableError as error:
 """
 
 
-def test_a_context_that_cannot_be_made_is_one_line_with_the_variables():
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "7"}
-    done = subprocess.run([sys.executable, "-c", NO_DEVICE], capture_output=True, text=True, env=environment)
-    assert done.stderr == "" and done.stdout.count("\n") == 1
-    assert (
-        "MUJOCO_GL=egl MUJOCO_EGL_DEVICE_ID=7: ImportError: Cannot initialize a device; MUJOCO_GL=osmesa" in done.stdout
-    )
+@pytest.mark.parametrize(
+    ("code", "variables", "said"),
+    [
+        (
+            "raise ImportError('Cannot initialize\\n a device')",
+            {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "7"},
+            "MUJOCO_GL=egl MUJOCO_EGL_DEVICE_ID=7: ImportError: Cannot initialize a device; MUJOCO_GL=osmesa",
+        ),
+        (
+            "raise RuntimeError('MUJOCO_EGL_DEVICE_ID must be an integer between 0 and 1 (inclusive), got 5.')",
+            {"MUJOCO_GL": "egl", "CUDA_VISIBLE_DEVICES": "5"},
+            "CUDA_VISIBLE_DEVICES=5: EGL has devices 0 to 1 and no other; ",
+        ),
+        (
+            "self._context = warnings.warn('cannot open\\n display')",
+            {"MUJOCO_GL": "glx", "DISPLAY": ":7"},
+            "DISPLAY=:7: cannot open display; DISPLAY must name a server that answers",
+        ),
+    ],
+)
+def test_a_context_that_cannot_be_made_is_one_line_with_the_variables(code, variables, said):
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)} | variables
+    program = NO_DEVICE.replace("CODE", code)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stderr == "" and done.stdout.count("\n") == 1 and said in done.stdout, done.stdout + done.stderr
 
 
 def test_the_log_file_of_another_user_is_not_opened(tmp_path, monkeypatch):

@@ -12,7 +12,9 @@ import functools
 import io
 import logging
 import os
+import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,15 +136,20 @@ def require_renderer() -> None:
     from robosuite.utils.binding_utils import GLContext
 
     reason = None
-    with _no_unraisable():  # a context that was not made complains when it is thrown away
+    # A context that was not made complains when it is thrown away; GLFW only warns, and leaves it empty.
+    with _no_unraisable(), warnings.catch_warnings(record=True) as warned:
         try:
             context = GLContext(max_width=16, max_height=16, device_id=-1)
-            context.make_current()
-            context.free()
+            if not getattr(context, "_context", True):
+                reason = " ".join(str(warned[0].message).split()) if warned else "none was made"
+            else:
+                context.make_current()
+                context.free()
         except Exception as error:  # noqa: BLE001 - whatever the driver and its bindings raise
             reason = one_line(error)
         context = None
     if reason is not None:
+        reason = re.sub(r".*must be an integer between 0 and (\d+).*", r"EGL has devices 0 to \1 and no other", reason)
         said = " ".join(f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ)
         hint = _HINTS.get(os.environ.get("MUJOCO_GL", ""), "")
         raise SimulatorUnavailableError(f"no OpenGL context can be made with {said}: {reason}; {hint}")
