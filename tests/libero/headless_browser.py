@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-TIMEOUT_S = 60.0
+TIMEOUT_S = 600.0
 
 
 def find_browser() -> str | None:

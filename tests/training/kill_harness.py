@@ -29,8 +29,11 @@ root, steps, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 CALLS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 
 
-def start(name: str, kill_at: int | None = None, **flags) -> tuple[int, int]:
-    """Fork a run; returns its process id and a pipe that gets a byte when training starts."""
+def start(name: str, kill_at: int | None = None, most: int | None = None, **flags) -> tuple[int, int]:
+    """Fork a run; returns its process id and a pipe that gets a byte when training starts.
+
+    With `most` logged steps it waits to be killed, so that it cannot end while this process gets no processor time.
+    """
     ready, started = os.pipe()
     pid = os.fork()
     if pid:
@@ -41,7 +44,7 @@ def start(name: str, kill_at: int | None = None, **flags) -> tuple[int, int]:
         log = os.open(root / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        train(name, kill_at, started, flags)
+        train(name, kill_at, most, started, flags)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -51,14 +54,27 @@ def start(name: str, kill_at: int | None = None, **flags) -> tuple[int, int]:
         os._exit(code)
 
 
-def train(name: str, kill_at: int | None, started: int, flags: dict) -> None:
+def train(name: str, kill_at: int | None, most: int | None, started: int, flags: dict) -> None:
     cfg = FinetuneConfig(**micro.flags(root, name) | {"max_steps": steps, "save_freq": 5} | flags)
     seed_everything(cfg.seed)
     trainer = Trainer(cfg, build_setup(cfg), Accelerator(cpu=True))
     if kill_at is not None:
         kill_at_call(kill_at)
+    if most is not None:
+        wait_after(trainer, most)
     os.write(started, b"x")
     trainer.fit()
+
+
+def wait_after(trainer: Trainer, most: int) -> None:
+    step = trainer._train_one_step
+
+    def limited(batches):
+        while logged_steps() >= most:
+            signal.pause()
+        return step(batches)
+
+    trainer._train_one_step = limited
 
 
 def kill_at_call(number: int) -> None:
@@ -93,10 +109,9 @@ def logged_steps() -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def kill_after_some_steps(rng: random.Random, pid: int, ready: int) -> int:
-    """SIGKILL a little after a random step, whatever the load of the machine; returns the process's status."""
+def kill_after_some_steps(rng: random.Random, pid: int, ready: int, target: int) -> int:
+    """SIGKILL a little after `target` logged steps, whatever the load of the machine; returns the process's status."""
     select.select([ready], [], [], 600)
-    target = logged_steps() + rng.randint(0, 12)
     while logged_steps() < target:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -111,8 +126,9 @@ def kill_once(rng: random.Random) -> dict:
     """One run that ends by SIGKILL: before a random call of a save, or at a random time."""
     at_call = rng.random() < 0.5
     flags = {"resume": "auto", "async_save": rng.random() < 0.5, "keep_last": 3, "keep_every": 100}
-    pid, ready = start("killed", rng.randint(1, 120) if at_call else None, **flags)
-    status = os.waitpid(pid, 0)[1] if at_call else kill_after_some_steps(rng, pid, ready)
+    call, target = rng.randint(1, 120) if at_call else None, logged_steps() + rng.randint(0, 12)
+    pid, ready = start("killed", call, None if at_call else target + 6, **flags)
+    status = os.waitpid(pid, 0)[1] if at_call else kill_after_some_steps(rng, pid, ready, target)
     os.close(ready)
     died = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     assert died, f"a run ended by itself: see {root / 'killed.log'}"

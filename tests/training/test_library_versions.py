@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not OTHER, reason=f"{VARIABLE} names no Python o
 def work(python: str, task: str, folder: Path) -> dict:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "HF_HUB_OFFLINE": "1"}
     command = [python, str(HERE / "library_worker.py"), task, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
