@@ -295,14 +295,30 @@ def test_workers_give_the_same_records_and_the_same_log(cfg, tmp_path):
     assert comparable(two) == comparable(cfg) and text_log(two) == text_log(cfg)
 
 
+class HangClock:
+    """Stands still, and passes with every look at it from when a worker hangs until it is ended."""
+
+    def __init__(self, hangs: Path, monkeypatch) -> None:
+        self.hangs, self.ended, self.now, end = hangs, 0, 0.0, scheduler._end
+
+        def counted(*worker) -> None:
+            end(*worker)
+            self.ended += 1
+
+        monkeypatch.setattr(scheduler, "_end", counted)
+
+    def monotonic(self) -> float:
+        self.now += 1e5 * (len(self.hangs.read_text()) > self.ended)
+        return self.now
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("action", ["exit", "hang"])
 def test_a_dying_or_hanging_worker_costs_one_episode(cfg, tmp_path, monkeypatch, action):
     hangs = tmp_path / "hangs"
     hangs.touch()
-    if action == "hang":  # time stands still, and passes when a worker hangs
-        clock = SimpleNamespace(monotonic=lambda: 1e5 * len(hangs.read_text()))
-        monkeypatch.setattr(scheduler, "time", clock)
+    if action == "hang":
+        monkeypatch.setattr(scheduler, "time", HangClock(hangs, monkeypatch))
     cfg = replace(cfg, num_workers=2 if action == "exit" else 1, task_ids="1")
     results = evaluate(cfg, FakeBackend(mishap=RaiseAt([-0.05], action=action, hangs=str(hangs))))
     assert [(r["init_idx"], r["status"]) for r in sorted(lines_of(cfg), key=lambda r: r["init_idx"])] == [
