@@ -181,6 +181,8 @@ def test_without_any_package_the_extra_is_named(stand):
 
 
 def test_the_doctor_names_the_package(stand, monkeypatch):
+    monkeypatch.delenv("LIBERO_CONFIG_PATH", raising=False)  # a simulator in this process sets it
+    monkeypatch.setenv("HOME", str(stand.home))
     monkeypatch.setattr(installation, "package_folder", lambda: stand.package)
     status, found = installation.libero_package()
     assert status is Status.WARN and str(stand.package) in found

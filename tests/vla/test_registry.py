@@ -99,7 +99,7 @@ def test_a_users_file_registers_data_sets_once(tmp_path, monkeypatch):
     for _ in range(2):
         load_data_set_file(file)
     assert get_data_set_config("my_arm").standardize is standardize_libero
-    with pytest.raises(FileNotFoundError, match="your_arm.py does not exist"):
+    with pytest.raises(FileNotFoundError, match="your_arm.py is no file"):
         load_data_set_file(tmp_path / "your_arm.py")
 
 
