@@ -21,7 +21,7 @@ from craft_experiments.common_utils.drift_runs import (
     Cell,
     DriftConfig,
     numbers,
-    run_missing,
+    run_experiment,
     seeds_of,
 )
 from prismatic.command_line import parse_or_exit
@@ -60,13 +60,13 @@ def main() -> None:
     """Run what is missing, then write the report."""
     cfg = parse_or_exit(BudgetConfig, __doc__)
     os.chdir(ROOT)
-    run_missing(cfg, cells(cfg), KEPT)
+    run_experiment(cfg, cells, KEPT)
     subprocess.run([sys.executable, str(Path(__file__).with_name("make_report.py")), cfg.results_dir], check=True)
 
 
 def cells(cfg: BudgetConfig) -> list[Cell]:
     """All runs: every variant, budget and seed, and per seed one run that only measures."""
-    budgets, seeds = numbers(cfg.budgets), seeds_of(cfg)
+    budgets, seeds = numbers(cfg.budgets, "--budgets"), seeds_of(cfg)
     grid = [(variant, budget, seed) for seed in seeds for variant in VARIANTS for budget in budgets]
     measuring = [("budget", float("inf"), seed) for seed in seeds]
     return [Cell(variant, budget, seed, VARIANTS[variant]) for variant, budget, seed in measuring + grid]

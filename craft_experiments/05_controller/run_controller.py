@@ -23,7 +23,7 @@ from craft_experiments.common_utils.drift_runs import (
     Cell,
     DriftConfig,
     numbers,
-    run_missing,
+    run_experiment,
     seeds_of,
 )
 from prismatic.command_line import parse_or_exit
@@ -57,7 +57,7 @@ def main() -> None:
     """Run what is missing, then write the report."""
     cfg = parse_or_exit(ControllerConfig, __doc__)
     os.chdir(ROOT)
-    run_missing(cfg, cells(cfg), KEPT, compact=True)
+    run_experiment(cfg, cells, KEPT, compact=True)
     subprocess.run([sys.executable, str(Path(__file__).with_name("make_report.py")), cfg.results_dir], check=True)
 
 
@@ -70,7 +70,7 @@ def _controlled(cfg: ControllerConfig, seed: int) -> list[Cell]:
     return [
         Cell(name, budget, seed, (*COMMON, *flags))
         for name, flags in CONTROLLERS.items()
-        for budget in numbers(cfg.budgets)
+        for budget in numbers(cfg.budgets, "--budgets")
     ]
 
 
@@ -78,7 +78,10 @@ def _fixed(cfg: ControllerConfig, seed: int) -> list[Cell]:
     """A multiplier that nothing moves knows no budget: one run serves them all."""
     still = ("--craft_enable_dual", "False", "--craft_enable_projection", "False")
     constant = (*COMMON, *still, "--craft_fixed_lambda")
-    return [Cell(f"fixed {value:g}", float("inf"), seed, (*constant, f"{value:g}")) for value in numbers(cfg.lambdas)]
+    return [
+        Cell(f"fixed {value:g}", float("inf"), seed, (*constant, f"{value:g}"))
+        for value in numbers(cfg.lambdas, "--lambdas")
+    ]
 
 
 if __name__ == "__main__":

@@ -14,16 +14,22 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from craft_experiments.common_utils.record_checks import is_count, is_number, parse_object, read_text
+from prismatic.command_line import bad_input_in_one_line, faults_in_one_line
+from prismatic.output_folder import held
 
 DRIFT, LAMBDA, OUT_OF_REACH = "CRaFT/Retention Loss", "CRaFT/Lambda", "CRaFT/Out Of Reach"
 TAIL = 0.25
 """Share of the run, at its end, over which drift and action loss are averaged."""
 MAX_STEPS = 10_000_000
+# A run without a record has ended, or cannot be had to overwrite: its folder has one writer.
+_AGAIN = ("--overwrite", "True")
 HEAD, GROUP, DIGITS = 100, 4, 4
 """A compact record holds the first 100 steps as they are, then means of 4 steps, all with 4 significant digits."""
 
@@ -60,14 +66,25 @@ class Cell:
         return f"{self.variant.replace(', ', '_').replace(' ', '_')}--eps_{self.budget}--seed_{self.seed}"
 
 
-def numbers(text: str) -> list[float]:
-    """Comma separated numbers."""
-    return [float(word) for word in text.split(",")]
+class RunFailed(Exception):
+    """Training runs that did not end well; the message holds the end of what they said."""
+
+
+def numbers(text: str, flag: str) -> list[float]:
+    """Comma separated numbers of a flag. Raises ValueError that names it."""
+    return _words(text, flag, float, "numbers")
 
 
 def seeds_of(cfg: DriftConfig) -> list[int]:
-    """The seeds as numbers."""
-    return [int(word) for word in cfg.seeds.split(",")]
+    """The seeds as numbers. Raises ValueError that names the flag."""
+    return _words(cfg.seeds, "--seeds", int, "whole numbers")
+
+
+def _words(text: str, flag: str, kind: type, expected: str) -> list:
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag}: found {text!r}, expected {expected} with commas between") from None
 
 
 def record_file(cfg: DriftConfig, cell: Cell) -> Path:
@@ -101,13 +118,27 @@ def command(cfg: DriftConfig, cell: Cell) -> list[str]:
     return ["vla-scripts/finetune.py", *words, *cell.flags]
 
 
+def run_experiment(
+    cfg: DriftConfig, cells_of: Callable[[DriftConfig], list[Cell]], kept: tuple[str, ...], compact: bool = False
+) -> None:
+    """`run_missing` for a program: it is the only writer of both folders, and what fails is said in one piece."""
+    program = os.path.basename(sys.argv[0])
+    with bad_input_in_one_line(program):
+        cells = cells_of(cfg)
+        with ExitStack() as folders:
+            folders.enter_context(held(Path(cfg.results_dir), "--results_dir"))
+            folders.enter_context(held(Path(cfg.work_dir), "--work_dir"))
+            with faults_in_one_line(program, (RunFailed,)):
+                run_missing(cfg, cells, kept, compact)
+
+
 def run_missing(cfg: DriftConfig, cells: list[Cell], kept: tuple[str, ...], compact: bool = False) -> None:
     """Run the cells without a record, `slots` at a time, and record the metrics `kept` of the steps that measured.
 
     The checkpoint of a run is deleted once its record is written: the weights are not judged here.
 
     Raises:
-        RuntimeError: runs that failed, with the end of their output; the others are finished and recorded first.
+        RunFailed: runs that failed, with the end of their output; the others are finished and recorded first.
     """
     missing = [cell for cell in cells if not record_file(cfg, cell).exists()]
     print(f"{len(missing)} runs to do", flush=True)
@@ -124,19 +155,21 @@ def run_missing(cfg: DriftConfig, cells: list[Cell], kept: tuple[str, ...], comp
             pool.shutdown(cancel_futures=True)  # else every run that has not begun would still be made
             raise
     if failures:
-        raise RuntimeError("\n".join(failures))
+        raise RunFailed("\n".join(failures))
 
 
 def _run(cfg: DriftConfig, cell: Cell, kept: tuple[str, ...], compact: bool) -> None:
     words = command(cfg, cell)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *words, *_AGAIN], env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
-        raise RuntimeError(f"{cell.name}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+        raise RunFailed(f"{cell.name}: exit code {done.returncode}\n{done.stderr[-2000:]}")
     lines = (Path(cfg.work_dir) / cell.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
     if len(steps) != cfg.max_steps:
-        raise RuntimeError(f"{cell.name}: metrics.jsonl has {len(steps)} steps, expected {cfg.max_steps}")
+        raise RunFailed(f"{cell.name}: metrics.jsonl has {len(steps)} steps, expected {cfg.max_steps}")
     record = _record(cell, words, steps, kept)
     write_text(record_file(cfg, cell), json.dumps(compacted(record) if compact else record) + "\n")
     shutil.rmtree(Path(cfg.work_dir) / f"{cell.name}--{cfg.max_steps}_chkpt", ignore_errors=True)

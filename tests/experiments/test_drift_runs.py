@@ -1,6 +1,8 @@
 """Running and recording cells: what is recorded, what is skipped, what a failure costs."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -14,10 +16,13 @@ from craft_experiments.common_utils.drift_runs import (
     HEAD,
     Cell,
     DriftConfig,
+    RunFailed,
     compacted,
     expanded,
     read_runs,
+    run_experiment,
     run_missing,
+    seeds_of,
     tail_mean,
 )
 
@@ -73,7 +78,7 @@ def test_only_steps_that_measured_are_recorded_and_a_recorded_cell_is_not_run_ag
 
 def test_a_failed_run_is_named_and_leaves_no_record_and_the_others_are_made(cfg, trained):
     cells = [Cell("a", 0.1, seed) for seed in (13, 0, 1)]
-    with pytest.raises(RuntimeError, match=r"a--eps_0.1--seed_13: exit code 1\nno room on the device"):
+    with pytest.raises(RunFailed, match=r"a--eps_0.1--seed_13: exit code 1\nno room on the device"):
         run_missing(cfg, cells, (DRIFT,))
     assert [run["seed"] for run in read_runs(Path(cfg.results_dir))] == [0, 1]
 
@@ -82,7 +87,7 @@ def test_a_run_that_stopped_early_is_not_recorded(cfg, trained):
     short = replace(cfg, max_steps=7)
     cell = Cell("a", 0.1, 0)
     command = drift_runs.command
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="has 7 steps, expected 8"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunFailed, match="has 7 steps, expected 8"):
         patch.setattr(drift_runs, "command", lambda _, cell: command(short, cell))
         run_missing(cfg, [cell], (DRIFT,))
     with pytest.raises(FileNotFoundError, match="no run has been recorded"):
@@ -93,10 +98,47 @@ def test_the_checkpoint_goes_once_the_record_is_there_and_stays_when_the_run_fai
     folders = [Path(cfg.work_dir) / f"a--eps_0.1--seed_{seed}--8_chkpt" for seed in (0, 13)]
     for folder in folders:
         folder.mkdir(parents=True)
-    with pytest.raises(RuntimeError, match="seed_13"):
+    with pytest.raises(RunFailed, match="seed_13"):
         run_missing(cfg, [Cell("a", 0.1, seed) for seed in (0, 13)], (DRIFT,))
     assert [folder.exists() for folder in folders] == [False, True]
     assert (Path(cfg.work_dir) / "a--eps_0.1--seed_0" / "metrics.jsonl").exists()
+
+
+def test_a_run_that_was_broken_off_begins_again_unless_it_is_still_at_work(cfg, trained):
+    run_missing(cfg, [Cell("a", 0.1, 0)], (DRIFT,))
+    assert trained[0][-2:] == ["--overwrite", "True"]  # the folder of a live run is refused all the same
+    (run,) = read_runs(Path(cfg.results_dir))
+    assert "overwrite" not in run["command"]
+
+
+@pytest.mark.parametrize("folder", ["results_dir", "work_dir"])
+def test_two_experiments_do_not_share_a_folder(cfg, trained, folder, capsys):
+    path = getattr(cfg, folder)
+    script = "import sys, time; from prismatic.output_folder import hold; from pathlib import Path;"
+    script += "hold(Path(sys.argv[1]), '--x'); print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(SystemExit) as ended:
+            run_experiment(cfg, lambda _: [Cell("a", 0.1, 0)], (DRIFT,))
+        other.kill()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert f"--{folder} {path}" in line
+    assert f"process {other.pid}" in line
+    assert not trained
+
+
+def test_a_failed_run_and_a_seed_that_is_no_number_end_the_program_without_a_traceback(cfg, trained, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_experiment(cfg, lambda _: [Cell("a", 0.1, 13)], (DRIFT,))
+    assert ended.value.code == 1
+    with pytest.raises(SystemExit) as ended:
+        run_experiment(replace(cfg, seeds="0,b"), seeds_of, (DRIFT,))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "no room on the device" in said
+    assert "--seeds: found '0,b', expected whole numbers with commas between" in said
+    assert not Path(cfg.results_dir).exists()
 
 
 def long_record(steps):
