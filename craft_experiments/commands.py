@@ -74,8 +74,6 @@ def train_command(s: Settings, cell: Cell) -> list[str]:
     if s.vlm_path:
         flags["vlm_path"] = s.vlm_path
     flags |= cell.method.train
-    if not flags["use_craft"] and flags.get("retention_method") != "feature_penalty":
-        flags.pop("craft_log_freq", None)  # nothing reads it, and the program says so
     launcher = [s.python]
     if p.num_gpus >= 1:
         launcher = [s.torchrun, "--standalone", "--nnodes", "1", "--nproc-per-node", str(p.num_gpus)]

@@ -15,7 +15,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -188,24 +188,31 @@ def set_states(records_dir: Path, changes: Mapping[str, State | FailureCode], on
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """Hold an exclusive lock on a file; yields its descriptor. A child that inherits it holds the lock as well."""
+def locked(path: Path, waits: Callable[[], None] = lambda: None) -> Iterator[int]:
+    """Hold an exclusive lock on a file; yields its descriptor. A child that inherits it holds the lock as well.
+
+    `waits` is called once when another process holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _lock(descriptor)
+        _lock(descriptor, waits)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> None:
+def _lock(descriptor: int, waits: Callable[[], None]) -> None:
     """Wait until this process alone holds the open file."""
     try:
         import fcntl
     except ModuleNotFoundError:
         return _lock_on_windows(descriptor)
-    return fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        waits()
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _lock_on_windows(descriptor: int) -> None:

@@ -126,7 +126,7 @@ def run_job(s: Settings, job: Job) -> None:
         JobFailed: a program failed, or what it left cannot be used.
     """
     lock = s.work_dir / "locks" / (job.name.replace("/", "--") + ".lock")
-    with locked(lock) as descriptor:
+    with locked(lock, lambda: say(f"{job.name}: another process works on it; waiting for its end")) as descriptor:
         if is_done(s, job):
             return
         if job.stage is Stage.TRAIN:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prismatic.models.activations import layer_norm, product_dtype
+
 ROPE_BASE = 10000.0
 RopeTables = tuple[torch.Tensor, torch.Tensor]
 
@@ -153,7 +155,8 @@ class MLPResNetBlock(nn.Module):
         gate = torch.tanh(self.gating_factor).to(k_task.dtype)
         keys = torch.cat([k_self, k_condition, gate * k_task], dim=2)
         y = F.scaled_dot_product_attention(query, keys, values, scale=1.0 / math.sqrt(query.shape[-1]))
-        return self.ffn(x + self.o_proj(y.transpose(1, 2).flatten(2)))
+        norm, linear, act = self.ffn
+        return act(linear(layer_norm(x + self.o_proj(y.transpose(1, 2).flatten(2)), norm)))
 
 
 class MLPResNetBlockPro(MLPResNetBlock):
@@ -187,6 +190,7 @@ class MLPResNet(nn.Module):
         """Parameter names equal the published ones below `model.`."""
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # set by `apply_tuning`
         start_dim = config.hidden_dim * config.action_dim
         block = MLPResNetBlockPro if config.use_pro_version else MLPResNetBlock
         if config.chunk_start is ChunkStart.LEARNED:
@@ -216,13 +220,16 @@ class MLPResNet(nn.Module):
         """task (B, layers+1, N, D), condition (B, layers+1, Q[+1], D), noise (K, A*D)|None -> (B, K, A)."""
         tables = self._tables(task, condition)
         # The start is the same for every sample: embed it once, then expand.
-        x = F.relu(self.fc1(self.layer_norm1(self.start(noise))))
+        x = F.relu(self.fc1(layer_norm(self.start(noise), self.layer_norm1)))
         x = x.unsqueeze(0).expand(task.shape[0], -1, -1)
         # Unbind once: indexing per block would make backward fill a full-size gradient for every block.
         layers = zip(condition.unbind(1)[1:], task.unbind(1)[1:], strict=True)
         for block, (layer_condition, layer_task) in zip(self.mlp_resnet_blocks, layers, strict=True):
-            x = block(x, layer_condition, layer_task, tables)
-        return self.fc2(self.layer_norm2(x))
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x, layer_condition, layer_task, tables)
+            else:
+                x = block(x, layer_condition, layer_task, tables)
+        return self.fc2(layer_norm(x, self.layer_norm2))
 
 
 class L1RegressionActionHead(nn.Module):
@@ -288,7 +295,7 @@ class L1RegressionActionHead(nn.Module):
         Raises ValueError when the token or layer counts differ from the configuration.
         """
         task, action = self._split(actions_hidden_states)
-        dtype = self.model.fc1.weight.dtype
+        dtype = product_dtype(task) or self.model.fc1.weight.dtype
         task, action = task.to(dtype), action.to(dtype)
         if proprio_features is not None:
             token = proprio_features.to(dtype)[:, None, None].expand(-1, action.shape[1], 1, -1)

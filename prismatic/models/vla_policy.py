@@ -13,6 +13,7 @@ from prismatic.extern.hf.modeling_prismatic import (
     PrismaticCausalLMOutputWithPast,
 )
 from prismatic.models.action_heads import L1RegressionActionHead
+from prismatic.models.activations import fewer_kept
 from prismatic.models.projectors import ProprioProjector
 
 
@@ -128,9 +129,10 @@ class VLAPolicyModel(nn.Module):
 
         Raises KeyError for a missing batch entry, ValueError for inconsistent shapes.
         """
-        output = self._run_vla(batch, craft, output_hidden_states=True)
-        states = self.vla.bridge_states(output.hidden_states, batch["action_mask"], self.legacy_slices)
-        actions = self.actions_of(states, batch)
+        with fewer_kept():
+            output = self._run_vla(batch, craft, output_hidden_states=True)
+            states = self.vla.bridge_states(output.hidden_states, batch["action_mask"], self.legacy_slices)
+            actions = self.actions_of(states, batch)
         if craft is not None and craft.bridge:
             return PolicyOutput(actions, *states)
         return PolicyOutput(actions, output.raw_latent_features, output.action_query_features, output.raw_latent_mask)
@@ -154,7 +156,8 @@ class VLAPolicyModel(nn.Module):
         With `raw_only` C_AQ is None and the language model stops at C_R's layer; shapes with `bridge`: `PolicyOutput`.
         """
         request = craft or CraftRequest()
-        output = self._run_vla(batch, request, request.bridge, request.raw_only and not request.bridge)
+        with fewer_kept():
+            output = self._run_vla(batch, request, request.bridge, request.raw_only and not request.bridge)
         if request.bridge:
             return *self.vla.bridge_states(output.hidden_states, batch["action_mask"], self.legacy_slices), None
         return output.raw_latent_features, output.action_query_features, output.raw_latent_mask

@@ -25,6 +25,7 @@ _UNSUPPORTED = {
 }
 
 
+CHECKPOINTED = ("towers", "llm", "head")
 MEMORIES = ("batch", "data", "instructions")
 AIM = 1.1
 """A run that lands steers to this multiple of its budget."""
@@ -175,7 +176,9 @@ class FinetuneConfig:
     num_data_workers: int = flag(0, at_least=0, at_most=256)
     device: str = flag("auto", "auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
     mixed_precision: str = flag("auto", "auto: bf16 on cuda, no on the CPU", choices=("auto", "no", "bf16", "fp16"))
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = flag(
+        False, "compute activations again in the backward pass: True, or some of towers, llm, head with commas between"
+    )
     compile: bool = flag(False, "torch.compile of the policy's forward pass; see compilation.py")
     compile_backend: str = flag("inductor", "or another backend of torch.compile: aot_eager, eager")
 
@@ -272,14 +275,14 @@ class FinetuneConfig:
     )
     craft_probe_data: str | None = flag(None, "held-out data-set folder on which the drift is watched")
     craft_probe_size: int = flag(64, at_least=1)
-    craft_log_freq: int = flag(10, at_least=1)
+    craft_log_freq: int = flag(10, "steps between two lines of metrics; read in plain runs too", at_least=1)
 
     # --- tracking
     use_wandb: bool = False
     use_tensorboard: bool = flag(False, "event files in {run_root_dir}/{run_id}/tensorboard")
     wandb_entity: str | None = None
     wandb_project: str = "craft-vla"
-    wandb_log_freq: int = flag(10, at_least=1)
+    wandb_log_freq: int = flag(10, "the same for plain runs, published", at_least=1)
     run_id_note: str | None = flag(None, is_name=True)
     run_id_override: str | None = flag(None, is_name=True)
 
@@ -301,6 +304,8 @@ class FinetuneConfig:
         self._check_replay_flags()
         self._resolve_craft_flags()
         self._check_saving_flags()
+        for part in self.checkpointed_parts:
+            check_choice("gradient_checkpointing", part, CHECKPOINTED)
 
     def check_switches(self, given: Iterable[str]) -> None:
         """ValueError for the first of these flags that nothing reads without another flag."""
@@ -326,7 +331,7 @@ class FinetuneConfig:
             "val_split": (self.use_val_set, "--use_val_set True"),
             "replay_labels": (self.replay_data is not None, "--replay_data FOLDER"),
         }
-        for name in sorted(given):
+        for name in sorted(set(given) - {"craft_log_freq"}):  # every run has a log
             for prefix, (is_on, switch) in switches.items():
                 if name.startswith(prefix) and not is_on:
                     raise ValueError(f"--{name} {getattr(self, name, '')} has no effect: it needs {switch}")
@@ -500,6 +505,21 @@ class FinetuneConfig:
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of optimizer step `step` (0-based): linear warm-up from 10 %, then the schedule."""
         return self.learning_rate * self.schedule_settings.factor_at(step)
+
+    @property
+    def checkpointed_parts(self) -> list[str]:
+        """Parts whose activations are computed again in the backward pass."""
+        given = self.gradient_checkpointing
+        return (
+            (list(CHECKPOINTED) if given else []) if isinstance(given, bool) else [p.strip() for p in given.split(",")]
+        )
+
+    @property
+    def log_freq(self) -> int:
+        """Optimizer steps between two lines of metrics."""
+        if self.retention.measures_drift or self.craft_log_freq != FinetuneConfig.craft_log_freq:
+            return self.craft_log_freq
+        return self.wandb_log_freq
 
     def precision(self, on_cuda: bool) -> str:
         """Mixed precision: `auto` is bf16 on CUDA and none on the CPU, where bf16 is several times slower."""

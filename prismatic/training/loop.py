@@ -20,8 +20,9 @@ from prismatic.training.compilation import compile_policy
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.ema import WeightAverage
 from prismatic.training.faults import batches_of, explained_faults
+from prismatic.training.frozen_weights import narrow_frozen_weights
+from prismatic.training.processes import product_dtype_of
 from prismatic.training.resumed_flags import check_resumed_flags
-from prismatic.training.retention.craft import CRaFT
 from prismatic.training.retention.drift_monitor import DriftMonitor
 from prismatic.training.retention.landing import SAMPLES, Landing
 from prismatic.training.retention.memory import to_device
@@ -52,6 +53,8 @@ class Trainer:
         self.bare_model = setup.model
         if cfg.compile:
             compile_policy(setup.model, cfg)
+        if (dtype := product_dtype_of(accelerator)) is not None:
+            narrow_frozen_weights(setup.model, dtype)
         self.model = accelerator.prepare(setup.model)
         # After `prepare`: DDP has broadcast rank 0's weights, so the snapshot is the same on every rank.
         self.retention = build_retention(cfg, self.model, setup, accelerator, self._collator())
@@ -296,10 +299,9 @@ class Trainer:
         return self.accelerator.reduce(tensor, reduction="mean")
 
     def _is_logged(self, steps_done: int) -> bool:
-        every = self.cfg.craft_log_freq if isinstance(self.retention, CRaFT) else self.cfg.wandb_log_freq
         if self.validator is not None and self._is_validated(steps_done):
             return True
-        return steps_done % every == 0 or steps_done in (1, self.cfg.max_steps)
+        return steps_done % self.cfg.log_freq == 0 or steps_done in (1, self.cfg.max_steps)
 
     def _is_validated(self, steps_done: int) -> bool:
         return steps_done % self.cfg.val_freq == 0 or steps_done == self.cfg.max_steps

@@ -13,6 +13,7 @@ from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.model_files import CheckpointError, check_numbers, read_json, reading
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.checkpoint_files import load_tensors
+from prismatic.training.frozen_weights import exact_frozen_weights
 
 ADAPTER_PREFIX = "base_model.model."
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -117,7 +118,7 @@ def merged_state_dict(base: nn.Module) -> dict[str, Tensor]:
         name = owner.removesuffix(".base_layer")
         if leaf == "weight" and name in layers:
             for adapter in layers[name].active_adapters:
-                tensor = tensor + layers[name].get_delta_weight(adapter).to(tensor.dtype)
+                tensor = tensor + layers[name].get_delta_weight(adapter).to(tensor)
         merged[f"{name}.{leaf}" if name in layers else key] = tensor.detach()
     return merged
 
@@ -145,7 +146,8 @@ def _fixed_outputs(model: VLAPolicyModel) -> Tensor:
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        return model(batch).actions.float().cpu()
+        with exact_frozen_weights(model):
+            return model(batch).actions.float().cpu()
     finally:
         for module in training:
             module.training = True

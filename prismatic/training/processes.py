@@ -19,6 +19,11 @@ def build_accelerator(cfg: FinetuneConfig) -> Accelerator:
     return Accelerator(cpu=not use_cuda, mixed_precision=cfg.precision(use_cuda), kwargs_handlers=[timeout])
 
 
+def product_dtype_of(accelerator: Accelerator) -> torch.dtype | None:
+    """dtype of matrix products under the run's autocast; None without mixed precision."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+
+
 def end_processes(accelerator: Accelerator) -> None:
     """Leave the process group. Nothing else may refer to DDP's wrapper any more.
 

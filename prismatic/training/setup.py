@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from prismatic.craft.reference import adapter_layers
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 from prismatic.model_files import CheckpointError, has_weights
@@ -241,9 +245,13 @@ def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
     _freeze_unreached(model.vla)
     if cfg.freeze_vision:
         model.vla.vision_backbone.requires_grad_(False)
-    if cfg.gradient_checkpointing:
-        # Only the non-reentrant kind lets `autograd.grad` through, which CRaFT needs.
-        model.vla.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parts = {
+        "towers": model.vla.vision_backbone,
+        "llm": model.vla.language_model,
+        "head": model.action_head,
+    }
+    for name in cfg.checkpointed_parts:
+        _checkpoint(parts[name])
     if cfg.tuning_mode is TuningMode.FULL:
         return
     model.vla.requires_grad_(False)
@@ -257,7 +265,19 @@ def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
             init_lora_weights="gaussian",
         )
         model.vla = get_peft_model(model.vla, lora)
+        for layer in adapter_layers(model.vla):
+            # Else the input of every adapter would be kept in float32 beside the base layer's. Autocast casts it.
+            layer.cast_input_dtype_enabled = False
     queries.requires_grad_(True)
+
+
+def _checkpoint(part: nn.Module) -> None:
+    """Let the layers of a part compute their activations again in the backward pass."""
+    for module in part.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = True
+            # Only the non-reentrant kind lets `autograd.grad` through, which CRaFT needs.
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def _freeze_unreached(vla: OpenVLAForActionPrediction) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,23 @@ def test_locks_without_fcntl(tmp_path, monkeypatch):
     assert tries == [(1, 1)] * 3
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
+
+
+def test_a_driver_that_waits_for_another_one_says_so_once(tmp_path):
+    said = []
+    with records.locked(tmp_path / "a.lock", lambda: said.append("early")):
+        other = threading.Thread(target=lambda: _enter(tmp_path / "a.lock", said))
+        other.start()
+        while "waits" not in said:
+            other.join(0.01)
+        assert other.is_alive()
+    other.join()
+    assert said == ["waits", "entered"]
+
+
+def _enter(lock, said):
+    with records.locked(lock, lambda: said.append("waits")):
+        said.append("entered")
 
 
 # ------------------------------------------------------------------------------------------ one job at a time

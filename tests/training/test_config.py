@@ -34,6 +34,14 @@ def test_command_line_of_the_user_parses(monkeypatch):
     assert cfg.n_shot_episodes == 5
 
 
+def test_every_run_has_a_log_and_one_flag_says_how_often():
+    assert FinetuneConfig().log_freq == FinetuneConfig(use_craft=True).log_freq == 10
+    for options in ({}, {"use_craft": True}, {"retention_method": "l2sp"}):
+        assert FinetuneConfig(craft_log_freq=3, wandb_log_freq=7, **options).log_freq == 3
+    assert FinetuneConfig(wandb_log_freq=7).log_freq == 7
+    assert FinetuneConfig(wandb_log_freq=7, use_craft=True).log_freq == 10
+
+
 def test_decay_takes_effect_with_and_without_warm_up():
     for warmup in (0, 10, 0.1):
         cfg = FinetuneConfig(learning_rate=1.0, lr_warmup_steps=warmup, num_steps_before_decay=50, max_steps=100)

@@ -3,9 +3,42 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from torch import nn
+
+from prismatic.models.activations import gated, product_dtype, rms_norm
+
+
+class _LeanNorm(nn.Module):
+    """The library's root-mean-square norm; under autocast it keeps its input as it is and nothing else."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if product_dtype(hidden_states) is None or torch.compiler.is_compiling():
+            return super().forward(hidden_states)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class _LeanMLP(nn.Module):
+    """The library's gated MLP; under autocast it keeps its two products and nothing else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+
+
+def keep_less(body: nn.Module) -> None:
+    """Let the norms and gated MLPs of an LLM body keep less under autocast, in place. Values stay what they are."""
+    for module in body.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.__class__ = _derived(_LeanNorm, type(module))
+        elif hasattr(module, "gate_proj") and isinstance(module.act_fn, nn.SiLU):
+            module.__class__ = _derived(_LeanMLP, type(module))
+
+
+@functools.cache
+def _derived(change: type, base: type) -> type:
+    return type(base.__name__, (change, base), {})
 
 
 def hide_right_padding(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, PrismaticConfig
-from prismatic.extern.hf.language_body import first_layers, hide_right_padding, plain_causal_mask
+from prismatic.extern.hf.language_body import first_layers, hide_right_padding, keep_less, plain_causal_mask
 from prismatic.extern.hf.published_inputs import (
     ACTION_TOKEN_BEGIN_IDX,  # noqa: F401 -- published here
     IGNORE_INDEX,  # noqa: F401 -- published here
@@ -28,6 +28,7 @@ from prismatic.extern.hf.published_inputs import (
 )
 from prismatic.extern.hf.vision_backbone import PrismaticProjector, PrismaticVisionBackbone
 from prismatic.extern.hf.vision_transformer import AttentionPool, LayerScale, VisionTransformer
+from prismatic.models.activations import as_stream
 from prismatic.models.bridge import BridgeLayout, CrTokenMode, resolve_craft_layer
 
 _TIED = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
@@ -103,6 +104,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         self.language_model = AutoModelForCausalLM.from_config(
             config.text_config, attn_implementation=config._attn_implementation
         )
+        keep_less(self.language_model.model)
         self.action_queries = nn.Embedding(config.num_action_queries, self.llm_dim)
         self.vocab_size = config.text_config.vocab_size
         self.pad_token_id = config.pad_token_id
@@ -175,7 +177,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         """Embeddings (B, N+L, D) and padding mask (B, N+L) of the multimodal sequence."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
-        layout, text = self.bridge_layout, self._embed_text(input_ids, action_mask)
+        layout, text = self.bridge_layout, as_stream(self._embed_text(input_ids, action_mask))
         embeddings = layout.insert_patches(text, projected.to(text.dtype))
         return embeddings, layout.multimodal_mask(attention_mask.bool(), True)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from prismatic.extern.hf.configuration_prismatic import PrismaticConfig
 from prismatic.extern.hf.vision_transformer import VisionTransformer
+from prismatic.models.activations import activated
 
 
 class PrismaticVisionBackbone(nn.Module):
@@ -85,5 +85,5 @@ class PrismaticProjector(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, N, vision_dim) -> (B, N, llm_dim)."""
-        x = self.fc2(F.gelu(self.fc1(features)))
-        return self.fc3(F.gelu(x)) if self.fused else x
+        x = self.fc2(activated("gelu", self.fc1(features)))
+        return self.fc3(activated("gelu", x)) if self.fused else x

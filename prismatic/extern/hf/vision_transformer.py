@@ -7,13 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prismatic.extern.hf.configuration_prismatic import VisionTowerSpec
-
-
-def activation(name: str, x: torch.Tensor) -> torch.Tensor:
-    """Apply the named activation: "gelu" (erf), "gelu_tanh" or "quick_gelu" (x * sigmoid(1.702 x))."""
-    if name == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
-    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+from prismatic.models.activations import activated, as_stream, layer_norm
 
 
 class PatchEmbed(nn.Module):
@@ -79,7 +73,7 @@ class Mlp(nn.Module):
     """fc1 -> activation -> fc2."""
 
     def __init__(self, dim: int, hidden: int, act: str) -> None:
-        """`act` is a name known to `activation`."""
+        """`act` is a name known to `activated`."""
         super().__init__()
         self.act = act
         self.fc1 = nn.Linear(dim, hidden)
@@ -87,7 +81,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(...,D) -> (...,D)."""
-        return self.fc2(activation(self.act, self.fc1(x)))
+        return self.fc2(activated(self.act, self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -101,7 +95,7 @@ class LayerScale(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(...,D) -> (...,D)."""
-        return x * self.scale_factor
+        return (x * self.scale_factor).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -120,8 +114,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B,T,D) -> (B,T,D)."""
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.ls1(self.attn(layer_norm(x, self.norm1)))
+        return x + self.ls2(self.mlp(layer_norm(x, self.norm2)))
 
 
 class AttentionPool(nn.Module):
@@ -150,7 +144,7 @@ class VisionTransformer(nn.Module):
         """Build every parameter the published layout names."""
         super().__init__()
         self.spec = spec
-        self.gradient_checkpointing = False  # set by `PreTrainedModel.gradient_checkpointing_enable`
+        self.gradient_checkpointing = False  # set by `apply_tuning`, or Hugging Face's `gradient_checkpointing_enable`
         dim = spec.embed_dim
         if spec.class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -185,7 +179,7 @@ class VisionTransformer(nn.Module):
             x = torch.cat([*prefix, x], dim=1) + self.pos_embed
         else:
             x = torch.cat([*prefix, x + self.pos_embed], dim=1)
-        return self.norm_pre(x) if self.spec.pre_norm else x
+        return as_stream(self.norm_pre(x) if self.spec.pre_norm else x)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B,3,H,W), normalised floats -> patch features (B,P,D). ValueError on a wrong image size."""

@@ -1,0 +1,117 @@
+"""The account of live tensor memory: every storage from its first tensor to its last, by what it is for."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_READ_BACK = torch.ops.aten._local_scalar_dense.default
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of all storages that are made while it is active, and their largest sum.
+
+    Works on real and on fake tensors alike. A number that is read back from a fake tensor is 1, so that a step can be
+    run which looks at its losses.
+
+    Attributes:
+        kind: what the storages that are made now are for.
+        now, peak: live bytes, and their largest sum so far.
+        by_kind, peak_by_kind: the same by kind.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = "other"
+        self.now = self.peak = 0
+        self.by_kind: Counter[str] = Counter()
+        self.peak_by_kind: Counter[str] = Counter()
+        self._live: dict[int, tuple[weakref.ref, int, str]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is _READ_BACK and isinstance(args[0], FakeTensor):
+            return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else 1
+        out = func(*args, **(kwargs or {}))
+        self._note(out)
+        return out
+
+    def _note(self, out: Any) -> None:
+        if isinstance(out, Tensor):
+            self.enter(out)
+        elif isinstance(out, (tuple, list)):
+            for value in out:
+                self._note(value)
+
+    def enter(self, tensor: Tensor) -> None:
+        """Take up the storage of a tensor that was made before, or outside."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        size = storage.nbytes()
+        self._live[key] = weakref.ref(storage, lambda _, key=key: self._leave(key)), size, self.kind
+        self._add(size, self.kind)
+
+    def _leave(self, key: int) -> None:
+        _, size, kind = self._live.pop(key)
+        self.now -= size
+        self.by_kind[kind] -= size
+
+    def _add(self, size: int, kind: str) -> None:
+        self.now += size
+        self.by_kind[kind] += size
+        if self.now > self.peak:
+            self.peak, self.peak_by_kind = self.now, self.by_kind.copy()
+
+    def reclassify(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Say of live storages what they are for."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key in self._live:
+                reference, size, before = self._live[key]
+                self._live[key] = reference, size, kind
+                self.by_kind[before] -= size
+                self.by_kind[kind] += size
+
+    def reclassify_rest(self, known: set[str], kind: str) -> None:
+        """Say of all live storages of other kinds than these what they are for."""
+        for key, (reference, size, before) in self._live.items():
+            if before not in known:
+                self._live[key] = reference, size, kind
+                self.by_kind[before] -= size
+                self.by_kind[kind] += size
+
+    def restart_peak(self) -> None:
+        """Forget the peak so far."""
+        self.peak, self.peak_by_kind = self.now, self.by_kind.copy()
+
+    @contextmanager
+    def of_kind(self, kind: str) -> Iterator[None]:
+        """What is made in this context is for `kind`."""
+        before, self.kind = self.kind, kind
+        try:
+            yield
+        finally:
+            self.kind = before
+
+    def follow(self, module: nn.Module, kind: str) -> None:
+        """What a module makes in its forward pass is for `kind`, but for what its own followed parts make."""
+        outer: list[str] = []
+
+        def begin(*_: Any) -> None:
+            outer.append(self.kind)
+            self.kind = kind
+
+        def end(*_: Any) -> None:
+            self.kind = outer.pop()
+
+        module.register_forward_pre_hook(begin)
+        module.register_forward_hook(end)
