@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
+from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.model_files import CheckpointError, read_json, reading, regular_file
 from prismatic.models.action_heads import ChunkStart, L1RegressionActionHead, RopeMode
 from prismatic.models.projectors import ProprioProjector
@@ -67,23 +67,42 @@ def load_published(
     Raises FileNotFoundError for a missing file, ValueError for keys or shapes that do not fit, naming them.
     """
     path = Path(path)
-    statistics = read_statistics(path)
-    head_file, projector = _only_component(path, _HEAD), None
-    state = read_component(head_file)
-    proprio = read_component(_only_component(path, _PROPRIO)) if _component_files(path, _PROPRIO) else None
-    sizes = HeadSizes(_action_dim(state, head_file), None if proprio is None else _proprio_dim(proprio, path))
-    spec = published_spec(sizes, statistics, path, robot, data_set)
+    statistics, projector = read_statistics(path), None
+    head_file, state, proprio, spec = _components(path, statistics, robot, data_set)
     vla = load_vla(path, num_images or _published_num_images(path))
     if proprio is not None:
         file, sized = _only_component(path, _PROPRIO), (vla.llm_dim, spec.proprio_dim)
         projector = build_and_fill(lambda: ProprioProjector(*sized), proprio, file)
     else:
         statistics = {name: _without_proprio(entry, spec) for name, entry in statistics.items()}
-    head = _load_head(state, head_file, vla, spec)
+    options = _head_options(state, vla.config, spec)
+    with reading(head_file):
+        head = build_and_fill(lambda: L1RegressionActionHead(**options), state, head_file)
     with reading(path):
         model = VLAPolicyModel(vla, head, projector, legacy_slices=True).eval()
     manifest = _derived_manifest(model, spec) | {"step": _step_in_name(head_file)}
     return LoadedCheckpoint(model, load_processor(path, vla), manifest, statistics, path)
+
+
+def published_shape(
+    path: Path, num_images: int | None = None, robot: str | ActionSpec | None = None, data_set: str | None = None
+) -> tuple[OpenVLAConfig, dict, int | None]:
+    """Configuration, head options and P (None without a projector) of what `load_published` loads."""
+    _, state, proprio, spec = _components(path, read_statistics(path), robot, data_set)
+    config = read_config(path)
+    config.num_images_in_input = num_images or _published_num_images(path)
+    return config, _head_options(state, config, spec), None if proprio is None else spec.proprio_dim
+
+
+def _components(
+    path: Path, statistics: dict, robot: str | ActionSpec | None, data_set: str | None
+) -> tuple[Path, dict[str, Tensor], dict[str, Tensor] | None, ActionSpec]:
+    """The head's file, the tensors of head and proprio projector, and the action specification."""
+    head_file = _only_component(path, _HEAD)
+    state = read_component(head_file)
+    proprio = read_component(_only_component(path, _PROPRIO)) if _component_files(path, _PROPRIO) else None
+    sizes = HeadSizes(_action_dim(state, head_file), None if proprio is None else _proprio_dim(proprio, path))
+    return head_file, state, proprio, published_spec(sizes, statistics, path, robot, data_set)
 
 
 def _without_proprio(entry: dict, spec: ActionSpec) -> dict:
@@ -143,24 +162,20 @@ def _proprio_dim(state: dict[str, Tensor], path: Path) -> int:
     return state["fc1.weight"].shape[-1]
 
 
-def _load_head(
-    state: dict[str, Tensor], file: Path, vla: OpenVLAForActionPrediction, spec: ActionSpec
-) -> L1RegressionActionHead:
+def _head_options(state: dict[str, Tensor], config: OpenVLAConfig, spec: ActionSpec) -> dict:
     blocks = {int(m[1]) for key in state if (m := re.match(r"model\.mlp_resnet_blocks\.(\d+)\.", key))}
-    options = {
+    return {
         "hidden_dim": state["model.fc2.weight"].shape[-1],
         "action_dim": spec.action_dim,
         "chunk_len": spec.chunk_len,
         "num_blocks": max(1, len(blocks)),
         "num_heads": PUBLISHED_HEADS,
-        "num_task_tokens": vla.vision_backbone.num_vision_tokens,
+        "num_task_tokens": config.tower_specs()[0].num_patches * config.num_images_in_input,
         "use_pro_version": any(".k_self." in key for key in state),
         "rope_mode": RopeMode.LEGACY,
         "chunk_start": ChunkStart.ZEROS,
         "published_layout": True,
     }
-    with reading(file):
-        return build_and_fill(lambda: L1RegressionActionHead(**options), state, file)
 
 
 def read_component(file: Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from prismatic.craft.reference import adapter_layers
+from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 from prismatic.model_files import CheckpointError, has_weights
@@ -170,8 +171,8 @@ def load_start_model(cfg: FinetuneConfig) -> StartModel:
     if cfg.vlm_path:
         return _native_start(cfg, source)
     if source in PRESETS:
-        spec, image = _action_spec_of_data(cfg), image_spec_of(source)
-        vla, head, projector = build_vla(source, cfg.seed, spec.proprio_dim, **_head_flags(cfg, spec))
+        spec, image = action_spec_of_data(cfg), image_spec_of(source)
+        vla, head, projector = build_vla(source, cfg.seed, spec.proprio_dim, **head_flags(cfg, spec))
         model = VLAPolicyModel(vla, head, projector, legacy_slices=bool(cfg.legacy_slices))
         return StartModel(model, build_processor(source, cfg.tokenizer_path), spec, image, None, "random")
     try:
@@ -197,21 +198,12 @@ def load_start_model(cfg: FinetuneConfig) -> StartModel:
 
 def _native_start(cfg: FinetuneConfig, source: str) -> StartModel:
     """A native VLM with new action queries, head and proprio projector, drawn from the seed."""
-    if source in PRESETS:
-        config, processor = build_config(source), build_processor(source, cfg.tokenizer_path)
-    elif (Path(source) / "config.json").is_file() and not has_weights(Path(source)):
-        config = read_config(Path(source))
-        processor = PrismaticProcessor.from_pretrained(source)
-    else:
-        raise ValueError(
-            f"--config_file_path {source}: with --vlm_path expected a preset or a folder with config.json, tokenizer "
-            "and preprocessor files and no weights"
-        )
-    if cfg.num_images_in_input is not None:
-        config.num_images_in_input = cfg.num_images_in_input
+    config = native_config(cfg, source)
+    is_preset = source in PRESETS
+    processor = build_processor(source, cfg.tokenizer_path) if is_preset else PrismaticProcessor.from_pretrained(source)
     check_native_config(cfg.vlm_path, config)
-    spec = _action_spec_of_data(cfg)
-    vla, head, projector = build_policy_parts(config, cfg.seed, spec.proprio_dim, **_head_flags(cfg, spec))
+    spec = action_spec_of_data(cfg)
+    vla, head, projector = build_policy_parts(config, cfg.seed, spec.proprio_dim, **head_flags(cfg, spec))
     report = load_native_weights(vla, cfg.vlm_path)
     model = VLAPolicyModel(vla, head, projector, legacy_slices=bool(cfg.legacy_slices))
     image = ImageSpec(size=config.tower_specs()[0].image_size)
@@ -219,7 +211,23 @@ def _native_start(cfg: FinetuneConfig, source: str) -> StartModel:
     return StartModel(model, processor, spec, image, base, "native")
 
 
-def _action_spec_of_data(cfg: FinetuneConfig) -> ActionSpec:
+def native_config(cfg: FinetuneConfig, source: str) -> OpenVLAConfig:
+    """Configuration that goes with `--vlm_path`: of a preset, or of a folder without weights."""
+    if source in PRESETS:
+        config = build_config(source)
+    elif (Path(source) / "config.json").is_file() and not has_weights(Path(source)):
+        config = read_config(Path(source))
+    else:
+        raise ValueError(
+            f"--config_file_path {source}: with --vlm_path expected a preset or a folder with config.json, tokenizer "
+            "and preprocessor files and no weights"
+        )
+    if cfg.num_images_in_input is not None:
+        config.num_images_in_input = cfg.num_images_in_input
+    return config
+
+
+def action_spec_of_data(cfg: FinetuneConfig) -> ActionSpec:
     """Sizes of the robot that a new head is made for; ValueError when the data sets are of different ones."""
     names = expand_data_set_names(cfg.dataset_name)
     specs = {name: get_data_set_config(name).action_spec for name in names}
@@ -228,7 +236,7 @@ def _action_spec_of_data(cfg: FinetuneConfig) -> ActionSpec:
     return next(iter(specs.values()))
 
 
-def _head_flags(cfg: FinetuneConfig, spec: ActionSpec) -> dict:
+def head_flags(cfg: FinetuneConfig, spec: ActionSpec) -> dict:
     """Options of a new head that the data and the command line decide."""
     flags = {"action_dim": spec.action_dim, "chunk_len": spec.chunk_len}
     flags |= {} if cfg.use_pro_version is None else {"use_pro_version": cfg.use_pro_version}

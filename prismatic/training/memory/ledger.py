@@ -11,9 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _READ_BACK = torch.ops.aten._local_scalar_dense.default
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> int:
+    return flop_counter.sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> int:
+    return flop_counter.sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+# The registry lacks the fused attention of CPUs; its formulas are those of the CUDA kernels.
+_FLOPS = flop_counter.flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 class Ledger(TorchDispatchMode):
@@ -26,12 +42,13 @@ class Ledger(TorchDispatchMode):
         kind: what the storages that are made now are for.
         now, peak: live bytes, and their largest sum so far.
         by_kind, peak_by_kind: the same by kind.
+        flops: of matrix products, convolutions and attention; elementwise work is not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.kind = "other"
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self.by_kind: Counter[str] = Counter()
         self.peak_by_kind: Counter[str] = Counter()
         self._live: dict[int, tuple[weakref.ref, int, str]] = {}
@@ -41,6 +58,8 @@ class Ledger(TorchDispatchMode):
             return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else 1
         out = func(*args, **(kwargs or {}))
         self._note(out)
+        if (count := _FLOPS.get(func.overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
         return out
 
     def _note(self, out: Any) -> None:
@@ -81,14 +100,6 @@ class Ledger(TorchDispatchMode):
                 self.by_kind[before] -= size
                 self.by_kind[kind] += size
 
-    def reclassify_rest(self, known: set[str], kind: str) -> None:
-        """Say of all live storages of other kinds than these what they are for."""
-        for key, (reference, size, before) in self._live.items():
-            if before not in known:
-                self._live[key] = reference, size, kind
-                self.by_kind[before] -= size
-                self.by_kind[kind] += size
-
     def restart_peak(self) -> None:
         """Forget the peak so far."""
         self.peak, self.peak_by_kind = self.now, self.by_kind.copy()
@@ -102,8 +113,11 @@ class Ledger(TorchDispatchMode):
         finally:
             self.kind = before
 
-    def follow(self, module: nn.Module, kind: str) -> None:
-        """What a module makes in its forward pass is for `kind`, but for what its own followed parts make."""
+    def follow(self, module: nn.Module, kind: str) -> list:
+        """What a module makes in its forward pass is for `kind`, but for what its own followed parts make.
+
+        Returns the handles of its hooks.
+        """
         outer: list[str] = []
 
         def begin(*_: Any) -> None:
@@ -113,5 +127,4 @@ class Ledger(TorchDispatchMode):
         def end(*_: Any) -> None:
             self.kind = outer.pop()
 
-        module.register_forward_pre_hook(begin)
-        module.register_forward_hook(end)
+        return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]

@@ -42,10 +42,10 @@ class DistilledReplay(Retention):
         return self._anchor.weights
 
     def before_pass(self, batch: dict, share: float, loss_scale: float) -> dict:
-        rows = batch["is_replay"].nonzero().flatten()
-        if not len(rows):
+        rows = [row for row, is_replay in enumerate(batch["is_replay"]) if is_replay]
+        if not rows:
             return batch
-        old = take_rows(batch, rows.tolist())
+        old = take_rows(batch, rows)
         labels = extract_anchor_features_online(self._module, lambda policy: self._actions(policy, old), self._anchor)
         actions = batch["actions"].clone()
         actions[rows] = labels.to(actions.dtype)

@@ -35,8 +35,9 @@ class VLACollator:
         placeholders), action_mask (B, L) bool (the Q placeholders of each row), pixel_values
         (B, 3 * towers * n, H, W) float32, proprio (B, P) and, unless the samples are observations, actions (B, K, A)
         float32, trusted_masks (True: the model need not check the masks), dataset_names, sample_ids, keys and
-        instructions (lists); of a mixture with replay is_replay (B,) bool. Raises ValueError for samples with different
-        numbers or sizes of images.
+        instructions (lists); of a mixture with replay is_replay (list of bool).
+
+        Raises ValueError for samples with different numbers or sizes of images.
         """
         batch = self.tokenize([sample["instruction"] for sample in samples])
         shapes = {sample["images"].shape for sample in samples}
@@ -53,7 +54,7 @@ class VLACollator:
         if "key" in samples[0]:
             batch["keys"] = [sample["key"] for sample in samples]
         if "is_replay" in samples[0]:
-            batch["is_replay"] = torch.tensor([sample["is_replay"] for sample in samples])
+            batch["is_replay"] = [sample["is_replay"] for sample in samples]
         batch["instructions"] = [sample["instruction"] for sample in samples]
         return batch
 
