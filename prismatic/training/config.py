@@ -25,6 +25,17 @@ _UNSUPPORTED = {
 }
 
 
+# First flag of each group.
+GROUPS = {
+    "config_file_path": "start model and data",
+    "use_l1_regression": "model",
+    "batch_size": "optimisation",
+    "save_freq": "saving",
+    "use_lora": "which weights",
+    "retention_method": "keeping what the start could do",
+    "use_craft": "CRaFT",
+    "use_wandb": "tracking",
+}
 CHECKPOINTED = ("towers", "llm", "head")
 MEMORIES = ("batch", "data", "instructions")
 AIM = 1.1
@@ -61,6 +72,7 @@ _NOT_LEARNED = frozenset(
         "craft_probe_size",
         "device",
         "ddp_timeout",
+        "dry_run",
         "num_data_workers",
         "shuffle_buffer_size",
     ]
@@ -181,6 +193,8 @@ class FinetuneConfig:
     )
     compile: bool = flag(False, "torch.compile of the policy's forward pass; see compilation.py")
     compile_backend: str = flag("inductor", "or another backend of torch.compile: aot_eager, eager")
+
+    dry_run: bool = flag(False, "check flags and data, predict memory and work, and start no run")
 
     # --- saving
     save_freq: int = flag(10_000, at_least=1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -84,14 +85,24 @@ def load_published(
     return LoadedCheckpoint(model, load_processor(path, vla), manifest, statistics, path)
 
 
+@dataclass(frozen=True)
+class PublishedShape:
+    """Sizes of a published policy. proprio_dim: None without a projector."""
+
+    config: OpenVLAConfig
+    head: dict
+    proprio_dim: int | None
+    action_spec: ActionSpec
+
+
 def published_shape(
     path: Path, num_images: int | None = None, robot: str | ActionSpec | None = None, data_set: str | None = None
-) -> tuple[OpenVLAConfig, dict, int | None]:
-    """Configuration, head options and P (None without a projector) of what `load_published` loads."""
+) -> PublishedShape:
+    """What `load_published` would load, without reading the VLM's weights; arguments and errors as there."""
     _, state, proprio, spec = _components(path, read_statistics(path), robot, data_set)
     config = read_config(path)
     config.num_images_in_input = num_images or _published_num_images(path)
-    return config, _head_options(state, config, spec), None if proprio is None else spec.proprio_dim
+    return PublishedShape(config, _head_options(state, config, spec), spec.proprio_dim if proprio else None, spec)
 
 
 def _components(

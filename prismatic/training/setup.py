@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -95,14 +96,18 @@ class TrainingSetup:
         return self.model.num_action_queries
 
 
-def build_setup(cfg: FinetuneConfig) -> TrainingSetup:
+def build_setup(
+    cfg: FinetuneConfig, start_model: Callable[[FinetuneConfig], StartModel] | None = None
+) -> TrainingSetup:
     """Load or make the start model, choose its trainable weights and open the data set.
+
+    `start_model` makes the start in another way than `load_start_model`.
 
     Raises ValueError when a flag contradicts the start model, FileNotFoundError for missing files.
     """
     if cfg.data_set_file is not None:
         load_data_set_file(cfg.data_set_file)
-    start = load_start_model(cfg)
+    start = (start_model or load_start_model)(cfg)
     _check_flags(cfg, start)
     apply_tuning(start.model, cfg)
     settings = DatasetSettings(

@@ -18,14 +18,12 @@ from prismatic.training.ema import WeightAverage
 from prismatic.training.frozen_weights import narrow_frozen_weights
 from prismatic.training.lora import fixed_batch
 from prismatic.training.memory.ledger import Ledger
-from prismatic.training.memory.start_shape import PolicyShape
 from prismatic.training.retention.craft import CRaFT
 from prismatic.training.retention.l2sp import L2SP
 from prismatic.training.retention.memory import BATCH as BATCH_MEMORY
 from prismatic.training.retention.memory import Memory, take_rows
 from prismatic.training.retention.protocol import Retention
 from prismatic.training.retention.replay import DistilledReplay
-from prismatic.training.setup import apply_tuning
 from prismatic.training.step import StepContext, optimizer_step
 
 WEIGHTS, OPTIMIZER, GRADIENTS, KEPT, BATCH = "weights", "optimizer", "gradients", "retention and averages", "batch"
@@ -60,28 +58,35 @@ class _StandIn(Memory):
         return take_rows(training, [i % rows for i in range(self.size or rows)])
 
 
-def trace_step(cfg: FinetuneConfig, shape: PolicyShape, prompt_tokens: int = PROMPT_TOKENS) -> Trace:
+def trace_step(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int = PROMPT_TOKENS) -> Trace:
     """Trace a step of the run, as in the middle of it: the optimizer has its state.
 
-    Nothing is allocated and no weight is read. Of several micro-batches two are run: the gradients of the first are
-    alive in the second.
+    Nothing is allocated. Of several micro-batches two are run: the gradients of the first are alive in the second.
+
+    Args:
+        cfg: the run's flags.
+        model: its policy after `apply_tuning`, on the meta device; it is given fake tensors in place.
+        prompt_tokens: of the longest prompt in a batch.
     """
-    model = prepared(cfg, shape.build_empty())
+    narrow(cfg, model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         materialise(model)
         return run_step(cfg, model, prompt_tokens)
 
 
-def prepared(cfg: FinetuneConfig, model: VLAPolicyModel) -> VLAPolicyModel:
-    """The model as a run trains it: its trainable weights chosen, the frozen ones in the precision of the step."""
-    apply_tuning(model, cfg)
+def narrow(cfg: FinetuneConfig, model: VLAPolicyModel) -> None:
+    """Hold the frozen weights as a run does."""
     if (dtype := _product_dtype(cfg)) is not None:
         narrow_frozen_weights(model, dtype)
-    return model.train()
+
+
+def precision_of(cfg: FinetuneConfig) -> str:
+    """Mixed precision of the run on a GPU, which need not be here, unless the flags name the CPU."""
+    return cfg.precision(on_cuda=cfg.device != "cpu")
 
 
 def _product_dtype(cfg: FinetuneConfig) -> torch.dtype | None:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.precision(on_cuda=cfg.device != "cpu"))
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision_of(cfg))
 
 
 def materialise(module: nn.Module) -> None:
@@ -102,6 +107,7 @@ def materialise(module: nn.Module) -> None:
 
 def run_step(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int = PROMPT_TOKENS) -> Trace:
     """Account for one step of a prepared model on the CPU, with real or with fake tensors."""
+    model.train()
     ledger, dtype = Ledger(), _product_dtype(cfg)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)

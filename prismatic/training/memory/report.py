@@ -1,0 +1,57 @@
+"""What a traced step means for a run: how much memory it needs, and which cards have it."""
+
+from __future__ import annotations
+
+from prismatic.training.memory.trace import GRADIENTS, KEPT, OPTIMIZER, WEIGHTS, Trace
+
+GIB = 2**30
+CARDS = (10, 12, 16, 24, 32, 48, 80)
+"""GiB of common cards."""
+CONTEXT = 0.75 * GIB
+"""Allowance for the CUDA context, kernels and the libraries' workspaces."""
+FRAGMENTATION = 0.03
+"""Allowance for what the allocator holds beyond the tensors, as a share of them."""
+_FIXED = (WEIGHTS, OPTIMIZER, KEPT)
+
+
+def allowance(tensors: float) -> float:
+    """Bytes beyond the tensors that are allowed for. An estimate, not a measurement."""
+    return CONTEXT + FRAGMENTATION * tensors
+
+
+def peak_at(trace: Trace, traced_batch: int, batch: int) -> float:
+    """Bytes of tensors at another batch size, from the trace at one.
+
+    What the batch makes grows with it. At the end of the backward pass the batch is gone and all gradients are there.
+    """
+    fixed = sum(trace.by_kind[kind] for kind in _FIXED)
+    by_batch = trace.peak - fixed - trace.by_kind[GRADIENTS]
+    gradients = 4 * trace.trained
+    return max(fixed + trace.by_kind[GRADIENTS] + by_batch * batch / traced_batch, fixed + gradients)
+
+
+def largest_batch(trace: Trace, traced_batch: int, card: float) -> int:
+    """The largest batch size that fits a card of so many GiB; 0 when none does."""
+    batch = 0
+    while batch < 4096 and (need := peak_at(trace, traced_batch, batch + 1)) + allowance(need) <= card * GIB:
+        batch += 1
+    return batch
+
+
+def lines(trace: Trace, batch: int, precision: str) -> list[str]:
+    """The prediction for people; `precision` is the run's mixed precision."""
+    extra = allowance(trace.peak)
+    shares = [f"  {kind:<24}{size / GIB:7.2f}" for kind, size in trace.by_kind.items() if size >= 0.005 * GIB]
+    cards = [(card, largest_batch(trace, batch, card)) for card in CARDS]
+    fits = [f"  {card:>3} GB: " + (f"batch size up to {most}" if most else "does not fit") for card, most in cards]
+    return [
+        f"parameters: {trace.parameters:,}, trained: {trace.trained:,}",
+        f"work per step: {trace.flops / 1e12:.2f} TFLOP (products, convolutions, attention)",
+        f"predicted peak of tensors, batch size {batch}, mixed precision {precision}: {trace.peak / GIB:.2f} GiB; what "
+        "the forward pass keeps is listed by its part",
+        *shares,
+        f"allowance for CUDA context, workspaces and fragmentation: {extra / GIB:.2f} GiB; in all "
+        f"{(trace.peak + extra) / GIB:.2f} GiB",
+        "cards, each for one process:",
+        *fits,
+    ]
