@@ -258,13 +258,8 @@ def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
     _freeze_unreached(model.vla)
     if cfg.freeze_vision:
         model.vla.vision_backbone.requires_grad_(False)
-    parts = {
-        "towers": model.vla.vision_backbone,
-        "llm": model.vla.language_model,
-        "head": model.action_head,
-    }
     for name in cfg.checkpointed_parts:
-        _checkpoint(parts[name])
+        _checkpoint(_part(model, name))
     if cfg.tuning_mode is TuningMode.FULL:
         return
     model.vla.requires_grad_(False)
@@ -282,6 +277,11 @@ def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
             # Else the input of every adapter would be kept in float32 beside the base layer's. Autocast casts it.
             layer.cast_input_dtype_enabled = False
     queries.requires_grad_(True)
+
+
+def _part(model: VLAPolicyModel, name: str) -> nn.Module:
+    parts = {"towers": model.vla.vision_backbone, "llm": model.vla.language_model, "head": model.action_head}
+    return parts[name]
 
 
 def _checkpoint(part: nn.Module) -> None:
