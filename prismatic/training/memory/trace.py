@@ -136,6 +136,10 @@ def run_step(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int = PR
     for handle in handles:
         handle.remove()
     by_kind = {kind: ledger.peak_by_kind[kind] for kind in KINDS}
+    if isinstance(retention, CRaFT) and (r := retention.constraint.gradient.flat) is not None:
+        # Its first step makes this buffer, which then stays.
+        by_kind[TEMPORARY] -= r.nbytes
+        by_kind[KEPT] += r.nbytes
     counts = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained)
     return Trace(*counts, ledger.peak, by_kind, ledger.flops)
 

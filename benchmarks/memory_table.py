@@ -1,0 +1,145 @@
+"""How much memory each way to fine-tune takes at the published size, and which cards have it: traced, not run.
+
+    python benchmarks/memory_table.py
+
+Every row is one optimizer step of LoRA 32 with two 224 px images, Pro head and bf16, traced on fake tensors
+(`prismatic/training/memory`); a row whose record exists in `--output` is not traced again. Writes the record, the
+section `memory` of docs/performance.md and the short table of README.md.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmark_page import write, write_section
+
+from prismatic.command_line import parse_or_exit
+from prismatic.training.config import FinetuneConfig
+from prismatic.training.memory.report import CARDS, CONTEXT, FRAGMENTATION, GIB, allowance, largest_batch, peak_at
+from prismatic.training.memory.start_shape import empty_start
+from prismatic.training.memory.trace import KINDS, PROMPT_TOKENS, Trace, trace_step
+from prismatic.training.setup import apply_tuning
+
+BATCH = 8
+BATCHES = (1, 2, 4, 8, 16)
+KEEP = {"use_craft": True, "craft_preset": "keep", "craft_retention_budget": 0.03}
+RECOMPUTED = {"gradient_checkpointing": True}
+ROWS: dict[str, dict] = {
+    "plain": {},
+    "CRaFT `original`": {"use_craft": True},
+    "CRaFT `budget`": {"use_craft": True, "craft_preset": "budget"},
+    "CRaFT `keep`, no old data": KEEP,
+    "CRaFT `keep`, with old observations": KEEP
+    | {"craft_memory": "instructions,data", "craft_memory_data": "observations"},
+    "plain, gradient checkpointing": RECOMPUTED,
+    "CRaFT `keep`, no old data, gradient checkpointing": KEEP | RECOMPUTED,
+    "plain, vision frozen": {"freeze_vision": True},
+    "plain, all weights trained": {"use_lora": False},
+    "plain, openvla-7b": {"config_file_path": "openvla-7b", "use_minivlm": False},
+    "plain, openvla-7b, gradient checkpointing": {"config_file_path": "openvla-7b", "use_minivlm": False} | RECOMPUTED,
+}
+README_ROWS = ("plain", "CRaFT `original`", "CRaFT `keep`, no old data", "plain, gradient checkpointing")
+BEFORE = "results/memory/before.json"
+"""The same trace of this code before it kept less for the backward pass."""
+
+
+@dataclass
+class MemoryTableConfig:
+    """Flags."""
+
+    rows: str = ",".join(ROWS)
+    output: str = "results/memory/predicted.json"
+    page: str = "docs/performance.md"
+    readme: str = "README.md"
+
+
+def main() -> None:
+    """Trace what is missing, then write record and pages."""
+    cfg = parse_or_exit(MemoryTableConfig, __doc__)
+    output = Path(cfg.output)
+    record = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    for name in cfg.rows.split(","):
+        if name not in record:
+            record[name] = asdict(traced(ROWS[name]))
+            print(f"{name}: {record[name]['peak'] / GIB:.2f} GiB", flush=True)
+            write(output, json.dumps(record, indent=1) + "\n")
+    traces = {name: Trace(**record[name]) for name in ROWS if name in record}
+    before = json.loads(Path(BEFORE).read_text(encoding="utf-8"))
+    write_section(Path(cfg.page), "memory", page(traces, before))
+    write_section(Path(cfg.readme), "memory", "\n".join(card_table({name: traces[name] for name in README_ROWS})))
+
+
+def traced(flags: dict) -> Trace:
+    """A step of the published recipe with these flags."""
+    base = {"config_file_path": "qwen25-0_5b", "dataset_name": "libero_spatial_no_noops", "batch_size": BATCH}
+    cfg = FinetuneConfig(**base | {"use_lora": True, "device": "cuda", "num_images_in_input": None} | flags)
+    model = empty_start(cfg).model
+    apply_tuning(model, cfg)
+    return trace_step(cfg, model, PROMPT_TOKENS)
+
+
+def card_table(traces: dict[str, Trace]) -> list[str]:
+    """Largest batch size of each row on each card."""
+    lines = ["| | " + " | ".join(f"{card} GB" for card in CARDS) + " |", "|---|" + "---|" * len(CARDS)]
+    for name, trace in traces.items():
+        most = [largest_batch(trace, BATCH, card) for card in CARDS]
+        lines.append(f"| {name} | " + " | ".join(str(count) if count else "-" for count in most) + " |")
+    return lines
+
+
+def page(traces: dict[str, Trace], before: dict[str, float]) -> str:
+    """The section of docs/performance.md."""
+    return "\n".join(
+        [
+            "# Memory",
+            "",
+            "This section is written by `python benchmarks/memory_table.py` from `results/memory`. Do not edit.",
+            "",
+            f"The published size (DINOv2-L, SigLIP-so400m, Qwen2.5-0.5B, Pro head), LoRA 32, two images, prompts of "
+            f"{PROMPT_TOKENS} tokens, bf16, one process. Nothing was run on a GPU: a step is traced on tensors that "
+            "have a size and no content, and every storage is counted from its first tensor to its last. On the CPU "
+            "the trace agrees with the allocator's own account of a real step (`tests/training/test_memory.py`). A card "
+            f"needs more than its tensors: {CONTEXT / GIB:g} GiB for context, kernels and workspaces and "
+            f"{FRAGMENTATION:.0%} for the allocator are allowed for, which is an estimate.",
+            "",
+            f"Peak of tensors in GiB, by what it is for at batch size {BATCH}. The parts of the model: what their forward "
+            "passes keep. `before`: the same trace of the code before it kept less.",
+            "",
+            *kind_table(traces, before),
+            "",
+            "Peak with the allowance in GiB, by batch size:",
+            "",
+            *batch_table(traces),
+            "",
+            "Largest batch size by card:",
+            "",
+            *card_table(traces),
+        ]
+    )
+
+
+def kind_table(traces: dict[str, Trace], before: dict[str, float]) -> list[str]:
+    """Where the memory goes."""
+    lines = [f"| | {' | '.join(KINDS)} | in all | before | TFLOP |", "|---|" + "---|" * (len(KINDS) + 3)]
+    for name, trace in traces.items():
+        cells = [f"{trace.by_kind[kind] / GIB:.2f}" for kind in KINDS]
+        earlier = f"{before[name]:.2f}" if name in before else ""
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {trace.peak / GIB:.2f} | {earlier} | {trace.flops / 1e12:.1f} |"
+        )
+    return lines
+
+
+def batch_table(traces: dict[str, Trace]) -> list[str]:
+    """Peak with the allowance at several batch sizes."""
+    lines = ["| | " + " | ".join(map(str, BATCHES)) + " |", "|---|" + "---|" * len(BATCHES)]
+    for name, trace in traces.items():
+        peaks = [peak_at(trace, BATCH, batch) for batch in BATCHES]
+        lines.append(f"| {name} | " + " | ".join(f"{(peak + allowance(peak)) / GIB:.1f}" for peak in peaks) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
