@@ -100,12 +100,12 @@ def page(traces: dict[str, Trace], before: dict[str, float]) -> str:
             f"The published size (DINOv2-L, SigLIP-so400m, Qwen2.5-0.5B, Pro head), LoRA 32, two images, prompts of "
             f"{PROMPT_TOKENS} tokens, bf16, one process. Nothing was run on a GPU: a step is traced on tensors that "
             "have a size and no content, and every storage is counted from its first tensor to its last. On the CPU "
-            "the trace agrees with the allocator's own account of a real step (`tests/training/test_memory.py`). A card "
-            f"needs more than its tensors: {CONTEXT / GIB:g} GiB for context, kernels and workspaces and "
+            "the trace agrees with the allocator's own account of a real step (`tests/training/test_memory.py`). A "
+            f"card needs more than its tensors: {CONTEXT / GIB:g} GiB for context, kernels and workspaces and "
             f"{FRAGMENTATION:.0%} for the allocator are allowed for, which is an estimate.",
             "",
-            f"Peak of tensors in GiB, by what it is for at batch size {BATCH}. The parts of the model: what their forward "
-            "passes keep. `before`: the same trace of the code before it kept less.",
+            f"Peak of tensors in GiB, by what it is for at batch size {BATCH}. Of the parts of the model: what their "
+            "forward passes keep. `before`: the same trace, of the code before it kept less.",
             "",
             *kind_table(traces, before),
             "",

@@ -62,7 +62,7 @@ class _Pass:
     def pack(self, tensor: Tensor) -> Tensor | tuple:
         known = self._known.get(tensor.untyped_storage()._cdata)
         if known is None:
-            return tensor
+            return tensor.detach()  # a result that its own function keeps would hold itself
         return known[1], tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     @staticmethod
