@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prismatic.training.memory.trace import GRADIENTS, KEPT, OPTIMIZER, WEIGHTS, Trace
+from prismatic.training.memory.trace import BATCH, KEPT, OPTIMIZER, PARTS, TEMPORARY, WEIGHTS, Trace
 
 GIB = 2**30
 CARDS = (10, 12, 16, 24, 32, 48, 80)
@@ -22,12 +22,21 @@ def allowance(tensors: float) -> float:
 def peak_at(trace: Trace, traced_batch: int, batch: int) -> float:
     """Bytes of tensors at another batch size, from the trace at one.
 
-    What the batch makes grows with it. At the end of the backward pass the batch is gone and all gradients are there.
+    The backward pass gives up what a part keeps, which grows with the batch, and makes its gradients, which do not:
+    with a large batch the peak is at its beginning, with a small one after the head or at the end.
     """
-    fixed = sum(trace.by_kind[kind] for kind in _FIXED)
-    by_batch = trace.peak - fixed - trace.by_kind[GRADIENTS]
-    gradients = 4 * trace.trained
-    return max(fixed + trace.by_kind[GRADIENTS] + by_batch * batch / traced_batch, fixed + gradients)
+
+    def highest(size: float) -> float:
+        fixed = sum(trace.by_kind[kind] for kind in _FIXED)
+        by_batch = size / traced_batch
+        here = fixed + by_batch * (trace.by_kind[BATCH] + trace.by_kind[TEMPORARY] + sum(trace.kept.values()))
+        stages = [here]
+        for part in PARTS:
+            here += trace.gradients[part] - by_batch * trace.kept[part]
+            stages.append(here)
+        return max(stages)
+
+    return highest(batch) + trace.peak - highest(traced_batch)
 
 
 def largest_batch(trace: Trace, traced_batch: int, card: float) -> int:
@@ -52,6 +61,6 @@ def lines(trace: Trace, batch: int, precision: str) -> list[str]:
         *shares,
         f"allowance for CUDA context, workspaces and fragmentation: {extra / GIB:.2f} GiB; in all "
         f"{(trace.peak + extra) / GIB:.2f} GiB",
-        "cards, each for one process:",
+        "cards, each for one process, other batch sizes estimated from this one:",
         *fits,
     ]

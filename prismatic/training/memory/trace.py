@@ -29,6 +29,8 @@ from prismatic.training.step import StepContext, optimizer_step
 WEIGHTS, OPTIMIZER, GRADIENTS, KEPT, BATCH = "weights", "optimizer", "gradients", "retention and averages", "batch"
 TOWERS, PROJECTOR, LLM, HEAD = "vision towers", "projectors", "language model", "action head"
 TEMPORARY = "temporary"
+PARTS = (HEAD, LLM, PROJECTOR, TOWERS)
+"""In the order of the backward pass."""
 KINDS = (WEIGHTS, GRADIENTS, OPTIMIZER, KEPT, BATCH, TOWERS, PROJECTOR, LLM, HEAD, TEMPORARY)
 """What memory is for. The four modules: what their forward passes keep for the backward pass."""
 PROMPT_TOKENS = 64
@@ -37,12 +39,22 @@ PROMPT_TOKENS = 64
 
 @dataclass(frozen=True)
 class Trace:
-    """One step. Bytes of all tensors at the peak, by what they are for; FLOPs of products, convolutions, attention."""
+    """One step.
+
+    Attributes:
+        parameters, trained: numbers.
+        peak, by_kind: bytes of all tensors at the peak, and by what they are for.
+        kept: bytes that each part of the model keeps at the end of the forward pass.
+        gradients: bytes of each part's gradients.
+        flops: of matrix products, convolutions and attention.
+    """
 
     parameters: int
     trained: int
     peak: int
     by_kind: dict[str, int]
+    kept: dict[str, int]
+    gradients: dict[str, int]
     flops: int
 
 
@@ -126,7 +138,9 @@ def run_step(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int = PR
         with ledger.of_kind(KEPT):
             retention = _retention(cfg, model, autocast)
             average = None if cfg.ema_decay is None else WeightAverage(model, cfg.ema_decay)
-        handles = _follow(ledger, model, trained)
+        handles, kept = _follow(ledger, model, trained), {}
+        look = lambda *_: kept.update({part: ledger.by_kind[part] for part in PARTS})  # noqa: E731
+        handles.append(model.register_forward_hook(look))
         ledger.restart_peak()
         context = StepContext(model, optimizer, retention, cfg.max_grad_norm, autocast=autocast)
         with ledger.of_kind(TEMPORARY):
@@ -141,7 +155,18 @@ def run_step(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int = PR
         by_kind[TEMPORARY] -= r.nbytes
         by_kind[KEPT] += r.nbytes
     counts = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained)
-    return Trace(*counts, ledger.peak, by_kind, ledger.flops)
+    return Trace(*counts, ledger.peak, by_kind, kept, _gradients(model), ledger.flops)
+
+
+def _gradients(model: VLAPolicyModel) -> dict[str, int]:
+    """Bytes of the gradients by part; the action queries count as the language model's."""
+    found = dict.fromkeys(PARTS, 0)
+    for name, p in model.named_parameters():
+        part = LLM
+        for word, of in (("action_head", HEAD), ("projector", PROJECTOR), ("vision_backbone", TOWERS)):
+            part = of if word in name else part
+        found[part] += p.nbytes if p.requires_grad else 0
+    return found
 
 
 def _fill_state(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
