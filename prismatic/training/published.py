@@ -37,7 +37,6 @@ from prismatic.training.checkpoint_folder import write_json
 from prismatic.training.published_spec import HeadSizes, published_spec
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.images import ImageSpec
-from prismatic.vla.prompts import PROMPT_KIND
 
 PUBLISHED_TASK_TOKENS = 512
 """Vision tokens that published heads are built for, whatever the model: two images of 256 patches."""
@@ -67,6 +66,7 @@ def load_published(
     Raises FileNotFoundError for a missing file, ValueError for keys or shapes that do not fit, naming them.
     """
     path = Path(path)
+    _refuse_oft(path)
     statistics = read_statistics(path)
     head_file, projector = _only_component(path, _HEAD), None
     state = read_component(head_file)
@@ -103,7 +103,7 @@ def _derived_manifest(model: VLAPolicyModel, spec: ActionSpec) -> dict:
         "tuning": "full",
         "action_spec": spec.to_dict(),
         "image_spec": image.to_dict(),
-        "prompt_kind": PROMPT_KIND,
+        "prompt_kind": model.prompt_kind.value,
         "num_images": model.num_images,
         "use_proprio": model.proprio_projector is not None,
         "legacy_slices": True,
@@ -113,6 +113,14 @@ def _derived_manifest(model: VLAPolicyModel, spec: ActionSpec) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------ reading
+
+
+def _refuse_oft(path: Path) -> None:
+    if read_config(path).text_config.model_type == "llama":
+        raise CheckpointError(
+            f"{path}: an action head beside a llama body is OpenVLA-OFT's, which reads the last layer of a model that "
+            "attends in both directions: another model, which is not read"
+        )
 
 
 def _published_num_images(path: Path) -> int:
@@ -210,6 +218,8 @@ def check_exportable(model: VLAPolicyModel) -> None:
         problems.append("the chunk starts from learned rows")
     if geometry.use_pro_version and not geometry.published_layout:
         problems.append("the head lacks the film_gen tensors")
+    if model.vla.config.text_config.model_type == "llama":
+        problems.append("the llama body attends to the past alone, the public code's in both directions")
     if model.vla.config.vision_towers is not None:
         problems.append("the vision towers have a geometry of their own")
     if problems:
