@@ -23,11 +23,11 @@ class PolicyFacts:
     num_images_in_input: int | None = None
     use_proprio: bool | None = None
     use_pro_version: bool | None = None
-    use_minivlm: bool | None = None
     center_crop: bool | None = None
     chunk_len: int | None = None
     render_modes: tuple[str, ...] = ()
     image_sizes: tuple[int, ...] = ()
+    use_minivlm: bool | None = None
 
 
 def read_policy_facts(policy: Any) -> PolicyFacts:
