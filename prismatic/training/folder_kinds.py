@@ -6,6 +6,7 @@ Hub are no paths here. Nothing is loaded: names and descriptions of files decide
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,8 @@ def is_published(path: Path) -> bool:
 
 def is_vlm(path: Path) -> bool:
     """Whether the folder holds a whole VLM of ours or OpenVLA's, and no action head."""
+    if not os.path.isdir(path):  # also for a text that is no path
+        return False
     alone = not (path / MANIFEST).exists() and not any(path.glob(_HEAD)) and not (path / _ADAPTER_FILE).exists()
     return alone and has_weights(path) and _json(path / "config.json").get("model_type") in _VLM_TYPES
 

@@ -31,14 +31,16 @@ _SHOWN = 8
 
 
 def load_vlm(path: Path, num_images: int | None = None) -> tuple[OpenVLAForActionPrediction, list[str]]:
-    """The VLM of a folder in fp32, and the patterns of stored keys that nothing uses.
+    """The VLM of a folder in fp32, and the patterns of stored keys that are not used.
 
-    Keys and shapes are compared before weights are read. Action queries are drawn at random where the files hold none.
-    `num_images` replaces the configured number of images. Raises MissingFileError without weights; CheckpointError
-    naming the missing keys and shapes that do not fit, and the others by pattern.
+    Keys and shapes are compared before weights are read. The action queries are left to the caller, statistics are
+    dropped. `num_images` replaces the configured number of images. Raises MissingFileError without weights;
+    CheckpointError naming the missing keys and the shapes that do not fit, and unknown keys by pattern.
     """
     unused = _compare(path, read_config(path))
-    return load_vla(path, num_images, new={_QUERIES}), unused
+    vla = load_vla(path, num_images, new={_QUERIES})
+    vla.norm_stats = None
+    return vla, unused
 
 
 def _compare(path: Path, config: OpenVLAConfig) -> list[str]:
@@ -48,15 +50,15 @@ def _compare(path: Path, config: OpenVLAConfig) -> list[str]:
         expected = {name: tuple(value.shape) for name, value in OpenVLAForActionPrediction(config).state_dict().items()}
     new = {_QUERIES, _LM_HEAD} if config.tie_word_embeddings else {_QUERIES}
     missing = sorted(expected.keys() - found.keys() - new)
-    derived = [name for name in found.keys() - expected.keys() if _DERIVED.fullmatch(name)]
-    unknown = _patterns(found.keys() - expected.keys() - set(derived))
+    unused = {name for name in found if name == _QUERIES or _DERIVED.fullmatch(name)}
+    unknown = _patterns(found.keys() - expected.keys() - unused)
     shapes = {name: (found[name], expected[name]) for name in sorted(found.keys() & expected.keys())}
     wrong = [f"{name} is {is_}, expected {shape}" for name, (is_, shape) in shapes.items() if is_ != shape]
     problems = {"missing": missing, "unknown": unknown, "of another shape": wrong}
     words = [f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN])}" for kind, keys in problems.items() if keys]
     if words:
         raise CheckpointError(f"{path}: the weights do not fit config.json: {'; '.join(words)}")
-    return _patterns(derived)
+    return _patterns(unused)
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -103,9 +103,17 @@ def test_weights_are_read_and_the_rest_is_drawn_from_the_seed(make, openvla):
 
 
 def test_units_are_those_of_the_data_and_images_those_of_the_flag(make):
-    assert list(make().setup.statistics) == ["libero_mini_no_noops"]
+    setup = make().setup
+    assert list(setup.statistics) == ["libero_mini_no_noops"] and setup.model.vla.norm_stats is None
     assert [make(f"n{n}", num_images_in_input=n).bare_model.num_images for n in (1, 2)] == [1, 2]
     assert make("default").bare_model.num_images == 1
+
+
+def test_stored_action_queries_are_of_another_head(make, openvla, capsys):
+    expected = make().bare_model.vla.action_queries.weight
+    edit(openvla, lambda state: state.update({QUERIES: torch.ones_like(expected)}))
+    assert torch.equal(make("again").bare_model.vla.action_queries.weight, expected)
+    assert f"not used: {QUERIES} (1)" in capsys.readouterr().out
 
 
 def test_prompts_are_openvlas(make, llama_tokenizer):
