@@ -85,10 +85,10 @@ def losses(cfg: CurvesConfig, size: str, seed: int, kind: str) -> list[float]:
         device="cpu",
     )
     setup = build_setup(run, load_start_model if size == "tiny" else mid_start)
-    model, processor = setup.model, setup.processor
+    model = setup.model
     if kind == PRODUCT:
         narrow_frozen_weights(model, torch.bfloat16)
-    collate = VLACollator(processor.tokenizer, processor.image_processor, setup.num_action_queries)
+    collate = VLACollator.of_policy(setup.processor, model)
     sampler = EpochSampler(setup.dataset.group_sizes, seed, weights=setup.dataset.weights)
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(setup.dataset, cfg.batch_size, sampler=sampler, collate_fn=collate, generator=generator)

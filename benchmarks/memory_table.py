@@ -18,7 +18,7 @@ from benchmark_page import write, write_section
 from prismatic.command_line import parse_or_exit
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.memory.report import CARDS, CONTEXT, FRAGMENTATION, GIB, allowance, largest_batch, peak_at
-from prismatic.training.memory.start_shape import empty_start
+from prismatic.training.memory.start_shape import empty_model
 from prismatic.training.memory.trace import KINDS, PROMPT_TOKENS, Trace, trace_step
 from prismatic.training.setup import apply_tuning
 
@@ -75,7 +75,7 @@ def traced(flags: dict) -> Trace:
     """A step of the published recipe with these flags."""
     base = {"config_file_path": "qwen25-0_5b", "dataset_name": "libero_spatial_no_noops", "batch_size": BATCH}
     cfg = FinetuneConfig(**base | {"use_lora": True, "device": "cuda", "num_images_in_input": None} | flags)
-    model = empty_start(cfg).model
+    model = empty_model(cfg)
     apply_tuning(model, cfg)
     return trace_step(cfg, model, PROMPT_TOKENS)
 

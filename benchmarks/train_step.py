@@ -125,8 +125,7 @@ class Bench:
         self.model = setup.model.to(self.device).train()
         if cfg.tuning == "lora":
             apply_tuning(self.model, FinetuneConfig(use_lora=True, lora_rank=cfg.lora_rank))
-        processor = setup.processor
-        self._collate = VLACollator(processor.tokenizer, processor.image_processor, setup.num_action_queries)
+        self._collate = VLACollator.of_policy(setup.processor, setup.model)
         self._batches = self._load(setup)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)

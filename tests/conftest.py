@@ -25,6 +25,25 @@ def golden_dir() -> Path:
     return GOLDEN
 
 
+@pytest.fixture(scope="session")
+def llama_tokenizer():
+    """Built like Llama-2's: BOS and byte tokens, words with their space in front, a PAD token. Another vocabulary."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(parts)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    core.train_from_iterator(["In: What action should the robot take to pick up the black bowl? Out: "] * 3, trainer)
+    core.add_special_tokens([AddedToken("<PAD>")])
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<PAD>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=2048, **roles)
+
+
 @pytest.fixture
 def held_elsewhere():
     """Context: another process is the writer of a folder; yields it."""

@@ -41,9 +41,7 @@ class VLAPolicy:
         self._num_images = manifest["num_images"]
         # Published policies were evaluated, and published rates measured, without the rule for constant dimensions.
         self._zero_constant = manifest.get("origin") != "published" or "training" in manifest
-        self._collate = VLACollator(
-            checkpoint.processor.tokenizer, checkpoint.processor.image_processor, self._model.num_action_queries
-        )
+        self._collate = VLACollator.of_policy(checkpoint.processor, self._model)
 
     @classmethod
     def from_checkpoint(

@@ -17,6 +17,7 @@ from prismatic.models.action_heads import ActionHeadConfig, ChunkStart, L1Regres
 from prismatic.models.projectors import ProprioProjector
 from prismatic.models.tiny_tokenizer import load_tiny_tokenizer
 from prismatic.vla.images import ImageSpec
+from prismatic.vla.prompts import check_tokenizer, prompt_kind_of
 
 PROPRIO_DIM = 8
 
@@ -42,6 +43,33 @@ def _qwen_config() -> dict[str, Any]:
         "arch_specifier": "no-align+fused-gelu-mlp",
         "image_resize_strategy": "resize-naive",
         "num_images_in_input": 2,
+        "text_config": text_config,
+    }
+
+
+def _openvla_config() -> dict[str, Any]:
+    """Published geometry of OpenVLA-7B: the same towers and Llama-2-7B, one image."""
+    text_config = {
+        "model_type": "llama",
+        "vocab_size": 32064,  # 32000, <PAD>, and padding to a multiple of 64
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 32000,
+    }
+    return {
+        "vision_backbone_id": "dinosiglip-vit-so-224px",
+        "llm_backbone_id": "llama2-7b-pure",
+        "arch_specifier": "no-align+fused-gelu-mlp",
+        "image_resize_strategy": "resize-naive",
         "text_config": text_config,
     }
 
@@ -101,6 +129,7 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     # New heads of the published layout; load published ones with rope_mode="legacy" and legacy slices.
     "qwen25-0_5b": Preset(_qwen_config, {"rope_mode": RopeMode.EXACT, "published_layout": True}, 224),
+    "openvla-7b": Preset(_openvla_config, {"rope_mode": RopeMode.EXACT}, 224),
     "tiny": Preset(
         _tiny_config,
         {"published_layout": False, "chunk_start": ChunkStart.LEARNED, "start_noise_std": 0.0},
@@ -121,9 +150,11 @@ def build_config(name: str) -> OpenVLAConfig:
     return OpenVLAConfig(**get_preset(name).config())
 
 
-def head_geometry(config: OpenVLAConfig) -> dict[str, int]:
-    """The action head's sizes that follow from the VLM."""
+def head_geometry(config: OpenVLAConfig) -> dict[str, Any]:
+    """The action head's sizes and layout that follow from the VLM."""
     return {
+        # The public code trains no llama body, so its heads hold nothing that only that code reads.
+        "published_layout": config.text_config.model_type == "qwen2",
         "hidden_dim": config.text_config.hidden_size,
         "num_blocks": config.text_config.num_hidden_layers,
         "num_task_tokens": config.tower_specs()[0].num_patches * config.num_images_in_input,
@@ -152,16 +183,34 @@ def build_policy_parts(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vla = OpenVLAForActionPrediction(config)
-        head = L1RegressionActionHead(**{**head_geometry(config), **options})
-        projector = ProprioProjector(vla.llm_dim, proprio_dim)
-    return vla, head, projector
+        return vla, *_build_head(vla, proprio_dim, options)
+
+
+def build_new_parts(
+    vla: OpenVLAForActionPrediction, seed: int = 0, proprio_dim: int = PROPRIO_DIM, **options: Any
+) -> tuple[L1RegressionActionHead, ProprioProjector]:
+    """What a VLM lacks of a policy: head, proprio projector and, written into it, action queries, drawn from `seed`.
+
+    Options and random state: `build_policy_parts`.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(vla.action_queries.weight, std=vla.config.text_config.initializer_range)
+        return _build_head(vla, proprio_dim, options)
+
+
+def _build_head(
+    vla: OpenVLAForActionPrediction, proprio_dim: int, options: dict[str, Any]
+) -> tuple[L1RegressionActionHead, ProprioProjector]:
+    head = L1RegressionActionHead(**{**head_geometry(vla.config), **options})
+    return head, ProprioProjector(vla.llm_dim, proprio_dim)
 
 
 def build_processor(name: str, tokenizer_path: str | None = None) -> PrismaticProcessor:
     """Tokenizer and image processor of a preset.
 
     `tokenizer_path`: local folder of the tokenizer; the tiny preset ships its own. Raises ValueError when another
-    preset gets none.
+    preset gets none, or one without the tokens that its prompt begins with.
     """
     size = get_preset(name).image_size
     image_processor = PrismaticImageProcessor(input_sizes=[[3, size, size]] * 2)
@@ -173,7 +222,14 @@ def build_processor(name: str, tokenizer_path: str | None = None) -> PrismaticPr
     elif name == "tiny":
         tokenizer = load_tiny_tokenizer()
     else:
-        raise ValueError(f"preset {name!r} needs `tokenizer_path`, a local folder with the Qwen2.5 tokenizer")
+        raise ValueError(
+            f"preset {name!r} needs --tokenizer_path, a local folder with a tokenizer like that of "
+            f"{build_config(name).hf_llm_id}"
+        )
+    try:
+        check_tokenizer(tokenizer, prompt_kind_of(build_config(name).text_config.model_type))
+    except ValueError as error:
+        raise ValueError(f"--tokenizer_path {tokenizer_path}: {error}") from error
     return PrismaticProcessor(image_processor, tokenizer)
 
 

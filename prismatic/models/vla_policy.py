@@ -15,6 +15,7 @@ from prismatic.extern.hf.modeling_prismatic import (
 from prismatic.models.action_heads import L1RegressionActionHead
 from prismatic.models.activations import fewer_kept
 from prismatic.models.projectors import ProprioProjector
+from prismatic.vla.prompts import PromptKind, prompt_kind_of
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ class VLAPolicyModel(nn.Module):
     def num_action_queries(self) -> int:
         """Q."""
         return self.vla.num_action_queries
+
+    @property
+    def prompt_kind(self) -> PromptKind:
+        """The form of the prompt, which follows from the language model."""
+        return prompt_kind_of(self.vla.config.text_config.model_type)
 
     def freezes_vision(self) -> bool:
         """Whether no weight of the vision towers is trained."""

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from prismatic.model_files import CheckpointError, MissingFileError
 from prismatic.training.checkpoint_files import load_tensors, tensors_hash, weights_hash
-from prismatic.training.folder_kinds import is_checkpoint
+from prismatic.training.folder_kinds import is_checkpoint, is_vlm
 
-_KINDS = ("checkpoint", "native")
+_KINDS = ("checkpoint", "native", "vlm")
 _NOTHING = "not there"
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A checkpoint folder or the file of a native Prismatic VLM, and the hash of its weights.
+    """A checkpoint folder, the folder of a VLM or the file of a native one, and the hash of its weights.
 
     path: absolute; of folders written by earlier versions as it was typed. relative: the path seen from the checkpoint
     that belongs to it, None where there is none yet.
@@ -34,6 +34,11 @@ class BaseModel:
         adapter = Path(path) / "lora_adapter" / "adapter_model.safetensors"
         digest = weights_hash(path) or tensors_hash(load_tensors(adapter))
         return cls("checkpoint", os.path.abspath(path), digest)
+
+    @classmethod
+    def of_vlm(cls, path: Path) -> BaseModel:
+        """Identity of a folder with a VLM alone."""
+        return cls("vlm", os.path.abspath(path), weights_hash(path))
 
     @classmethod
     def of_native(cls, file: Path, sha256: str) -> BaseModel:
@@ -106,4 +111,6 @@ class BaseModel:
             raise CheckpointError(
                 f"{chain[-1]}: the checkpoint is its own base: {' -> '.join(map(str, chain))} -> {place}"
             )
+        if self.kind == "vlm":
+            return BaseModel.of_vlm(place).sha256 if is_vlm(place) else "no VLM without a head"
         return BaseModel.of_checkpoint(place).sha256 if is_checkpoint(place) else "no checkpoint"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, PrismaticConfig
+from prismatic.extern.hf.language_body import require_body
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 from prismatic.model_files import (
@@ -32,7 +33,7 @@ from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.checkpoint_folder import MANIFEST
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.images import ImageSpec
-from prismatic.vla.prompts import PROMPT_KIND
+from prismatic.vla.prompts import PromptKind, check_tokenizer, prompt_kind_of
 
 FORMAT_VERSION = 1
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
@@ -83,9 +84,10 @@ def read_manifest(path: Path) -> dict:
     """The checkpoint's description; MissingFileError or CheckpointError when it is absent or of another format."""
     file = Path(path) / MANIFEST
     manifest = read_json(file)
-    for name, expected in (("format_version", FORMAT_VERSION), ("prompt_kind", PROMPT_KIND)):
-        if manifest.get(name) != expected:
-            raise CheckpointError(f"{file}: {name} is {manifest.get(name)!r}, expected {expected!r}")
+    for name, choices in (("format_version", [FORMAT_VERSION]), ("prompt_kind", [kind.value for kind in PromptKind])):
+        if manifest.get(name) not in choices:
+            expected = " or ".join(map(repr, choices))
+            raise CheckpointError(f"{file}: {name} is {manifest.get(name)!r}, expected {expected}")
     missing = sorted(_MANIFEST_FIELDS.keys() - manifest.keys())
     if missing:
         raise CheckpointError(f"{file}: {', '.join(missing)} missing")
@@ -148,7 +150,12 @@ def read_config(path: Path) -> OpenVLAConfig:
     check_numbers({name: values.get(name) for name in _CONFIG_SIZES}, str(file), _LARGEST_SIZE)
     check_numbers(depths, f"{file}: layers", _MOST_LAYERS)
     with reading(file):
-        return OpenVLAConfig.from_dict(values)
+        config = OpenVLAConfig.from_dict(values)
+    try:
+        require_body(config.text_config.model_type, str(file))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    return config
 
 
 def _without_code(values: dict) -> dict:
@@ -161,11 +168,11 @@ def package_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def load_vla(path: Path, num_images: int | None = None) -> OpenVLAForActionPrediction:
+def load_vla(path: Path, num_images: int | None = None, new: Collection[str] = ()) -> OpenVLAForActionPrediction:
     """The VLM of a folder with `config.json` and `model.safetensors` or its shards, in fp32.
 
-    `num_images` replaces the configured number of images. Raises MissingFileError without weights, CheckpointError
-    listing the missing, unexpected or mismatched keys.
+    `num_images` replaces the configured number of images; keys `new` may be in no file and are then drawn at random.
+    Raises MissingFileError without weights, CheckpointError listing the missing, unexpected or mismatched keys.
     """
     for file in weight_files(path):
         _check_header(file)
@@ -189,6 +196,7 @@ def load_vla(path: Path, num_images: int | None = None) -> OpenVLAForActionPredi
             weights_only=True,
         )
     kinds = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    kinds["missing"] = [key for key in kinds["missing"] if key not in new]
     problems = [f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN])}" for kind, keys in kinds.items() if keys]
     if problems:
         files = " and ".join(file.name for file in weight_files(path)[:2])
@@ -221,10 +229,15 @@ def _check_header(file: Path) -> None:
 def load_processor(path: Path, vla: OpenVLAForActionPrediction) -> PrismaticProcessor:
     """Tokenizer and image processor of a folder.
 
-    Raises MissingFileError and CheckpointError, also when the tokenizer has tokens without an embedding in the model.
+    Raises MissingFileError and CheckpointError, also when the tokenizer has tokens without an embedding in the model or
+    lacks one that the model's prompt begins with.
     """
     with reading(path):
         processor = PrismaticProcessor.from_pretrained(path)
+    try:
+        check_tokenizer(processor.tokenizer, prompt_kind_of(vla.config.text_config.model_type))
+    except ValueError as error:
+        raise CheckpointError(f"{path / 'tokenizer_config.json'}: {error}") from None
     tokens, rows = len(processor.tokenizer), vla.config.text_config.vocab_size
     if tokens > rows:
         raise CheckpointError(f"{path / 'tokenizer.json'}: {tokens} tokens, expected at most the {rows} of config.json")

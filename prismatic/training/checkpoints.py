@@ -66,8 +66,9 @@ from prismatic.training.lora import load_adapter, merged_state_dict, verify_merg
 from prismatic.training.published import export_published, load_published
 from prismatic.training.published_spec import HeadSizes, read_robot
 from prismatic.training.training_state import TrainingState, training_state_files
+from prismatic.training.vlm_folder import load_vlm
 from prismatic.vla.action_spec import ActionSpec
-from prismatic.vla.prompts import PROMPT_KIND
+from prismatic.vla.prompts import prompt_kind_of
 
 
 def checkpoint_path(cfg: FinetuneConfig, step: int | None = None) -> Path:
@@ -236,7 +237,7 @@ def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> 
         "start": start,
         "action_spec": setup.action_spec.to_dict(),
         "image_spec": setup.image_spec.to_dict(),
-        "prompt_kind": PROMPT_KIND,
+        "prompt_kind": setup.model.prompt_kind.value,
         "num_images": setup.num_images,
         "use_proprio": setup.model.proprio_projector is not None,
         "legacy_slices": setup.model.legacy_slices,
@@ -323,6 +324,7 @@ def _refuse_base(path: Path, given: _Given) -> None:
 def _load_own(path: Path, given: _Given, merged: bool) -> LoadedCheckpoint:
     check_files(path)
     manifest = read_manifest(path)
+    _check_prompt(path, manifest)
     suffix, spec = manifest["file_suffix"], ActionSpec.from_dict(manifest["action_spec"])
     if isinstance(given.robot, str) and read_robot(given.robot, HeadSizes(spec.action_dim, spec.proprio_dim)) != spec:
         raise CheckpointError(f"--robot_platform {given.robot}: {path / MANIFEST} states {manifest['action_spec']}")
@@ -343,6 +345,15 @@ def _load_own(path: Path, given: _Given, merged: bool) -> LoadedCheckpoint:
     return LoadedCheckpoint(model.eval(), load_processor(path, bare), manifest, read_statistics(path), path)
 
 
+def _check_prompt(path: Path, manifest: dict) -> None:
+    body, found = read_config(path).text_config.model_type, manifest["prompt_kind"]
+    expected = prompt_kind_of(body).value
+    if found != expected:
+        raise CheckpointError(
+            f"{path / MANIFEST}: prompt_kind is {found!r}, expected {expected!r} for the {body} body of config.json"
+        )
+
+
 def _load_adapted_vla(path: Path, manifest: dict, given: _Given) -> PeftModel:
     adapter = existing(path / "lora_adapter")
     adapted = load_adapter(_load_base(path, manifest, given), adapter)
@@ -355,6 +366,8 @@ def _load_base(path: Path, manifest: dict, given: _Given) -> OpenVLAForActionPre
     """The VLM that the adapters in `path` belong to; errors as of `BaseModel.find`, and for another native file."""
     base = BaseModel.from_dict(manifest.get("base"), path / MANIFEST)
     place = base.find(path, given.base, given.chain)
+    if base.kind == "vlm":
+        return load_vlm(place, manifest["num_images"])[0]
     if base.kind == "native":
         vla = OpenVLAForActionPrediction(read_config(path))
         found = load_native_weights(vla, place).sha256

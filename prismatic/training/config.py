@@ -110,12 +110,17 @@ class FinetuneConfig:
     """
 
     # --- start model and data
-    config_file_path: str = flag("pretrained_models/configs", "checkpoint folder, or a preset: tiny, qwen25-0_5b")
+    config_file_path: str = flag(
+        "pretrained_models/configs",
+        "checkpoint folder, VLM folder (OpenVLA), or a preset: tiny, qwen25-0_5b, openvla-7b",
+    )
     vlm_path: str = flag(
         "", "native Prismatic VLM (folder or .pt); --config_file_path then gives configuration and tokenizer"
     )
-    tokenizer_path: str | None = flag(None, "Qwen2.5 tokenizer folder for presets that ship none")
-    use_minivlm: bool = flag(True, "Qwen chat prompt, the only one implemented")
+    tokenizer_path: str | None = flag(None, "tokenizer folder for presets that ship none")
+    use_minivlm: bool | None = flag(
+        None, "True: Qwen body and chat prompt; False: llama body and OpenVLA's prompt; None: as the start model says"
+    )
     resum_vla_path: str = flag("", "checkpoint folder to resume from; empty: found from run_root_dir and the run id")
     data_root_dir: str = "datasets/rlds"
     dataset_name: str = flag("libero_spatial_no_noops", "several: a,b or, with weights, a:0.5,b:2")
@@ -306,8 +311,6 @@ class FinetuneConfig:
         for name, (supported, reason) in _UNSUPPORTED.items():
             if getattr(self, name) != supported:
                 raise ValueError(f"--{name} {getattr(self, name)}: {reason}")
-        if not self.use_minivlm:
-            raise ValueError("--use_minivlm False: only the Qwen chat prompt is implemented")
         self._resolve_retention_method()
         self.check_switches({f.name for f in fields(self) if getattr(self, f.name) != f.default})
         if self.use_lora and self.tuning_mode is not TuningMode.LORA:

@@ -22,8 +22,7 @@ def dry_run(cfg: FinetuneConfig, accelerator: Accelerator) -> None:
     Raises what a run raises for flags, data, memories and the descriptions of the start; its weights are not read.
     """
     setup = build_setup(cfg, empty_start)
-    processor = setup.processor
-    collate = VLACollator(processor.tokenizer, processor.image_processor, setup.num_action_queries)
+    collate = VLACollator.of_policy(setup.processor, setup.model)
     if cfg.retention.measures_drift:
         build_memories(cfg, setup, accelerator, collate)
     for line in configuration(cfg) + data_lines(cfg, setup, accelerator.num_processes):
@@ -63,4 +62,4 @@ def data_lines(cfg: FinetuneConfig, setup: TrainingSetup, processes: int) -> lis
 def longest_prompt(setup: TrainingSetup, collate: VLACollator) -> int:
     """Tokens of the longest prompt in the data, without action queries."""
     instructions = {text for entry in setup.dataset.manifest().values() for text in entry["episodes"]}
-    return collate.tokenize(sorted(instructions))["input_ids"].shape[1] - setup.num_action_queries
+    return collate.tokenize(sorted(instructions))["input_ids"].shape[1] - setup.model.num_action_queries

@@ -6,6 +6,7 @@ Hub are no paths here. Nothing is loaded: names and descriptions of files decide
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from prismatic.training.checkpoint_folder import LATEST, MANIFEST, TRAINING_STAT
 _STEP = re.compile(r"(.+)--(\d+)_chkpt")
 _HEAD = "action_head--*checkpoint.*"
 _ADAPTER_FILE = "adapter_config.json"
+_VLM_TYPES = ("openvla", "prismatic")
 _SMALL = 1 << 24
 
 
@@ -32,6 +34,14 @@ def is_published(path: Path) -> bool:
     """Whether the folder holds a merged model beside a published action-head file."""
     heads = any(True for _ in path.glob("action_head--*checkpoint.pt"))
     return not (path / MANIFEST).exists() and has_weights(path) and heads
+
+
+def is_vlm(path: Path) -> bool:
+    """Whether the folder holds a whole VLM of ours or OpenVLA's, and no action head."""
+    if not os.path.isdir(path):  # also for a text that is no path
+        return False
+    alone = not (path / MANIFEST).exists() and not any(path.glob(_HEAD)) and not (path / _ADAPTER_FILE).exists()
+    return alone and has_weights(path) and _json(path / "config.json").get("model_type") in _VLM_TYPES
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -160,6 +170,15 @@ def _native(path: Path) -> str | None:
     return "is a native Prismatic VLM without a policy; train from it with --vlm_path"
 
 
+def _vlm(path: Path) -> str | None:
+    if not is_vlm(path):
+        return None
+    return (
+        "is a vision-language model without an action head, so it cannot act; train one from it with finetune.py "
+        "--config_file_path (OpenVLA's actions as text tokens are not read)"
+    )
+
+
 def _data_set(path: Path) -> str | None:
     files = ("dataset_info.json", "features.json", "meta/info.json")
     return "is a data set, expected a checkpoint" if any((path / name).is_file() for name in files) else None
@@ -181,7 +200,7 @@ def _other_code_base(path: Path) -> str | None:
         named = f"a model of type {kind[:40]}" if isinstance(kind, str) else "a model"
         return (
             f"holds {named} without an action head; expected {MANIFEST}, or action_head--*checkpoint.pt of the "
-            "published VLA-Adapter layout (OpenVLA's discrete actions and diffusion heads are not read)"
+            "published VLA-Adapter layout"
         )
     return None
 
@@ -212,6 +231,7 @@ _KINDS: tuple[Callable[[Path], str | None], ...] = (
     _published_adapters,
     _hub_cache,
     _native,
+    _vlm,
     _data_set,
     _other_code_base,
     _folder_above,

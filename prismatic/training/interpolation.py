@@ -109,7 +109,7 @@ def interpolate_checkpoint(
             checked either way; otherwise the recorded `--config_file_path`, which must still be a folder.
         parts: `all`; `vlm` keeps head and proprio projector as trained; `llm` the vision towers, their projector and
             the action queries too; `head` keeps the VLM, so that at scale 0 the start model's head reads the trained
-            features. Adapters on a native VLM allow `vlm` and `llm` only, and `vlm` keeps the action queries too:
+            features. Adapters on a VLM alone allow `vlm` and `llm` only, and `vlm` keeps the action queries too:
             nothing of that existed before the training.
         robot: of two published folders that do not name theirs (`published_spec`).
 
@@ -175,11 +175,10 @@ def _start_of_adapters(checkpoint: Path, base: str | Path | None, parts: Parts) 
     manifest, file = read_manifest(checkpoint), checkpoint / MANIFEST
     record = BaseModel.from_dict(manifest.get("base"), file)
     path = record.find(checkpoint, base)
-    if record.kind == "native":
+    if record.kind != "checkpoint":
         if parts.has_head:
             raise ValueError(
-                f"{file}: base is the native VLM {path}, which has no action head to interpolate with; use --parts vlm "
-                "or llm"
+                f"{file}: base is the VLM {path}, which has no action head to interpolate with; use --parts vlm or llm"
             )
         return _Start(path, record.sha256, {}, {})
     start = _load_start(path, manifest["num_images"], ActionSpec.from_dict(manifest["action_spec"]))

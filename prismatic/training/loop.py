@@ -275,8 +275,7 @@ class Trainer:
             yield to_device(batch, self.accelerator.device)
 
     def _collator(self) -> VLACollator:
-        processor = self.setup.processor
-        return VLACollator(processor.tokenizer, processor.image_processor, self.setup.num_action_queries)
+        return VLACollator.of_policy(self.setup.processor, self.setup.model)
 
     def _build_validator(self) -> Validator | None:
         cfg, accelerator = self.cfg, self.accelerator

@@ -38,7 +38,6 @@ from prismatic.training.checkpoint_folder import write_json
 from prismatic.training.published_spec import HeadSizes, published_spec
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.images import ImageSpec
-from prismatic.vla.prompts import PROMPT_KIND
 
 PUBLISHED_TASK_TOKENS = 512
 """Vision tokens that published heads are built for, whatever the model: two images of 256 patches."""
@@ -68,6 +67,7 @@ def load_published(
     Raises FileNotFoundError for a missing file, ValueError for keys or shapes that do not fit, naming them.
     """
     path = Path(path)
+    _refuse_oft(path)
     statistics, projector = read_statistics(path), None
     head_file, state, proprio, spec = _components(path, statistics, robot, data_set)
     vla = load_vla(path, num_images or _published_num_images(path))
@@ -87,12 +87,12 @@ def load_published(
 
 @dataclass(frozen=True)
 class PublishedShape:
-    """Sizes of a published policy. proprio_dim: None without a projector."""
+    """Sizes of a published policy."""
 
     config: OpenVLAConfig
     head: dict
-    proprio_dim: int | None
     action_spec: ActionSpec
+    has_proprio: bool
 
 
 def published_shape(
@@ -102,7 +102,7 @@ def published_shape(
     _, state, proprio, spec = _components(path, read_statistics(path), robot, data_set)
     config = read_config(path)
     config.num_images_in_input = num_images or _published_num_images(path)
-    return PublishedShape(config, _head_options(state, config, spec), spec.proprio_dim if proprio else None, spec)
+    return PublishedShape(config, _head_options(state, config, spec), spec, proprio is not None)
 
 
 def _components(
@@ -133,7 +133,7 @@ def _derived_manifest(model: VLAPolicyModel, spec: ActionSpec) -> dict:
         "tuning": "full",
         "action_spec": spec.to_dict(),
         "image_spec": image.to_dict(),
-        "prompt_kind": PROMPT_KIND,
+        "prompt_kind": model.prompt_kind.value,
         "num_images": model.num_images,
         "use_proprio": model.proprio_projector is not None,
         "legacy_slices": True,
@@ -143,6 +143,14 @@ def _derived_manifest(model: VLAPolicyModel, spec: ActionSpec) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------ reading
+
+
+def _refuse_oft(path: Path) -> None:
+    if read_config(path).text_config.model_type == "llama":
+        raise CheckpointError(
+            f"{path}: an action head beside a llama body is OpenVLA-OFT's, which reads the last layer of a model that "
+            "attends in both directions: another model, which is not read"
+        )
 
 
 def _published_num_images(path: Path) -> int:
@@ -236,6 +244,8 @@ def check_exportable(model: VLAPolicyModel) -> None:
         problems.append("the chunk starts from learned rows")
     if geometry.use_pro_version and not geometry.published_layout:
         problems.append("the head lacks the film_gen tensors")
+    if model.vla.config.text_config.model_type == "llama":
+        problems.append("the llama body attends to the past alone, the public code's in both directions")
     if model.vla.config.vision_towers is not None:
         problems.append("the vision towers have a geometry of their own")
     if problems:

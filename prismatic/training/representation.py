@@ -199,8 +199,7 @@ class MeasuredSamples:
         # The trained policy's numbers; its images are those of the other data set.
         data = replace(data, blind_images=True, normalizer=Normalizer(own, spec))
         self._numbers = VLADataset(data_root_dir, names[0], data)
-        processor = start.processor
-        self._collate = VLACollator(processor.tokenizer, processor.image_processor, start.model.num_action_queries)
+        self._collate = VLACollator.of_policy(start.processor, start.model)
         self.name = self._seen.data_set_names[0]
         self._seed = settings.seed
         self.indices = evenly_spread(self._seen.window_counts[self.name], settings.max_samples, settings.seed)

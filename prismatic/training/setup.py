@@ -20,27 +20,31 @@ from prismatic.models.native import check_native_config, load_native_weights
 from prismatic.models.presets import (
     PRESETS,
     build_config,
+    build_new_parts,
     build_policy_parts,
     build_processor,
-    build_vla,
+    get_preset,
     image_spec_of,
 )
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.base_model import BaseModel
-from prismatic.training.checkpoint_files import read_config
+from prismatic.training.checkpoint_files import load_processor, read_config
 from prismatic.training.checkpoint_folder import MANIFEST
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.config import FinetuneConfig, TuningMode
+from prismatic.training.folder_kinds import is_vlm
 from prismatic.training.instruction_record import recorded_instructions, with_trained_on
 from prismatic.training.lora import lora_targets
 from prismatic.training.published import check_exportable
 from prismatic.training.retention.old_data import open_old_data
 from prismatic.training.tracking import say
+from prismatic.training.vlm_folder import load_vlm
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.registry import expand_data_set_names, get_data_set_config, load_data_set_file
 from prismatic.vla.datasets.replay import ReplayMixture
 from prismatic.vla.images import ImageSpec
+from prismatic.vla.prompts import PromptKind
 
 
 @dataclass
@@ -48,8 +52,8 @@ class StartModel:
     """A policy to start from, with the objects that travel with it.
 
     `base` identifies the weights for adapters, None for random ones; `origin` is where the weights came from: `random`,
-    `native` (a Prismatic VLM), `published` or `craft` (a checkpoint of this code). `instructions` are those it was
-    trained on, {data set name: sentences}, as far as they are recorded.
+    `native` (a Prismatic VLM), `vlm` (a folder like OpenVLA's), `published` or `craft` (a checkpoint of this code).
+    `instructions` are those it was trained on, {data set name: sentences}, as far as they are recorded.
     """
 
     model: VLAPolicyModel
@@ -89,11 +93,6 @@ class TrainingSetup:
     def instructions(self) -> dict[str, list[str]]:
         """What the policy of this run is trained on, the start's training included: {data set name: sentences}."""
         return with_trained_on(self.start_instructions, self.dataset.manifest())
-
-    @property
-    def num_action_queries(self) -> int:
-        """Action-query slots at the end of every prompt."""
-        return self.model.num_action_queries
 
 
 def build_setup(
@@ -169,17 +168,17 @@ def _held_out(cfg: FinetuneConfig, training: VLADataset) -> VLADataset:
 def load_start_model(cfg: FinetuneConfig) -> StartModel:
     """The model named by `--config_file_path`, or the native Prismatic VLM named by `--vlm_path`.
 
-    `--config_file_path` is a checkpoint folder (ours or published), a preset with random weights, or, together with
-    `--vlm_path`, a preset or a folder with configuration and tokenizer files only.
+    `--config_file_path` is a checkpoint folder (ours or published), a folder with a VLM alone (OpenVLA's), a preset
+    with random weights, or, together with `--vlm_path`, a preset or a folder with configuration and tokenizer files
+    only.
     """
     source = cfg.config_file_path.rstrip("/")
     if cfg.vlm_path:
         return _native_start(cfg, source)
     if source in PRESETS:
-        spec, image = action_spec_of_data(cfg), image_spec_of(source)
-        vla, head, projector = build_vla(source, cfg.seed, spec.proprio_dim, **head_flags(cfg, spec))
-        model = VLAPolicyModel(vla, head, projector, legacy_slices=bool(cfg.legacy_slices))
-        return StartModel(model, build_processor(source, cfg.tokenizer_path), spec, image, None, "random")
+        return _random_start(cfg, source)
+    if is_vlm(Path(source)):
+        return _vlm_start(cfg, Path(source))
     try:
         loaded = load_checkpoint(
             source, cfg.num_images_in_input, cfg.base_checkpoint, cfg.robot_platform, cfg.dataset_name
@@ -199,6 +198,33 @@ def load_start_model(cfg: FinetuneConfig) -> StartModel:
         loaded.manifest["datasets"],
         recorded_instructions(loaded.manifest, loaded.path / MANIFEST),
     )
+
+
+def _random_start(cfg: FinetuneConfig, preset: str) -> StartModel:
+    """A preset with random weights, drawn from the seed."""
+    processor = build_processor(preset, cfg.tokenizer_path)
+    spec, config = action_spec_of_data(cfg), with_images(build_config(preset), cfg)
+    options = get_preset(preset).head | head_flags(cfg, spec)
+    model = VLAPolicyModel(
+        *build_policy_parts(config, cfg.seed, spec.proprio_dim, **options), legacy_slices=bool(cfg.legacy_slices)
+    )
+    return StartModel(model, processor, spec, image_spec_of(preset), None, "random")
+
+
+def _vlm_start(cfg: FinetuneConfig, path: Path) -> StartModel:
+    """The VLM of a folder without a head, with new action queries, head and proprio projector, drawn from the seed."""
+    spec = action_spec_of_data(cfg)
+    try:
+        vla, unused = load_vlm(path, cfg.num_images_in_input)
+        processor = load_processor(path, vla)
+    except CheckpointError as error:
+        raise type(error)(f"--config_file_path: {error}") from error
+    if unused:
+        say(f"--config_file_path {path}: stored, but not used: {', '.join(unused)}")
+    head, projector = build_new_parts(vla, cfg.seed, spec.proprio_dim, **head_flags(cfg, spec))
+    model = VLAPolicyModel(vla, head, projector, legacy_slices=bool(cfg.legacy_slices))
+    image = ImageSpec(size=vla.config.tower_specs()[0].image_size)
+    return StartModel(model, processor, spec, image, BaseModel.of_vlm(path), "vlm")
 
 
 def _native_start(cfg: FinetuneConfig, source: str) -> StartModel:
@@ -227,6 +253,11 @@ def native_config(cfg: FinetuneConfig, source: str) -> OpenVLAConfig:
             f"--config_file_path {source}: with --vlm_path expected a preset or a folder with config.json, tokenizer "
             "and preprocessor files and no weights"
         )
+    return with_images(config, cfg)
+
+
+def with_images(config: OpenVLAConfig, cfg: FinetuneConfig) -> OpenVLAConfig:
+    """A new head is made for the number of images that the command line names."""
     if cfg.num_images_in_input is not None:
         config.num_images_in_input = cfg.num_images_in_input
     return config
@@ -320,6 +351,7 @@ def _check_flags(cfg: FinetuneConfig, start: StartModel) -> None:
         "num_images_in_input": start.model.num_images,
         "use_proprio": start.model.proprio_projector is not None,
         "use_pro_version": start.model.action_head.use_pro_version,
+        "use_minivlm": start.model.prompt_kind is PromptKind.QWEN_CHAT,
     }
     for name, value in found.items():
         wanted = getattr(cfg, name)

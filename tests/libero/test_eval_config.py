@@ -56,7 +56,6 @@ def test_bad_task_ids_are_named(text):
     [
         {"use_l1_regression": False},
         {"use_film": True},
-        {"use_minivlm": False},
         {"load_in_8bit": True},
         {"phase": "Training"},
         {"num_trials_per_task": 0},
@@ -130,11 +129,12 @@ def test_a_name_like_no_suite_says_where_all_are():
 
 
 METADATA = {"num_images": 2, "use_proprio": True, "action_head": {"use_pro_version": False}, "datasets": {"a": None}}
+METADATA |= {"prompt_kind": "qwen_chat"}
 FACTS = read_policy_facts(FakePolicy(metadata=METADATA))
 
 
 def test_facts_of_a_policy():
-    assert PolicyFacts(2, True, False, True, 8) == FACTS
+    assert PolicyFacts(2, True, False, True, 8, use_minivlm=True) == FACTS
     demos = {"a": {"render_mode": "lazy", "image_size": 96}, "b": {"render_mode": "lazy", "image_size": 128}}
     facts = read_policy_facts(FakePolicy(metadata={"datasets": demos}))
     assert facts.render_modes == ("lazy",) and facts.image_sizes == (96, 128)
@@ -143,7 +143,13 @@ def test_facts_of_a_policy():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_images_in_input", 1), ("use_proprio", False), ("use_pro_version", True), ("center_crop", False)],
+    [
+        ("num_images_in_input", 1),
+        ("use_proprio", False),
+        ("use_pro_version", True),
+        ("use_minivlm", False),
+        ("center_crop", False),
+    ],
 )
 def test_contradicting_the_checkpoint_is_an_error_naming_both(name, value):
     check_flags(EvalConfig(), FACTS)  # flags left alone follow the checkpoint

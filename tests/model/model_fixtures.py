@@ -41,6 +41,19 @@ def small_config(**overrides):
     return OpenVLAConfig(**(values | overrides))
 
 
+LLAMA_TEXT = {
+    "model_type": "llama",
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+}
+"""Like Llama-2's: as many key heads as heads, embeddings and head apart."""
+
+
 def small_model(seed=0, **overrides):
     torch.manual_seed(seed)
     return OpenVLAForActionPrediction(small_config(**overrides)).eval()

@@ -95,6 +95,10 @@ FOREIGN = {
         "adapters are not merged",
     ),
     "a VLM alone": ({"config_json": {"model_type": "qwen2"}, "model.safetensors": "x"}, "qwen2 without an action head"),
+    "OpenVLA": (
+        {"config_json": {"model_type": "openvla"}, "model.safetensors": "x"},
+        "vision-language model without an action head.*finetune.py --config_file_path",
+    ),
     "LeRobot": (
         {"config_json": {"type": "pi0", "input_features": {}}, "model.safetensors": "x"},
         "LeRobot policy.*pi0",

@@ -18,7 +18,7 @@ from prismatic.training.config import FinetuneConfig
 from prismatic.training.memory import report, trace
 from prismatic.training.memory.ledger import Ledger
 from prismatic.training.memory.report import GIB, largest_batch, peak_at
-from prismatic.training.memory.start_shape import empty_start
+from prismatic.training.memory.start_shape import empty_model
 from prismatic.training.memory.trace import materialise, narrow, run_step, trace_step
 from prismatic.training.setup import apply_tuning
 
@@ -49,7 +49,7 @@ def config(**flags) -> FinetuneConfig:
 
 
 def empty(cfg: FinetuneConfig):
-    model = empty_start(cfg).model
+    model = empty_model(cfg)
     apply_tuning(model, cfg)
     return model
 

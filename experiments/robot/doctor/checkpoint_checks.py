@@ -182,7 +182,7 @@ def _batch(loaded: LoadedCheckpoint, instructions: list[str], seed: int) -> dict
         "dataset_name": "doctor",
         "sample_id": (0, 0),
     }
-    collate = VLACollator(loaded.processor.tokenizer, loaded.processor.image_processor, loaded.model.num_action_queries)
+    collate = VLACollator.of_policy(loaded.processor, loaded.model)
     return collate([sample | {"instruction": text} for text in instructions])
 
 

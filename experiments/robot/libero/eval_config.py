@@ -39,7 +39,7 @@ class EvalConfig:
     use_film: bool = flag(
         False, "Accepted because published commands spell them out; the unsupported values are errors."
     )
-    use_minivlm: bool = True
+    use_minivlm: bool | None = flag(None, "True: Qwen body; False: llama body. None: as the checkpoint says.")
     num_diffusion_steps: int = flag(50, at_least=0)
     load_in_8bit: bool = False
     load_in_4bit: bool = False
@@ -267,7 +267,6 @@ def _check_supported(cfg: EvalConfig) -> None:
     fixed = {
         "use_l1_regression": (True, "the L1 regression head is the only action head"),
         "use_film": (False, "FiLM is not implemented"),
-        "use_minivlm": (True, "only the Qwen prompt of the small VLM is implemented"),
         "load_in_8bit": (False, "quantised loading is not implemented"),
         "load_in_4bit": (False, "quantised loading is not implemented"),
         "phase": ("Inference", "other phases add training noise to the action head"),

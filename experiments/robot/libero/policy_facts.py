@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 from experiments.robot.libero.simulator import RenderMode
+from prismatic.vla.prompts import PromptKind
 
 DEFAULT_IMAGE_SIZE = 256
 
@@ -26,20 +27,23 @@ class PolicyFacts:
     chunk_len: int | None = None
     render_modes: tuple[str, ...] = ()
     image_sizes: tuple[int, ...] = ()
+    use_minivlm: bool | None = None
 
 
 def read_policy_facts(policy: Any) -> PolicyFacts:
     """Facts of a `VLAPolicy`, or of any object with some of `metadata`, `image_spec` and `action_spec`.
 
-    `metadata` keys used: num_images, use_proprio, action_head.use_pro_version and datasets.<name>.render_mode,
-    datasets.<name>.image_size.
+    `metadata` keys used: num_images, use_proprio, action_head.use_pro_version, prompt_kind and
+    datasets.<name>.render_mode, datasets.<name>.image_size.
     """
     metadata = getattr(policy, "metadata", None) or {}
+    kind = metadata.get("prompt_kind")
     recorded = [data for data in (metadata.get("datasets") or {}).values() if data]
     return PolicyFacts(
         num_images_in_input=metadata.get("num_images"),
         use_proprio=metadata.get("use_proprio"),
         use_pro_version=(metadata.get("action_head") or {}).get("use_pro_version"),
+        use_minivlm=None if kind is None else kind == PromptKind.QWEN_CHAT.value,
         center_crop=getattr(getattr(policy, "image_spec", None), "center_crop", None),
         chunk_len=getattr(getattr(policy, "action_spec", None), "chunk_len", None),
         render_modes=tuple(sorted({data["render_mode"] for data in recorded if "render_mode" in data})),
@@ -53,7 +57,7 @@ def check_flags(cfg: EvalConfig, facts: PolicyFacts) -> None:
     Raises:
         EvalInputError: naming the flag, its value and the checkpoint's.
     """
-    for name in ("num_images_in_input", "use_proprio", "use_pro_version", "center_crop"):
+    for name in ("num_images_in_input", "use_proprio", "use_pro_version", "use_minivlm", "center_crop"):
         wanted, found = getattr(cfg, name), getattr(facts, name)
         if wanted is not None and found is not None and wanted != found:
             raise EvalInputError(f"--{name} {wanted}: the checkpoint {cfg.pretrained_checkpoint} has {name} = {found}")

@@ -1,4 +1,4 @@
-"""How the LLM body is run: causal without a mask where padding allows it, and only as deep as needed."""
+"""The LLM body: which kinds there are, and how one is run: without a mask where that is the same, as deep as needed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ import torch
 from torch import nn
 
 from prismatic.models.activations import gated, product_dtype, rms_norm
+
+BODIES = ("llama", "qwen2")
+"""Values of `text_config.model_type` that the model is built for; prompt and special tokens follow from them."""
+
+
+def require_body(model_type: str, where: str = "config") -> None:
+    """ValueError naming `where` it was found, unless the LLM body is one of `BODIES`."""
+    if model_type not in BODIES:
+        raise ValueError(f"{where}: text_config.model_type is {model_type!r}, expected {' or '.join(BODIES)}")
 
 
 class _LeanNorm(nn.Module):
@@ -57,10 +66,11 @@ def plain_causal_mask(body: nn.Module, mask: torch.Tensor | None) -> dict[str, N
     """What makes the body causal without a look at the mask, whose padding must be on the right.
 
     The library would read an all-ones mask back to see that it is one. A prepared entry per layer type skips that; its
-    fused kernels take None as causal, the unfused one does not.
+    fused kernels take None as causal, the unfused one does not. Only the Qwen2 body takes such entries. Llama's would
+    build a whole mask for None, so it gets the ones and reads them back: one wait for the device per pass.
     """
     fused = body.config._attn_implementation in ("sdpa", "flash_attention_2")
-    if fused and not body.has_sliding_layers:
+    if fused and not getattr(body, "has_sliding_layers", True):
         return {"full_attention": None}
     return None if mask is None else torch.ones_like(mask, dtype=torch.bool)
 

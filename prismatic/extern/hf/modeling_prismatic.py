@@ -18,7 +18,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, PrismaticConfig
-from prismatic.extern.hf.language_body import first_layers, hide_right_padding, keep_less, plain_causal_mask
+from prismatic.extern.hf.language_body import (
+    first_layers,
+    hide_right_padding,
+    keep_less,
+    plain_causal_mask,
+    require_body,
+)
 from prismatic.extern.hf.published_inputs import (
     ACTION_TOKEN_BEGIN_IDX,  # noqa: F401 -- published here
     IGNORE_INDEX,  # noqa: F401 -- published here
@@ -56,7 +62,7 @@ class PrismaticPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["PrismaticProjector", "Qwen2DecoderLayer", "Block"]
+    _no_split_modules = ["PrismaticProjector", "Block"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -91,7 +97,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
     _tied_weights_keys = _TIED if int(transformers.__version__.split(".")[0]) >= 5 else list(_TIED)
 
     def __init__(self, config: PrismaticConfig) -> None:
-        """Random weights; towers and LLM geometry come from `config` alone."""
+        """Random weights; towers and LLM geometry come from `config` alone. ValueError for another LLM body."""
+        require_body(config.text_config.model_type)
         super().__init__(config)
         self.vision_backbone = PrismaticVisionBackbone(config)
         self.llm_dim = config.text_config.hidden_size
@@ -105,6 +112,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             config.text_config, attn_implementation=config._attn_implementation
         )
         keep_less(self.language_model.model)
+        self._no_split_modules = [*self._no_split_modules, *self.language_model._no_split_modules]
         self.action_queries = nn.Embedding(config.num_action_queries, self.llm_dim)
         self.vocab_size = config.text_config.vocab_size
         self.pad_token_id = config.pad_token_id
@@ -156,7 +164,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         """
         if action_mask is None and labels is None:
             raise ValueError("a multimodal forward needs `action_mask` or `labels` to place the action queries")
-        mask = action_mask.bool() if action_mask is not None else action_mask_from_labels(labels)
+        body = self.config.text_config.model_type
+        mask = action_mask.bool() if action_mask is not None else action_mask_from_labels(labels, body)
         self.bridge_layout.require_query_slots(mask)
         return mask
 

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 
 IGNORE_INDEX = -100
-# Labels above this id count as action tokens (Qwen2.5 tokenizer vocabulary 151643 minus 256 bins minus 1).
+# Labels above this id count as action tokens: tokenizer vocabulary (Qwen2.5: 151643) minus 256 bins minus 1.
 ACTION_TOKEN_BEGIN_IDX = 151386
+_ACTION_TOKEN_BEGIN = {"qwen2": ACTION_TOKEN_BEGIN_IDX, "llama": 32000 - 256 - 1}
 
 
-def action_mask_from_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Bool (B, L) union mask by the published rule: supervised (not -100) labels above ACTION_TOKEN_BEGIN_IDX.
+def action_mask_from_labels(labels: torch.Tensor, body: str = "qwen2") -> torch.Tensor:
+    """Bool (B, L) union mask by the published rule: supervised (not -100) labels above the first action token.
 
-    The published current/next split by cumulative counts only partitions this set.
+    `body` is `text_config.model_type`. The published current/next split by cumulative counts only partitions this set.
     """
-    return (labels != IGNORE_INDEX) & (labels > ACTION_TOKEN_BEGIN_IDX)
+    return (labels != IGNORE_INDEX) & (labels > _ACTION_TOKEN_BEGIN[body])
 
 
 def check_unsupported(cached: bool | None, inputs_embeds: Any, pixel_values: Any) -> None:

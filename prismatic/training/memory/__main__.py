@@ -12,7 +12,7 @@ import sys
 from prismatic.command_line import bad_input_in_one_line
 from prismatic.training.command_line import parse_flags
 from prismatic.training.memory.report import lines
-from prismatic.training.memory.start_shape import empty_start
+from prismatic.training.memory.start_shape import empty_model
 from prismatic.training.memory.trace import precision_of, trace_step
 from prismatic.training.setup import apply_tuning
 
@@ -22,9 +22,9 @@ def main() -> None:
     with bad_input_in_one_line("prismatic.training.memory"):
         short = {"--config": "--config_file_path"}
         cfg = parse_flags([short.get(word, word) for word in sys.argv[1:]])
-        start = empty_start(cfg)
-        apply_tuning(start.model, cfg)
-        print(chr(10).join(lines(trace_step(cfg, start.model), cfg.batch_size, precision_of(cfg))))
+        model = empty_model(cfg)
+        apply_tuning(model, cfg)
+        print(chr(10).join(lines(trace_step(cfg, model), cfg.batch_size, precision_of(cfg))))
 
 
 if __name__ == "__main__":

@@ -2,66 +2,86 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 from prismatic.model_files import reading
-from prismatic.models.presets import PRESETS, build_policy_parts, build_processor
+from prismatic.models.presets import PRESETS, build_config, build_policy_parts, build_processor, get_preset
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.checkpoint_files import load_processor, read_config, read_manifest, read_statistics
 from prismatic.training.checkpoint_folder import MANIFEST
 from prismatic.training.config import FinetuneConfig
-from prismatic.training.folder_kinds import check_is_checkpoint, is_published
+from prismatic.training.folder_kinds import check_is_checkpoint, is_published, is_vlm
 from prismatic.training.instruction_record import recorded_instructions
 from prismatic.training.published import published_shape
-from prismatic.training.setup import StartModel, action_spec_of_data, head_flags, load_start_model, native_config
+from prismatic.training.setup import StartModel, action_spec_of_data, head_flags, native_config, with_images
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.images import ImageSpec
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """What decides the sizes of a start model, and where it comes from (`StartModel.origin`)."""
+
+    config: OpenVLAConfig
+    head: dict
+    spec: ActionSpec
+    has_proprio: bool
+    legacy_slices: bool
+    origin: str
+
+    def empty(self) -> VLAPolicyModel:
+        with torch.device("meta"):
+            vla, head, projector = build_policy_parts(self.config, 0, self.spec.proprio_dim, **self.head)
+            return VLAPolicyModel(vla, head, projector if self.has_proprio else None, self.legacy_slices)
+
+
+def empty_model(cfg: FinetuneConfig) -> VLAPolicyModel:
+    """The policy of `empty_start`, for which no tokenizer is needed."""
+    return _shape(cfg).empty()
+
+
 def empty_start(cfg: FinetuneConfig) -> StartModel:
     """What `load_start_model` would load, without content. Raises what that does for descriptions that do not fit."""
-    source = cfg.config_file_path.rstrip("/")
-    if cfg.vlm_path:
-        return _empty_native(cfg, source)
+    shape, source = _shape(cfg), cfg.config_file_path.rstrip("/")
+    model, path = shape.empty(), Path(source)
+    image = ImageSpec(size=shape.config.tower_specs()[0].image_size)
     if source in PRESETS:
-        with torch.device("meta"):
-            return load_start_model(cfg)
+        processor = build_processor(source, cfg.tokenizer_path)
+    else:
+        processor = PrismaticProcessor.from_pretrained(source) if cfg.vlm_path else load_processor(path, model.vla)
+    start = StartModel(model, processor, shape.spec, image, None, shape.origin)
+    if not (path / MANIFEST).exists():
+        start.statistics = read_statistics(path) if shape.origin == "published" else {}
+        return start
+    manifest = read_manifest(path)
+    start.image_spec, start.dataset_metadata = ImageSpec.from_dict(manifest["image_spec"]), manifest["datasets"]
+    start.statistics, start.instructions = read_statistics(path), recorded_instructions(manifest, path / MANIFEST)
+    return start
+
+
+def _shape(cfg: FinetuneConfig) -> _Shape:
+    source, legacy = cfg.config_file_path.rstrip("/"), bool(cfg.legacy_slices)
+    if cfg.vlm_path or source in PRESETS or is_vlm(Path(source)):
+        spec, head, origin = action_spec_of_data(cfg), {}, "native"
+        if cfg.vlm_path:
+            config = native_config(cfg, source)
+        elif source in PRESETS:
+            config, head, origin = with_images(build_config(source), cfg), get_preset(source).head, "random"
+        else:
+            config, origin = with_images(read_config(Path(source)), cfg), "vlm"
+        return _Shape(config, head | head_flags(cfg, spec), spec, True, legacy, origin)
     path = check_is_checkpoint(source)
     if is_published(path):
-        shape = published_shape(path, cfg.num_images_in_input, cfg.robot_platform, cfg.dataset_name)
-        model = _empty(shape.config, shape.head, shape.proprio_dim, legacy_slices=True)
-        image = ImageSpec(size=shape.config.tower_specs()[0].image_size)
-        processor, statistics = load_processor(path, model.vla), read_statistics(path)
-        return StartModel(model, processor, shape.action_spec, image, None, "published", statistics)
-    manifest, spec = read_manifest(path), None
+        found = published_shape(path, cfg.num_images_in_input, cfg.robot_platform, cfg.dataset_name)
+        return _Shape(found.config, found.head, found.action_spec, found.has_proprio, True, "published")
+    manifest = read_manifest(path)
     with reading(path / MANIFEST):
-        spec, image = ActionSpec.from_dict(manifest["action_spec"]), ImageSpec.from_dict(manifest["image_spec"])
-        proprio_dim = spec.proprio_dim if manifest["use_proprio"] else None
-        model = _empty(read_config(path), manifest["action_head"], proprio_dim, manifest["legacy_slices"])
-    return StartModel(
-        model,
-        load_processor(path, model.vla),
-        spec,
-        image,
-        None,
-        "published" if manifest.get("origin") == "published" else "craft",
-        read_statistics(path),
-        manifest["datasets"],
-        recorded_instructions(manifest, path / MANIFEST),
-    )
-
-
-def _empty_native(cfg: FinetuneConfig, source: str) -> StartModel:
-    config, spec = native_config(cfg, source), action_spec_of_data(cfg)
-    model = _empty(config, head_flags(cfg, spec), spec.proprio_dim, bool(cfg.legacy_slices))
-    is_preset = source in PRESETS
-    processor = build_processor(source, cfg.tokenizer_path) if is_preset else PrismaticProcessor.from_pretrained(source)
-    return StartModel(model, processor, spec, ImageSpec(size=config.tower_specs()[0].image_size), None, "native")
-
-
-def _empty(config: OpenVLAConfig, head: dict, proprio_dim: int | None, legacy_slices: bool) -> VLAPolicyModel:
-    with torch.device("meta"):
-        vla, action_head, projector = build_policy_parts(config, 0, proprio_dim or 1, **head)
-        return VLAPolicyModel(vla, action_head, projector if proprio_dim else None, legacy_slices)
+        spec = ActionSpec.from_dict(manifest["action_spec"])
+    origin = "published" if manifest.get("origin") == "published" else "craft"
+    use_proprio, legacy = manifest["use_proprio"], manifest["legacy_slices"]
+    return _Shape(read_config(path), manifest["action_head"], spec, use_proprio, legacy, origin)

@@ -39,7 +39,7 @@ from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.sampler import EpochSampler
 
-_NEW_HEADS = ("random", "native")
+_NEW_HEADS = ("random", "native", "vlm")
 
 
 def build_retention(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from prismatic.vla.prompts import build_prompt
+from prismatic.vla.prompts import PromptKind, check_tokenizer, encode_prompt
 
 
 class VLACollator:
@@ -15,18 +15,27 @@ class VLACollator:
 
     tokenizer: Hugging Face tokenizer with a pad token. image_processor: object whose
     `preprocess_batch(images uint8 (B, n, H, W, 3))` returns float32 (B, 3 * towers * n, H, W).
-    num_action_queries: placeholders after the prompt (Q).
+    num_action_queries: placeholders after the prompt (Q). prompt_kind: of the policy's language model.
     """
 
-    def __init__(self, tokenizer, image_processor, num_action_queries: int):
+    def __init__(
+        self, tokenizer, image_processor, num_action_queries: int, prompt_kind: PromptKind = PromptKind.QWEN_CHAT
+    ):
         if num_action_queries < 1:
             raise ValueError(f"num_action_queries is {num_action_queries}, expected at least 1")
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad token, which is needed to pad prompts to one length")
+        check_tokenizer(tokenizer, prompt_kind)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.num_action_queries = num_action_queries
+        self.prompt_kind = prompt_kind
         self._prompt_ids: dict[str, torch.Tensor] = {}
+
+    @classmethod
+    def of_policy(cls, processor, model) -> VLACollator:
+        """For a `VLAPolicyModel` and the `PrismaticProcessor` that travels with it."""
+        return cls(processor.tokenizer, processor.image_processor, model.num_action_queries, model.prompt_kind)
 
     def __call__(self, samples: Sequence[dict]) -> dict:
         """B samples -> one batch.
@@ -77,7 +86,7 @@ class VLACollator:
 
     def _encode(self, instruction: str) -> torch.Tensor:
         if instruction not in self._prompt_ids:
-            ids = self.tokenizer(build_prompt(instruction), add_special_tokens=False)["input_ids"]
+            ids = encode_prompt(self.tokenizer, instruction, self.prompt_kind)
             longest = self.tokenizer.model_max_length
             if len(ids) + self.num_action_queries > longest:
                 raise ValueError(
