@@ -53,6 +53,17 @@ input()
 
 
 @pytest.fixture
+def homeless(monkeypatch):
+    """This user has no home, as those of containers may have none."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+@pytest.fixture
 def run_unprivileged():
     """Run Python code (its text and words) in a process that has no right to ignore the mode of files, as root has."""
 

@@ -138,7 +138,8 @@ def users_configuration(folder: Path) -> Path | None:
             LIBERO_CONFIG_PATH says it is.
     """
     given, public = os.environ.get("LIBERO_CONFIG_PATH"), is_public(folder)
-    file = Path(given or "~/.libero").expanduser() / "config.yaml"
+    # `os.path`: a user without a home, as those of containers may be, has no such file and is no error.
+    file = Path(os.path.expanduser(given or "~/.libero"), "config.yaml")
     if not file.exists() or not (given or public):
         if given and public:
             raise SimulatorUnavailableError(
