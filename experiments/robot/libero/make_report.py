@@ -20,7 +20,7 @@ from experiments.robot.libero.compare_evals import NotComparableError, compare_r
 from experiments.robot.libero.eval_log import write_text
 from experiments.robot.libero.eval_records import EpisodeId, RecordedRun, read_run
 from experiments.robot.libero.report_page import ControlRun, ReportData, Video, compose, control_label
-from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
+from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range, split_places
 from prismatic.output_folder import check_file
 
 MEGABYTE = 1 << 20
@@ -201,10 +201,6 @@ def make_report(
     return output
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def _argument_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m experiments.robot.libero.make_report", description="Write an evaluation's report.html."
@@ -226,8 +222,8 @@ def _argument_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = _argument_parser().parse_args(arguments)
-    controls = None if args.controls is None else _words(args.controls)
-    folders, limits = [Path(word) for word in _words(args.videos)], (args.embed_mb, args.embed_total_mb)
+    controls = None if args.controls is None else split_places(args.controls)
+    folders, limits = [Path(word) for word in split_places(args.videos)], (args.embed_mb, args.embed_total_mb)
     try:
         path = make_report(args.results, controls, args.output, folders, limits)
     except (FileNotFoundError, ValueError) as error:
