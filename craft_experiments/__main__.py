@@ -27,6 +27,7 @@ from craft_experiments.settings import FOLDERS, ROOT, RunConfig, Settings, resol
 from craft_experiments.table_reports import write_table_reports
 from craft_experiments.tables import Table
 from prismatic.command_line import parse
+from prismatic.output_folder import check_folder
 
 COMMANDS = {"run": 1, "report": 1, "list": 1, "job": 2, "graph": 2}
 
@@ -60,11 +61,20 @@ def _run(s: Settings, wanted: Table) -> int:
             for command in planning.commands_of(s, job):
                 print(shlex.join(portable(command)))
         return 0
+    _check_folders(s)
     run_table(s, plan)
     return _report(s, wanted)
 
 
+def _check_folders(s: Settings) -> None:
+    """UsageError before anything is run unless all that comes of it can be kept."""
+    check_folder(s.work_dir, "--work_dir")
+    check_folder(s.records_dir, "--records_dir")
+    check_folder(s.results_dir, "--results_dir")
+
+
 def _report(s: Settings, wanted: Table) -> int:
+    check_folder(s.results_dir, "--results_dir")
     for path in [*write_result_lists(s.records_dir, s.results_dir, wanted), *write_table_reports(s, wanted)]:
         say(f"written: {path}")
     failed = failed_cells(read_manifest(s.records_dir), wanted)
@@ -86,6 +96,7 @@ def _job(s: Settings, wanted: Table, name: str) -> int:
     if name not in plan:
         raise ValueError(f"job: found {name!r}, expected one of `list {wanted.name}`")
     job = plan[name]
+    _check_folders(s)
     set_states(s.records_dir, dict.fromkeys(planning.cells_of(plan.values()), State.PENDING), only_new=True)
     try:
         run_job(s, job)

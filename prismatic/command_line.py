@@ -123,6 +123,11 @@ def parse(
     return made
 
 
+def split_places(text: str) -> list[str]:
+    """Files or folders with commas between; a text that is the name of an existing one is that, commas and all."""
+    return [text] if os.path.exists(text) else [word.strip() for word in text.split(",") if word.strip()]
+
+
 def given_flags(args: Sequence[str] | None = None) -> set[str]:
     """Names of the flags among the words of a command line."""
     words = sys.argv[1:] if args is None else args

@@ -1,7 +1,7 @@
-"""One writer per output folder: a lock that dies with its process.
+"""Where programs write: whether they can, asked before any work, and one writer per folder.
 
-The lock is a record lock of the operating system on `.{name}.lock` beside the folder, so that the folder itself may be
-replaced as a whole. Processes that a writer starts do not inherit it.
+The lock dies with its process. It is a record lock of the operating system on `.{name}.lock` beside the folder, so that
+the folder itself may be replaced as a whole. Processes that a writer starts do not inherit it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,52 @@ _HELD: dict[Path, tuple[int, list[Path]]] = {}
 """Lock file -> descriptor, and the folders above it that were made for it, outermost first."""
 # Some network file systems have no locks; there the check is left out.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_LONGEST_NAME = 200
+"""Bytes; file systems take 255, and programs add endings."""
+
+
+def check_folder(folder: str | os.PathLike, flag: str) -> None:
+    """UsageError unless files can be put into the folder, or it can be made. Nothing is written."""
+    text = os.fspath(folder)
+    if not text:
+        raise UsageError(f"{flag}: expected a folder, found an empty text")
+    _check_names(text, flag)
+    _check_access(text, f"{flag} {text}")
+
+
+def check_file(file: str | os.PathLike, flag: str) -> None:
+    """UsageError unless the file can be written, or replaced by one of that name. Nothing is written."""
+    if os.path.lexists(file) and not os.path.isfile(file):
+        raise UsageError(f"{flag} {file}: expected the name of a file, found something else there")
+    _check_names(os.fspath(file), flag)
+    _check_access(os.path.dirname(file), f"{flag} {file}")
+
+
+def _check_names(text: str, flag: str) -> None:
+    if max(len(part.encode(errors="replace")) for part in os.path.abspath(text).split(os.sep)) > _LONGEST_NAME:
+        raise UsageError(f"{flag} {text[:40]}...: a name in it is longer than {_LONGEST_NAME} bytes")
+
+
+def _check_access(folder: str | os.PathLike, what: str) -> None:
+    path = os.path.abspath(folder)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise UsageError(f"{what}: expected a folder, but {path} is none")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"{what}: {path} cannot be written to; choose another folder")
 
 
 def hold(folder: Path, flag: str) -> None:
     """Be the only writer of a folder until `release` or the end of the process; again in the same process is fine.
 
-    Raises UsageError naming the flag, the folder and the process that writes to it.
+    Raises UsageError naming the flag and the folder, which cannot be written to, or the process that writes to it.
     """
     path = _lock_file(folder)
     if path in _HELD:
         return
     try:
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"{flag} {folder}: is no folder; choose another one")
+        _check_access(folder, f"{flag} {folder}")
         _hold(path, folder, flag)
     except OSError as error:
         raise UsageError(f"{flag} {folder}: cannot be written to: {error.strerror}; choose another folder") from error

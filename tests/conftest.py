@@ -1,5 +1,6 @@
 """Shared fixtures: where the golden numbers are, one thread per process, small training runs."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -68,6 +69,36 @@ input()
                 other.kill()
 
     return holding
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """This user has no home, as those of containers may have none."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+@pytest.fixture
+def run_unprivileged():
+    """Run Python code (its text and words) in a process that has no right to ignore the mode of files, as root has."""
+
+    def give_up() -> None:  # in the child; without effect when there is nothing to give up
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+    def run(code: str, *words: str, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-W", "ignore", "-c", code, *words]
+        options = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True} | options
+        return subprocess.run(command, preexec_fn=give_up, check=False, **options)
+
+    if sys.platform != "linux":
+        pytest.skip("capabilities are Linux's")
+    libc = ctypes.CDLL(None)
+    return run
 
 
 @pytest.fixture

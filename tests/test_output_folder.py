@@ -1,12 +1,14 @@
-"""One writer per folder, until its process ends, however it ends."""
+"""Where programs write: whether they can is said before any work; one writer per folder, until its process ends."""
 
+import json
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 
 from prismatic.command_line import UsageError
-from prismatic.output_folder import held, hold, release
+from prismatic.output_folder import check_file, held, hold, release
 
 
 def test_another_process_is_refused_and_named(tmp_path, held_elsewhere):
@@ -70,3 +72,100 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with held(tmp_path / "out", "--output_dir"):
         pass
+
+
+# --- folders that cannot be written to, here those of a mode that says so
+
+
+@pytest.fixture
+def closed(tmp_path):
+    """A folder with a file and a folder in it, all of which can be read only."""
+    folder = tmp_path / "closed"
+    (folder / "below").mkdir(parents=True)
+    (folder / "file").touch(0o444)
+    for path in (folder / "below", folder):
+        path.chmod(0o555)
+    yield folder
+    for path in (folder, folder / "below"):
+        path.chmod(0o755)  # so that pytest can delete it
+
+
+def test_what_cannot_be_written_is_named(closed, tmp_path, run_unprivileged):
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "lost").symlink_to(tmp_path / "nowhere")
+    program = """
+import json, sys
+from pathlib import Path
+from prismatic.command_line import UsageError
+from prismatic.output_folder import check_file, check_folder, hold
+def said(check, path):
+    try:
+        check(Path(path), "--flag")
+    except UsageError as error:
+        return str(error)
+print(json.dumps({path: [said(check, path) for check in (check_folder, hold, check_file)] for path in sys.argv[1:]}))
+"""
+    bad = [closed, closed / "below", closed / "new", closed / "new" / "deep"]
+    good = [tmp_path / "given" / "new", tmp_path / "new" / "deep"]
+    done = run_unprivileged(program, *map(str, [*bad, *good]))
+    found = json.loads(done.stdout)
+    for path in bad:
+        folder, held_folder, file = found[str(path)]
+        assert folder == held_folder
+        assert folder.startswith(f"--flag {path}: ") and "cannot be written to; choose another folder" in folder
+        assert file.startswith(f"--flag {path}: ")
+    assert [found[str(path)] for path in good] == [[None] * 3] * len(good)
+    assert not (tmp_path / "new").exists()
+
+
+def test_only_files_are_replaced(tmp_path):
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path, tmp_path / "lost", Path("/dev/null")):
+        with pytest.raises(UsageError, match=f"--flag {path}: expected the name of a file"):
+            check_file(path, "--flag")
+    check_file(__file__, "--flag")
+
+
+ROOT = Path(__file__).parents[1]
+START, DATA = ROOT / "pretrained_models" / "tiny-libero-object", ROOT / "datasets" / "rlds"
+SPATIAL = "libero_spatial_scripted_no_noops"
+EVALUATE = ["--pretrained_checkpoint", START, "--task_suite_name", "libero_object", "--rollout_dir", "OPEN"]
+PROGRAMS = {
+    "vla-scripts/finetune.py": [
+        *("--config_file_path", START, "--data_root_dir", DATA, "--dataset_name", SPATIAL, "--run_root_dir", "CLOSED"),
+    ],
+    "vla-scripts/measure_retention.py": [
+        *("--checkpoint", START, "--start", START, "--dataset_name", SPATIAL, "--output", "CLOSED/a.json"),
+    ],
+    "vla-scripts/interpolate_weights.py": ["--checkpoint", START, "--output", "CLOSED/a"],
+    "experiments/robot/libero/run_libero_eval.py": [*EVALUATE, "--local_log_dir", "OPEN", "--results_dir", "CLOSED"],
+    "experiments/robot/libero/compare_evals.py": ["OPEN", "OPEN", "--output", "CLOSED/a.md"],
+    "experiments/robot/libero/make_report.py": ["EPISODES", "--output", "CLOSED/a.html"],
+    "experiments/robot/libero/merge_shards.py": ["OPEN", "--output", "CLOSED/a"],
+    "experiments/robot/libero/collect_demos.py": [
+        *("--task_suite_name", "libero_object", "--task_ids", "0", "--dataset_name", "x", "--output_dir", "CLOSED"),
+    ],
+    "experiments/robot/doctor/__main__.py": ["--json", "CLOSED/a.json"],
+    "prismatic/vla/datasets/inspect.py": [DATA / SPATIAL, "--output", "CLOSED"],
+    "craft_experiments/__main__.py": ["run", "table1", "--work_dir", "OPEN", "--results_dir", "CLOSED"],
+    "craft_experiments/00_demo/run_demo.py": ["--work_dir", "CLOSED"],
+}
+"""Program -> a command line with a folder that cannot be written to, its last flag."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_say_so_before_any_work(program, closed, tmp_path, run_unprivileged):
+    given = tmp_path / "given"
+    given.mkdir()
+    places = {"CLOSED": closed, "OPEN": given, "EPISODES": ROOT / "results" / "demo" / "evaluations" / "start-target"}
+    words = [str(word) for word in PROGRAMS[program]]
+    for name, place in places.items():
+        words = [word.replace(name, str(place)) for word in words]
+    code = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = run_unprivileged(code, program, *words, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    flag = next(word for word in reversed(words) if word.startswith("--"))
+    assert done.stderr.count("\n") == 1 and f"{flag} {closed}" in done.stderr.replace("/--run_id_override", "")
+    assert "cannot be written to; choose another folder" in done.stderr
+    assert list(given.iterdir()) == []

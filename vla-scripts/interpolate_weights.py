@@ -14,6 +14,7 @@ from pathlib import Path
 
 from prismatic.command_line import bad_input_in_one_line, flag, parse
 from prismatic.model_files import ROBOT_PLATFORM
+from prismatic.output_folder import check_folder
 from prismatic.training.interpolation import check_scale, interpolate_checkpoint, save_policy
 from prismatic.vla.datasets.registry import load_data_set_file
 
@@ -44,6 +45,7 @@ def interpolate(cfg: InterpolateConfig) -> None:
     check_scale(cfg.adapter_scale)
     if Path(cfg.output).exists():
         raise FileExistsError(f"--output {cfg.output} exists already")
+    check_folder(cfg.output, "--output")
     if cfg.data_set_file is not None:
         load_data_set_file(cfg.data_set_file)
     policy = interpolate_checkpoint(cfg.checkpoint, cfg.adapter_scale, cfg.base or None, cfg.parts, cfg.robot_platform)

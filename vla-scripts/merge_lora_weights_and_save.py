@@ -17,6 +17,7 @@ from pathlib import Path
 
 from prismatic.command_line import bad_input_in_one_line, flag, parse
 from prismatic.model_files import BASE_CHECKPOINT, has_weights
+from prismatic.output_folder import check_folder
 from prismatic.training.base_model import BaseModel
 from prismatic.training.checkpoint_files import read_manifest
 from prismatic.training.checkpoint_folder import (
@@ -58,14 +59,16 @@ def merge(cfg: MergeConfig) -> None:
             f"--adapter_scale {cfg.adapter_scale} needs --output_dir: in {source} itself the merged weights would not "
             "be those of the adapters beside them"
         )
+    folder = Path(cfg.output_dir) if cfg.output_dir else source
+    if cfg.output_dir and folder.exists():
+        raise FileExistsError(f"--output_dir {folder} exists already")
+    check_folder(folder.parent, "--output_dir")  # beside it the files are written first
+    check_folder(folder, "--output_dir")
     given = cfg.base_checkpoint or None
     adapted = load_unmerged(source, given)
     scale_adapters(adapted.model.vla, cfg.adapter_scale)
     if cfg.export_published_layout:
         check_exportable(adapted.model)
-    folder = Path(cfg.output_dir) if cfg.output_dir else source
-    if cfg.output_dir and folder.exists():
-        raise FileExistsError(f"--output_dir {folder} exists already")
     work = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(source, work, ignore=shutil.ignore_patterns(TRAINING_STATE, LISTING))

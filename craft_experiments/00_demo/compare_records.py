@@ -24,6 +24,7 @@ from craft_experiments.common_utils.log_parser import write_text_atomic
 from craft_experiments.common_utils.plots import DRIFT
 from craft_experiments.common_utils.results import Evaluation
 from craft_experiments.common_utils.statistics import mean_and_half_width
+from prismatic.command_line import bad_input_in_one_line
 
 OWN = ("seed", "work_dir", "record_dir", "rows", "trials", "sentence_trials")
 """Settings in which records of one group may differ."""
@@ -132,4 +133,5 @@ def against_plain(group: Sequence[DemoResults]) -> list[str]:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("compare_records.py FOLDER: expected one folder")
-    main(sys.argv[1])
+    with bad_input_in_one_line("compare_records.py"):
+        main(sys.argv[1])

@@ -34,6 +34,7 @@ from craft_experiments.common_utils.results import (
     read_metrics,
 )
 from craft_experiments.common_utils.statistics import intervals_overlap
+from prismatic.command_line import bad_input_in_one_line
 
 ROW_LABELS = {
     "start": "start",
@@ -428,4 +429,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with bad_input_in_one_line("make_report.py"):
+        main()

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a chec
 from craft_experiments.common_utils.job_slots import Job, run_jobs, say
 from craft_experiments.common_utils.log_parser import write_text_atomic
 from prismatic.command_line import bad_input_in_one_line, flag, parse
+from prismatic.output_folder import check_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT_SCRIPT = Path(__file__).with_name("make_report.py")
@@ -102,6 +103,7 @@ def main() -> None:
         cfg = parse(DemoConfig, description=__doc__)
         os.chdir(ROOT)
         check_record_dir(cfg)
+        check_folder(cfg.work_dir, "--work_dir")
         jobs = plan(cfg)
     say(f"{len(jobs)} jobs, two at a time; everything is written below {cfg.work_dir}")
     work = Path(cfg.work_dir)
@@ -116,6 +118,7 @@ def check_record_dir(cfg: DemoConfig) -> None:
     """Raise ValueError when the record would replace the results themselves, or folders of something else."""
     if not cfg.record_dir:
         return
+    check_folder(cfg.record_dir, "--record_dir")
     record, work = Path(cfg.record_dir).resolve(), Path(cfg.work_dir).resolve()
     if work.is_relative_to(record):
         raise ValueError(f"--record_dir {cfg.record_dir}: holds --work_dir {cfg.work_dir}; name another folder")

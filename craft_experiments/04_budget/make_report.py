@@ -14,6 +14,7 @@ from pathlib import Path
 
 from craft_experiments.common_utils.drift_runs import DRIFT, LAMBDA, TAIL, read_runs, spread, tail_mean, write_text
 from craft_experiments.common_utils.plots import COLOURS, new_figure, save_figure
+from prismatic.command_line import bad_input_in_one_line
 
 
 def main() -> None:
@@ -132,4 +133,5 @@ def plot_traces(runs: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with bad_input_in_one_line("make_report.py"):
+        main()

@@ -28,6 +28,7 @@ from craft_experiments.common_utils.drift_runs import (
 )
 from craft_experiments.common_utils.plots import COLOURS, moving_average, new_figure, save_figure
 from craft_experiments.common_utils.statistics import mean_and_half_width
+from prismatic.command_line import bad_input_in_one_line
 
 SLACK = 1.1
 """A run meets its budget when its drift is at most this multiple of it."""
@@ -366,4 +367,5 @@ def draw_frontier(axis: Any, table: Sweep) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with bad_input_in_one_line("make_report.py"):
+        main()

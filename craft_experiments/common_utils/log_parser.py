@@ -371,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _argument_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -110,11 +110,22 @@ def _run_folder(path: Path) -> str | None:
 
 
 def _steps(root: Path, run_id: str | None = None) -> list[Path]:
-    """Checkpoints of a run, of every run without `run_id`: by step, or by their time."""
-    named = [(p, match) for p in root.iterdir() if (match := _STEP.fullmatch(p.name)) and is_checkpoint(p)]
+    """Checkpoints by step: of one run, or of every run, with the run last whose last one is the newest file.
+
+    Within a run the step decides: clocks are set back, and copies have other times.
+    """
+    runs: dict[str, list[tuple[int, Path]]] = {}
+    for path in root.iterdir():
+        if (match := _STEP.fullmatch(path.name)) and is_checkpoint(path):
+            runs.setdefault(match[1], []).append((int(match[2]), path))
     if run_id is not None:
-        return [p for p, match in sorted(named, key=lambda item: int(item[1][2])) if match[1] == run_id]
-    return [p for p, match in sorted(named, key=lambda item: (item[0].stat().st_mtime_ns, int(item[1][2])))]
+        runs = {run_id: runs.get(run_id, [])}
+    by_step = [[path for _, path in sorted(steps)] for steps in runs.values()]
+    return [path for steps in sorted(by_step, key=_last_written) for path in steps]
+
+
+def _last_written(steps: list[Path]) -> int:
+    return steps[-1].stat().st_mtime_ns if steps else 0
 
 
 def _run_root(path: Path) -> str | None:

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from prismatic.command_line import split_places
 from prismatic.craft.reference import adapter_layers
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
@@ -152,7 +153,7 @@ def build_setup(
 def _with_replay(cfg: FinetuneConfig, new: VLADataset) -> ReplayMixture:
     """The new data with `--replay_data` mixed in; what contradicts the start's statistics is said."""
     settings = replace(new.settings, n_shot_episodes=None, val_fraction=0.0, split=None)
-    folders = [folder.strip() for folder in cfg.replay_data.split(",")]
+    folders = split_places(cfg.replay_data) or [cfg.replay_data]
     old = [open_old_data("--replay_data", folder, settings) for folder in folders]
     return ReplayMixture(new, old, cfg.replay_fraction)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from prismatic.training.run_folder import METRICS
+
+_EVENTS = "events.out.tfevents."
 
 
 class Tracker:
@@ -39,6 +42,7 @@ class Tracker:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # optional dependency, only when asked for
 
+            _put_in_the_past(run_dir / "tensorboard")
             self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / METRICS
@@ -108,6 +112,18 @@ def say(text: str) -> None:
     """A line on the console that does not disturb a progress bar; nothing when the console is gone."""
     with suppress(OSError, ValueError):
         tqdm.write(text)
+
+
+def _put_in_the_past(folder: Path) -> None:
+    """Rename event files whose names say a later time: TensorBoard reads files in the order of these times.
+
+    After a clock was set back it would else drop what a resumed run adds.
+    """
+    files = sorted(folder.glob(f"{_EVENTS}*"))
+    first = int(time.time()) - len(files)
+    if files and files[-1].name[len(_EVENTS) :] >= f"{first + len(files):010d}":
+        for number, file in enumerate(files, start=first):
+            file.rename(file.with_name(f"{_EVENTS}{number:010d}.{file.name[len(_EVENTS) :].partition('.')[2]}"))
 
 
 def _truncate_after(path: Path, start_step: int) -> None:

@@ -164,6 +164,8 @@ def test_reading_keeps_the_last_attempt_drops_a_torn_line_and_ignores_unknown_fi
     second = write(tmp_path / "b", swaps[:1])
     assert {key.perturbation for key in read_run(write(tmp_path / "c", swaps)).episodes} == {""}
     assert len(read_run(f"{folder}, {second}").episodes) == 3
+    both = write(tmp_path / "a, b", rows)  # a folder itself: not two of them
+    assert read_run(str(both)).episodes == run.episodes
 
 
 @pytest.mark.parametrize(

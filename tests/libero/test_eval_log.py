@@ -231,3 +231,13 @@ def test_a_task_of_errors_only_has_no_rate_and_does_not_count_as_failed():
     assert results["per_suite"]["libero_10"]["errors"] == 1 and not results["valid"]
     empty = summarize_run(PLANS, {})
     assert empty["overall"]["macro_95"] is None and empty["per_suite"] == {} and not empty["complete"]
+
+
+def test_episodes_of_somebody_else_are_refused_before_one_is_run(tmp_path, run_unprivileged):
+    path = tmp_path / "episodes.jsonl"
+    path.touch(0o444)
+    program = "import sys; from experiments.robot.libero.eval_log import EpisodeStore; EpisodeStore(sys.argv[1], 'f')"
+    said = f"ValueError: {path}: cannot be written to; use another --results_dir\n"
+    assert run_unprivileged(program, str(path)).stderr.endswith(said)
+    path.chmod(0o644)
+    assert run_unprivileged(program, str(path)).returncode == 0

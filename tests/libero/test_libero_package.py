@@ -13,7 +13,7 @@ import pytest
 
 from experiments.robot.doctor import installation
 from experiments.robot.doctor.findings import Status
-from experiments.robot.libero.libero_package import configuration_problem
+from experiments.robot.libero.libero_package import _import_problem, configuration_problem, users_configuration
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,6 +173,14 @@ def test_a_package_that_cannot_be_imported_is_named_with_the_reason(stand, code,
     stand.write("envs/__init__.py", code)
     line = stand.refusal()
     assert re.search(said, line) and str(stand.package) in line and "is not installed: pip install 'craft" not in line
+
+
+def test_a_user_without_a_home_has_no_configuration(stand, monkeypatch, homeless):
+    monkeypatch.delenv("LIBERO_CONFIG_PATH", raising=False)
+    assert users_configuration(stand.package) is None
+    with pytest.raises(RuntimeError) as error:
+        Path.home()  # as the package asks for it
+    assert _import_problem(error.value, stand.package).endswith("; set HOME to a folder")
 
 
 def test_without_any_package_the_extra_is_named(stand):

@@ -49,8 +49,13 @@ def test_a_run_and_a_folder_of_runs_name_the_newest_checkpoint(tmp_path):
     assert f"its newest checkpoint is {first}" in message(tmp_path / "r")
     (tmp_path / "r" / LATEST).write_text("gone--3_chkpt\n")
     assert f"its newest checkpoint is {last}" in message(tmp_path / "r")
-    os.utime(first, (2e9, 2e9))
-    assert f"a folder of runs with 2 checkpoints; the newest is {first}" in message(tmp_path)
+    os.utime(first, (2e9, 2e9))  # the clock was set back in between
+    assert f"a folder of runs with 2 checkpoints; the newest is {last}" in message(tmp_path)
+    other = checkpoint(tmp_path / "other--1_chkpt")
+    os.utime(other, (1e9, 1e9))
+    assert f"a folder of runs with 3 checkpoints; the newest is {last}" in message(tmp_path)
+    os.utime(other, (3e9, 3e9))
+    assert f"the newest is {other}" in message(tmp_path)
 
 
 def test_a_run_that_saved_nothing_yet(tmp_path):

@@ -5,9 +5,14 @@ import os
 import resource
 import signal
 import sys
+import tempfile
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prismatic.training.tracking import Tracker, say
 
@@ -76,3 +81,21 @@ def test_a_resumed_run_holds_every_step_once(tmp_path):
     tracker.log(3, {"loss": 0.25})
     tracker.close()
     assert steps(tmp_path) == [1, 2, 3] and "0.25" in (tmp_path / "metrics.jsonl").read_text()
+
+
+@given(jumps=st.lists(st.integers(-(10**6), 10**6), min_size=1, max_size=3))
+def test_tensorboard_shows_what_was_written_last_wherever_the_clock_jumps(jumps):
+    """Each part of the run resumes one step before the end of the one before it."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    now, written = time.time(), {}
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for part, jump in enumerate([0, *jumps]):
+            patch.setattr(time, "time", lambda moved=now + jump: moved)
+            tracker = Tracker(Path(folder), start_step=2 * part, tensorboard=True)
+            for step in range(2 * part + 1, 2 * part + 4):
+                tracker.log(step, {"part": float(part)})
+                written[step] = float(part)
+            tracker.close()
+        events = reader.EventAccumulator(str(Path(folder, "tensorboard")))
+        events.Reload()
+        assert {event.step: event.value for event in events.Scalars("part")} == written

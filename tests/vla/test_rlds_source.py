@@ -126,8 +126,18 @@ def test_a_directory_that_cannot_be_written_uses_the_cache(directory, tmp_path, 
     assert not (directory / ".craft_index").exists() and any(cache.iterdir())
     monkeypatch.setattr(index_module, "_is_writable", lambda folder: False)
     shutil.rmtree(cache)
-    with pytest.raises(PermissionError, match="neither"):
+    with pytest.raises(PermissionError, match="neither .* set XDG_CACHE_HOME"):
         RLDSSource(directory, KEYS)
+
+
+def test_a_user_without_a_home_can_name_a_cache(directory, tmp_path, monkeypatch, homeless):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    writable = index_module._is_writable
+    monkeypatch.setattr(index_module, "_is_writable", lambda f: ".craft_index" not in f.parts and writable(f))
+    with pytest.raises(PermissionError, match="set XDG_CACHE_HOME"):
+        RLDSSource(directory, KEYS)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert len(all_frames(RLDSSource(directory, KEYS))) and any((tmp_path / "cache").iterdir())
 
 
 def open_and_read(directory):

@@ -8,17 +8,18 @@ Prints one line per check. Exit code 1 when a check failed, 2 when an argument c
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from experiments.robot.doctor.findings import Check, Finding, exit_code
+from experiments.robot.libero.eval_log import write_json
 from experiments.robot.libero.simulator import RenderMode
 from experiments.robot.libero.suites import BASE_SUITES, nearest_suite, split_suite
 from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
+from prismatic.output_folder import check_file
 
 SHIPPED_DATA = Path(__file__).parents[3] / "datasets" / "rlds" / "libero_object_scripted_no_noops"
 """Scripted demonstrations of a source checkout; an installed package has none."""
@@ -86,14 +87,16 @@ def _checkpoint_checks(args: argparse.Namespace, data: Any) -> list[Check]:
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.suite is not None and split_suite(args.suite)[0] is None:
         raise ValueError(f"--suite: unknown LIBERO suite {args.suite!r}{nearest_suite(args.suite, BASE_SUITES)}")
-    if args.json is not None and (os.path.isdir(args.json) or not os.path.isdir(os.path.dirname(args.json) or ".")):
-        raise ValueError(f"--json {args.json}: expected the name of a file in an existing folder")
+    if args.json is not None:
+        if not os.path.isdir(os.path.dirname(args.json) or "."):
+            raise ValueError(f"--json {args.json}: expected the name of a file in an existing folder")
+        check_file(args.json, "--json")
 
 
 def write_findings(file: str, findings: list[Finding]) -> None:
     """JSON: {"healthy": bool, "findings": [{name, status, found, expected, cost}]}."""
     content = {"healthy": exit_code(findings) == 0, "findings": [finding.to_dict() for finding in findings]}
-    Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(file, content)
 
 
 def main(argv: list[str] | None = None) -> int:

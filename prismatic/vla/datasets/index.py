@@ -360,7 +360,10 @@ def open_index(
     for folder in _places(directory, label):
         if _is_writable(folder):
             return _build(folder, stamp, build, (skip_bad, max(_ALWAYS_ALLOWED, _ALLOWED_RATIO * size)))
-    raise PermissionError(f"{directory}: neither {FOLDER}/ nor the user's cache directory can be written")
+    raise PermissionError(
+        f"{directory}: neither {FOLDER}/ in it nor the user's cache directory can be written to; set XDG_CACHE_HOME to "
+        "a folder that can"
+    )
 
 
 def _left_out(directory: Path, header: Mapping) -> str:
@@ -380,9 +383,19 @@ def _stamp(file: Path, directory: Path) -> list:
 
 
 def _places(directory: Path, label: str) -> list[Path]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    return [directory / FOLDER / label, cache / "craft-vla" / f"{digest}-{directory.name}" / label]
+    caches = [cache / "craft-vla" / f"{digest}-{directory.name}" / label for cache in _caches()]
+    return [directory / FOLDER / label, *caches]
+
+
+def _caches() -> list[Path]:
+    """The user's cache directory; none for a user without a home, as those of containers may be."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return [Path(given)]
+    try:
+        return [Path.home() / ".cache"]
+    except RuntimeError:
+        return []
 
 
 def _is_writable(folder: Path) -> bool:

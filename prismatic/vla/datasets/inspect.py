@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
+from prismatic.output_folder import check_folder
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.formats import find_format, open_data_set
 from prismatic.vla.datasets.inspect_checks import find_problems
@@ -114,10 +115,11 @@ def inspect(
         max_images: decoded per camera, 0 = all.
 
     Returns:
-        (report, output folder). Raises what `open_folder` raises.
+        (report, output folder). Raises what `open_folder` raises, and UsageError for an output that cannot be written.
     """
     name, source, config = open_folder(directory, split, True)
     output = Path(output or Path("runs") / "inspect" / name)
+    check_folder(output, "--output")
     report = {
         "data_set": name,
         "directory": str(source.directory),
