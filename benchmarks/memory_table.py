@@ -26,6 +26,7 @@ BATCH = 8
 BATCHES = (1, 2, 4, 8, 16)
 KEEP = {"use_craft": True, "craft_preset": "keep", "craft_retention_budget": 0.03}
 RECOMPUTED = {"gradient_checkpointing": True}
+OPENVLA = {"config_file_path": "openvla-7b", "use_minivlm": False}
 ROWS: dict[str, dict] = {
     "plain": {},
     "CRaFT `original`": {"use_craft": True},
@@ -37,8 +38,8 @@ ROWS: dict[str, dict] = {
     "CRaFT `keep`, no old data, gradient checkpointing": KEEP | RECOMPUTED,
     "plain, vision frozen": {"freeze_vision": True},
     "plain, all weights trained": {"use_lora": False},
-    "plain, openvla-7b": {"config_file_path": "openvla-7b", "use_minivlm": False},
-    "plain, openvla-7b, gradient checkpointing": {"config_file_path": "openvla-7b", "use_minivlm": False} | RECOMPUTED,
+    "plain, openvla-7b": OPENVLA,
+    "plain, openvla-7b, plain head, gradient checkpointing": OPENVLA | {"use_pro_version": False} | RECOMPUTED,
 }
 README_ROWS = ("plain", "CRaFT `original`", "CRaFT `keep`, no old data", "plain, gradient checkpointing")
 BEFORE = "results/memory/before.json"
