@@ -200,7 +200,7 @@ def test_adapters_on_a_native_model_move_alone(start, train, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "load_native_weights", load_native)
     for parts in (Parts.ALL, Parts.HEAD):
-        with pytest.raises(ValueError, match="native VLM.*--parts vlm or llm"):
+        with pytest.raises(ValueError, match="the VLM.*--parts vlm or llm"):
             interpolate_checkpoint(folder, 0.5, parts=parts)
     policy = tensors(interpolate_checkpoint(folder, 0.0, parts="vlm"))
     first, last = tensors(load_checkpoint(start)), tensors(load_checkpoint(folder))
