@@ -158,16 +158,16 @@ def test_resumed_equals_uninterrupted_bit_for_bit(make_trainer, start_checkpoint
 def test_micro_batches_equal_one_batch(make_trainer, craft):
     results = []
     for batch_size, accumulation in ((4, 1), (1, 4)):
-        trainer = make_trainer(
-            f"b{batch_size}", batch_size=batch_size, grad_accumulation_steps=accumulation, use_craft=craft
-        )
+        # Two steps: by a third one rounding can have put a ReLU on the other side of zero (seen with torch 2.6).
+        flags = {"batch_size": batch_size, "grad_accumulation_steps": accumulation, "max_steps": 2}
+        trainer = make_trainer(f"b{batch_size}", **flags, use_craft=craft)
         # SGD: AdamW's first steps are sign(gradient), which turns rounding of tiny gradients into full steps.
         trainer.optimizer = torch.optim.SGD([p for p in trainer.bare_model.parameters() if p.requires_grad], lr=0.1)
         trainer.cfg.learning_rate = 0.1
         trainer.fit()
         results.append((weights(trainer), metrics(trainer)))
     for name, value in results[0][0].items():
-        torch.testing.assert_close(value, results[1][0][name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(value, results[1][0][name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
     for one, many in zip(results[0][1], results[1][1], strict=True):
         assert one["VLA Train/Loss"] == pytest.approx(many["VLA Train/Loss"], rel=1e-4)
 
