@@ -38,7 +38,7 @@ from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.lora import fixed_batch
 from prismatic.training.retention.craft import CRaFT
-from prismatic.training.retention.memory import InstructionMemory, Memory
+from prismatic.training.retention.memory import InstructionMemory, Memory, take_rows
 from prismatic.training.retention.signals import reaches
 from prismatic.training.setup import apply_tuning
 from prismatic.training.step import StepContext, action_loss, optimizer_step
@@ -74,6 +74,7 @@ class Row:
     """One setting. `plan` is what its constrained steps must do; `craft` are overrides of the preset.
 
     `instructions` is the size of the memory `instructions`, as a share of the batch; 0: the memory is the batch itself.
+    Method `bare` is the plain step after three passes over as many samples, without anything of CRaFT's.
     """
 
     label: str
@@ -93,7 +94,7 @@ class Row:
     @property
     def holds_actions(self) -> bool:
         """Whether the actions are held, not the features."""
-        return self.method == "craft" and self.config.signal is SignalKind.ACTIONS
+        return self.method in ("craft", "bare") and self.config.signal is SignalKind.ACTIONS
 
     @property
     def raw_only(self) -> bool:
@@ -125,6 +126,11 @@ def _rows(frozen: bool) -> dict[str, Row]:
         label = f"preset `keep`, {memory}" + f", `craft_every` {every}" * (every > 1) + where
         return Row(label, "craft", frozen, every, Plan.SEPARATE, "keep", instructions=instructions)
 
+    def bare(instructions: float, every: int = 1) -> Row:
+        size = {0.25: "a quarter", 1.0: "the whole"}[instructions]
+        label = f"plain step and bare passes over {size} of the batch" + f", every {every} steps" * (every > 1) + where
+        return Row(label, "bare", frozen, every, preset="keep", instructions=instructions)
+
     rows = {
         "plain": Row(f"plain{where}", "plain", frozen),
         "plain_logits": Row(f"plain that also computes the logits{where}", "logits", frozen),
@@ -147,6 +153,9 @@ def _rows(frozen: bool) -> dict[str, Row]:
         "keep_whole": keep("instructions on the whole batch", 1.0),
         "keep_batch": keep("memory `batch`"),
     }
+    if not frozen:  # else the towers would run twice
+        rows |= {f"bare_{size}": bare(share) for size, share in (("quarter", 0.25), ("whole", 1.0))}
+        rows["bare_quarter_every2"] = bare(0.25, 2)
     return {("frozen_" if frozen else "") + name: row for name, row in rows.items()}
 
 
@@ -222,15 +231,17 @@ class Bench:
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
         self._step = 0
         self.crafts: dict[str, CRaFT] = {}
+        self.counted: dict[str, CRaFT] = {}  # that have the passes of a bare row, whose FLOPs are counted
         self.procedures: dict[str, OriginalProcedure] = {}
         accelerator = Accelerator(cpu=True)
         prompts = RandomPrompts(self.batch, self.model.vla.config.text_config.vocab_size)
         for name in names:
             row = ROWS[name]
             self.train_vision(not row.frozen)
-            if row.method == "craft":
+            if row.method in ("craft", "bare"):
                 memory = memory_of(row, cfg.batch_size, prompts)
-                self.crafts[name] = CRaFT(self.model, row.config, [memory], accelerator, row.every)
+                made = self.crafts if row.method == "craft" else self.counted
+                made[name] = CRaFT(self.model, row.config, [memory], accelerator, row.every)
             elif row.method == "procedure":
                 self.procedures[name] = OriginalProcedure(self.model, self.optimizer)
 
@@ -260,20 +271,31 @@ class Bench:
                 require_plan(name, craft)
             self.train_vision(not row.frozen)
             started = time.perf_counter()
-            self.take_step(name, craft)
+            self.take_step(name, craft, first=i == 0)
             seconds.append(time.perf_counter() - started)
         return seconds
 
-    def take_step(self, name: str, craft: CRaFT | None) -> None:
-        """One optimizer step of a row."""
+    def take_step(self, name: str, craft: CRaFT | None, first: bool = True) -> None:
+        """One optimizer step of a row; `first`: of its `every` steps."""
         self._step += 1
         method = ROWS[name].method
+        if method == "bare" and first:
+            self._bare_passes(ROWS[name].instructions)
         if method == "procedure":
             self.procedures[name].step(self.batch)
         elif method == "logits":
             logits_step(self.model, self.optimizer, self.batch)
         else:
             optimizer_step(StepContext(self.model, self.optimizer, craft), [self.batch], self._step)
+
+    def _bare_passes(self, share: float) -> None:
+        """A pass without and one with gradients, and the gradients, over the first samples of the batch."""
+        rows = take_rows(self.batch, range(round(share * len(self.batch["input_ids"]))))
+        with torch.no_grad():
+            reference = self.model(rows).actions
+        loss = (self.model(rows).actions - reference - 1).square().mean()
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
 def require_plan(name: str, craft: CRaFT) -> None:
@@ -477,7 +499,7 @@ def memory_parts(bench: Bench, name: str) -> dict[str, int]:
 
     reference (the policy under theta_0), memory_forward (0 when the training pass gives the actions), memory_backward.
     """
-    craft, model = bench.crafts[name], bench.model
+    craft, model = (bench.crafts | bench.counted)[name], bench.model
     bench.train_vision(not ROWS[name].frozen)
     batch = craft.memories[0].batch(model.share_vision(bench.batch))
     held = {}
@@ -684,7 +706,7 @@ def cheap_settings(result: dict, limit: float) -> list[str]:
     found = []
     for name, times in seconds.items():
         row = ROWS[name]
-        if row.method in ("plain", "logits") or row.baseline not in seconds:
+        if row.method in ("plain", "logits", "bare") or row.baseline not in seconds:
             continue
         ratio = paired_ratio(times, seconds[row.baseline])[0]
         if ratio <= limit:
@@ -712,10 +734,10 @@ def section(result: dict) -> list[str]:
     tuning = f"LoRA rank {rank}" if rank else "full tuning"
     sizes = result["parameters"]
     lines = [
-        f"## {result['size']}, {tuning}" + ", FLOPs only" * (not is_timed),
+        f"## {result['size']}, {tuning}, batch {result['batch_size']}" + ", FLOPs only" * (not is_timed),
         "",
-        f"{sizes['total'] / 1e6:.1f} M parameters, {sizes['trained'] / 1e6:.1f} M of them trained; batch "
-        f"{result['batch_size']}, {result['rounds']} rounds, {machine['threads']} thread(s), torch {machine['torch']}, "
+        f"{sizes['total'] / 1e6:.1f} M parameters, {sizes['trained'] / 1e6:.1f} M of them trained; "
+        f"{result['rounds']} rounds, {machine['threads']} thread(s), torch {machine['torch']}, "
         f"Python {machine['python']}.",
         "",
         *(table(result) if is_timed else flop_table(result)),
@@ -729,7 +751,23 @@ def section(result: dict) -> list[str]:
         lines += [*(f"- {setting}" for setting in settings), ""]
     lines += ["More than 5 % above the floor, against the plain step that trains the same weights:", ""]
     lines += [*(f"- {row}" for row in above_floor(result) or ["none"]), ""]
+    beside = beside_bare(result)
+    if beside:
+        lines += ["Against the plain step and bare passes over as many samples, in the same round:", ""]
+        lines += [*(f"- {row}" for row in beside), ""]
     return lines
+
+
+def beside_bare(result: dict) -> list[str]:
+    """Rows of preset `keep` with their ratio to the same passes without CRaFT."""
+    seconds = {name: per_step(rounds) for name, rounds in result["seconds"].items()}
+    found = []
+    for name in (n for n in seconds if ROWS[n].method == "bare"):
+        kept = name.replace("bare", "keep")
+        if kept in seconds:
+            median, low, high = paired_ratio(seconds[kept], seconds[name])
+            found.append(f"{ROWS[kept].label}: {median:.2f} ({low:.2f}-{high:.2f})")
+    return found
 
 
 # Logits of the published size: 2 x (512 patches + 50 prompt tokens + 64 queries) x vocabulary x width.
@@ -789,6 +827,9 @@ more than the range of the rounds. Rows with `craft_every` k time k steps in a r
   instructions on images of the batch, then the current policy does, with a backward pass of its own; the floor has
   these three at the memory's size. Memory `batch`: the actions of the training pass are held, unless the policy draws
   noise in training; the tiny preset draws none.
+- `bare passes`: such three passes over the first samples of the batch, written by hand without anything of CRaFT's.
+  A pass over few samples takes longer than its share of the FLOPs: half of a pass over four samples of the tiny size is
+  the time of starting each operation. These rows show how much, and what CRaFT adds to it.
 - Peak memory is that of a process that runs three rounds of this row only.
 
 Measured on a CPU. Nothing here was measured on a GPU. How well preset `budget` keeps the drift at its budget with

@@ -3,8 +3,9 @@
     python benchmarks/memory_table.py
 
 Every row is one optimizer step of LoRA 32 with two 224 px images, Pro head and bf16, traced on fake tensors
-(`prismatic/training/memory`); a row whose record exists in `--output` is not traced again. Writes the record, the
-section `memory` of docs/performance.md and the short table of README.md.
+(`prismatic/training/memory`), as the code is and with the plain formulas in its place, as it was before it kept less.
+A row whose record exists is not traced again. Writes the records, the section `memory` of docs/performance.md and the
+short table of README.md.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 from benchmark_page import write, write_section
+from bf16_curves import plain_formulas
 
 from prismatic.command_line import parse_or_exit
+from prismatic.craft.reference import adapter_layers
 from prismatic.training.config import FinetuneConfig
+from prismatic.training.memory import trace as tracing
 from prismatic.training.memory.report import CARDS, CONTEXT, FRAGMENTATION, GIB, allowance, largest_batch, peak_at
 from prismatic.training.memory.start_shape import empty_model
 from prismatic.training.memory.trace import KINDS, PROMPT_TOKENS, Trace, trace_step
@@ -42,8 +47,7 @@ ROWS: dict[str, dict] = {
     "plain, openvla-7b, plain head, gradient checkpointing": OPENVLA | {"use_pro_version": False} | RECOMPUTED,
 }
 README_ROWS = ("plain", "CRaFT `original`", "CRaFT `keep`, no old data", "plain, gradient checkpointing")
-BEFORE = "results/memory/before.json"
-"""The same trace of this code before it kept less for the backward pass."""
+FILES = {"predicted": True, "before": False}  # name of the record: whether the code is as it is
 
 
 @dataclass
@@ -51,7 +55,7 @@ class MemoryTableConfig:
     """Flags."""
 
     rows: str = ",".join(ROWS)
-    output: str = "results/memory/predicted.json"
+    output: str = "results/memory"
     page: str = "docs/performance.md"
     readme: str = "README.md"
 
@@ -59,26 +63,40 @@ class MemoryTableConfig:
 def main() -> None:
     """Trace what is missing, then write record and pages."""
     cfg = parse_or_exit(MemoryTableConfig, __doc__)
-    output = Path(cfg.output)
-    record = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
-    for name in cfg.rows.split(","):
-        if name not in record:
-            record[name] = asdict(traced(ROWS[name]))
-            print(f"{name}: {record[name]['peak'] / GIB:.2f} GiB", flush=True)
-            write(output, json.dumps(record, indent=1) + "\n")
-    traces = {name: Trace(**record[name]) for name in ROWS if name in record}
-    before = json.loads(Path(BEFORE).read_text(encoding="utf-8"))
+    records = {name: follow(cfg, Path(cfg.output) / f"{name}.json", lean) for name, lean in FILES.items()}
+    traces, before = records["predicted"], records["before"]
     write_section(Path(cfg.page), "memory", page(traces, before))
     write_section(Path(cfg.readme), "memory", "\n".join(card_table({name: traces[name] for name in README_ROWS})))
 
 
-def traced(flags: dict) -> Trace:
-    """A step of the published recipe with these flags."""
+def follow(cfg: MemoryTableConfig, file: Path, lean: bool) -> dict[str, Trace]:
+    """The rows of a record; what is missing is traced."""
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for name in cfg.rows.split(","):
+        if name not in record:
+            record[name] = asdict(traced(ROWS[name], lean))
+            print(f"{file.stem}, {name}: {record[name]['peak'] / GIB:.2f} GiB", flush=True)
+            write(file, json.dumps(record, indent=1) + "\n")
+    return {name: Trace(**record[name]) for name in ROWS if name in record}
+
+
+def published(flags: dict) -> FinetuneConfig:
+    """The published recipe with these flags."""
     base = {"config_file_path": "qwen25-0_5b", "dataset_name": "libero_spatial_no_noops", "batch_size": BATCH}
-    cfg = FinetuneConfig(**base | {"use_lora": True, "device": "cuda", "num_images_in_input": None} | flags)
+    return FinetuneConfig(**base | {"use_lora": True, "device": "cuda", "num_images_in_input": None} | flags)
+
+
+def traced(flags: dict, lean: bool) -> Trace:
+    """A step of the published recipe with these flags; not `lean`: as it was before it kept less."""
+    cfg = published(flags)
     model = empty_model(cfg)
     apply_tuning(model, cfg)
-    return trace_step(cfg, model, PROMPT_TOKENS)
+    if lean:
+        return trace_step(cfg, model, PROMPT_TOKENS)
+    for layer in adapter_layers(model) if cfg.use_lora else ():
+        layer.cast_input_dtype_enabled = True
+    with plain_formulas(), mock.patch.object(tracing, "narrow", lambda *_: None):
+        return trace_step(cfg, model, PROMPT_TOKENS)
 
 
 def card_table(traces: dict[str, Trace]) -> list[str]:
@@ -90,7 +108,7 @@ def card_table(traces: dict[str, Trace]) -> list[str]:
     return lines
 
 
-def page(traces: dict[str, Trace], before: dict[str, float]) -> str:
+def page(traces: dict[str, Trace], before: dict[str, Trace]) -> str:
     """The section of docs/performance.md."""
     return "\n".join(
         [
@@ -106,7 +124,8 @@ def page(traces: dict[str, Trace], before: dict[str, float]) -> str:
             f"{FRAGMENTATION:.0%} for the allocator are allowed for, which is an estimate.",
             "",
             f"Peak of tensors in GiB, by what it is for at batch size {BATCH}. Of the parts of the model: what their "
-            "forward passes keep. `before`: the same trace, of the code before it kept less.",
+            "forward passes keep. `before`: the same trace of the plain formulas: everything kept, float32 between "
+            "the products, frozen weights in float32.",
             "",
             *kind_table(traces, before),
             "",
@@ -121,15 +140,14 @@ def page(traces: dict[str, Trace], before: dict[str, float]) -> str:
     )
 
 
-def kind_table(traces: dict[str, Trace], before: dict[str, float]) -> list[str]:
+def kind_table(traces: dict[str, Trace], before: dict[str, Trace]) -> list[str]:
     """Where the memory goes."""
-    lines = [f"| | {' | '.join(KINDS)} | in all | before | TFLOP |", "|---|" + "---|" * (len(KINDS) + 3)]
+    lines = [f"| | {' | '.join(KINDS)} | in all | before | TFLOP | to before |", "|---|" + "---|" * (len(KINDS) + 4)]
     for name, trace in traces.items():
         cells = [f"{trace.by_kind[kind] / GIB:.2f}" for kind in KINDS]
-        earlier = f"{before[name]:.2f}" if name in before else ""
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {trace.peak / GIB:.2f} | {earlier} | {trace.flops / 1e12:.1f} |"
-        )
+        work = trace.flops / 1e12, trace.flops / before[name].flops
+        cells += [f"{trace.peak / GIB:.2f}", f"{before[name].peak / GIB:.2f}", f"{work[0]:.1f}", f"{work[1]:.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

@@ -201,7 +201,7 @@ class CRaFTConstraint:
         r = self.gradient
         if self._groups is None:
             self.projector.names = r.names
-            self._groups = self.projector.groups(len(r.names)).to(r.flat.device)
+            self._groups = self.projector.groups(len(r.names), r.flat.device)
         if loss_scale != 1.0:
             r.flat.mul_(1.0 / loss_scale)
         products = inner_products([p.grad for p in r.parameters], r.tensors, self._metric(optimizer))

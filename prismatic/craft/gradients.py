@@ -101,7 +101,7 @@ def inner_products(
         scale = None if scaling is None else scaling[i]
         scaled = (dot, ret) if scale is None else (_dot(a.float() * scale, r), _dot(r.float() * scale, r))
         rows.append((*scaled, act, dot, ret))
-    return Products(*torch.stack([torch.stack(row) for row in rows]).unbind(dim=1))
+    return Products(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
 def adam_scaling(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:

@@ -24,14 +24,10 @@ class Groups:
     count: int
 
     @classmethod
-    def of_labels(cls, labels: Sequence[str]) -> Groups:
+    def of_labels(cls, labels: Sequence[str], device: torch.device | None = None) -> Groups:
         """Equal labels, equal group."""
         order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-        return cls(torch.tensor([order[label] for label in labels], dtype=torch.int64), len(order))
-
-    def to(self, device: torch.device) -> Groups:
-        """On another device."""
-        return Groups(self.index.to(device), self.count)
+        return cls(torch.tensor([order[label] for label in labels], dtype=torch.int64, device=device), len(order))
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum per group: (number of tensors,) -> (count,)."""
@@ -69,19 +65,19 @@ class CRaFTGradientProjector:
         """
         products = inner_products(g_act, [None if a is None else r for a, r in zip(g_act, g_ret, strict=True)])
         self.conflict_ratio = (products.dot < 0).float().mean()
-        groups = self.groups(len(g_act)).to(products.dot.device)
+        groups = self.groups(len(g_act), products.dot.device)
         return projection_coefficients(products, groups, self.config)[groups.index]
 
-    def groups(self, count: int) -> Groups:
+    def groups(self, count: int, device: torch.device | None = None) -> Groups:
         """Groups of the parameter tensors; ValueError when the granularity needs names and there are none."""
         granularity = self.config.projection_granularity
         if granularity is Granularity.TENSOR:
-            return Groups(torch.arange(count), count)
+            return Groups(torch.arange(count, device=device), count)
         if granularity is Granularity.GLOBAL:
-            return Groups(torch.zeros(count, dtype=torch.int64), min(count, 1))
+            return Groups(torch.zeros(count, dtype=torch.int64, device=device), min(count, 1))
         if self.names is None or len(self.names) != count:
             raise ValueError(f"projection_granularity {granularity.value} needs the names of the {count} parameters")
-        return Groups.of_labels([group_label(name, granularity) for name in self.names])
+        return Groups.of_labels([group_label(name, granularity) for name in self.names], device)
 
 
 def group_label(name: str, granularity: Granularity) -> str:

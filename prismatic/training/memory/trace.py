@@ -136,7 +136,7 @@ def run_step(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int = PR
         with ledger.of_kind(BATCH):
             batch = step_batch(cfg, model, prompt_tokens)
         with ledger.of_kind(KEPT):
-            retention = _retention(cfg, model, autocast)
+            retention = retention_of(cfg, model, autocast)
             average = None if cfg.ema_decay is None else WeightAverage(model, cfg.ema_decay)
         handles, kept = _follow(ledger, model, trained), {}
         look = lambda *_: kept.update({part: ledger.by_kind[part] for part in PARTS})  # noqa: E731
@@ -192,7 +192,7 @@ def step_batch(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int) -
     }
 
 
-def _retention(
+def retention_of(
     cfg: FinetuneConfig, model: VLAPolicyModel, autocast: Callable[[], AbstractContextManager]
 ) -> Retention | None:
     """The method of the run with memories that only have a size, as in its most expensive step."""

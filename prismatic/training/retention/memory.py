@@ -79,8 +79,7 @@ class InstructionMemory(Memory):
         places = [(i % len(keys), i // len(keys)) for i in range(size)]
         drawn = [self._draw(keys[row], turn) for row, turn in places]
         rows = take_rows(training, [row for row, _ in places])
-        device = training["input_ids"].device
-        prompts = {name: ids.to(device) for name, ids in self._collate.tokenize(drawn).items()}
+        prompts = to_device(self._collate.tokenize(drawn), training["input_ids"].device)
         return rows | prompts | {"instructions": drawn}
 
     def _draw(self, key: tuple[int, int], turn: int) -> str:
