@@ -12,8 +12,8 @@ from statistics import fmean, median
 
 from scipy import stats
 
-from craft_experiments.common_utils.statistics import holm_adjusted, mean_and_half_width
 from craft_experiments.table_data import ALPHA, TableData, Training, achieved, budgeted
+from prismatic.evidence.statistics import holm_adjusted, mean_and_half_width
 
 CONTROL_LIMIT = 0.15  # H1: median relative deviation from the budget
 MARGIN = 0.05  # H2: action error may be worse by this share of plain's

@@ -20,8 +20,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from craft_experiments.common_utils.log_parser import FailureCode, write_text_atomic
-from craft_experiments.common_utils.record_checks import check_fields, is_count, is_number, parse_object, read_text
+from prismatic.evidence.checks import check_fields, is_count, is_number, parse_object, read_text
+from prismatic.evidence.failure_codes import FailureCode
+from prismatic.evidence.files import write_bytes, write_text
 
 FORMAT = 1
 MAX_RECORD_BYTES = 1 << 28
@@ -76,11 +77,8 @@ def record_path(records_dir: Path, cell: str, name: str) -> Path:
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write aside and rename. The same record gives the same bytes: the file holds no time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, **record}, separators=(",", ":"), ensure_ascii=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
-    os.replace(temporary, path)
+    write_bytes(path, gzip.compress(text.encode(), mtime=0))
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -184,7 +182,7 @@ def set_states(records_dir: Path, changes: Mapping[str, State | FailureCode], on
             failed = isinstance(state, FailureCode)
             manifest[cell] = {"state": State.FAILED.value, "code": state.value} if failed else {"state": state.value}
         text = json.dumps(dict(sorted(manifest.items())), indent=1) + "\n"
-        write_text_atomic(manifest_path(records_dir), text)
+        write_text(manifest_path(records_dir), text)
 
 
 @contextlib.contextmanager

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from math import fsum
 from pathlib import Path
 
-from craft_experiments.common_utils.log_parser import (
-    FailureCode,
-    format_comparison_table,
-    format_results_table,
-    write_text_atomic,
-)
+from craft_experiments.common_utils.log_parser import format_comparison_table, format_results_table
 from craft_experiments.records import read_manifest, read_record, record_path
 from craft_experiments.tables import Evaluation, Kind, Method, Table
+from prismatic.evidence.failure_codes import FailureCode
+from prismatic.evidence.files import write_text
 
 Rates = dict[str, float | FailureCode]
 
@@ -61,11 +58,11 @@ def write_result_lists(records_dir: Path, results_dir: Path, table: Table) -> li
             (f"{table.name}_results{suffix}.log", lines),
             (f"{table.name}_formatted{suffix}.md", text),
         ):
-            write_text_atomic(results_dir / name, content)
+            write_text(results_dir / name, content)
             written.append(results_dir / name)
     if len(columns) > 1:
         written.append(results_dir / f"{table.name}_comparison.md")
-        write_text_atomic(written[-1], format_comparison_table(columns, table.title))
+        write_text(written[-1], format_comparison_table(columns, table.title))
     return written
 
 

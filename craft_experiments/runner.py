@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from craft_experiments.commands import evaluation_dir, portable
-from craft_experiments.common_utils.log_parser import FailureCode, LogFormatError, extract_success_rate_from_log
-from craft_experiments.common_utils.results import ResultFormatError, read_jsonl
+from craft_experiments.common_utils.log_parser import LogFormatError, extract_success_rate_from_log
 from craft_experiments.jobs import (
     Job,
     Stage,
@@ -37,6 +36,8 @@ from craft_experiments.jobs import (
 from craft_experiments.records import METRICS, RETENTION, State, locked, read_record, set_states, write_record
 from craft_experiments.settings import ROOT, Settings
 from experiments.robot.libero.kernels import fixed_kernels
+from prismatic.evidence.failure_codes import FailureCode
+from prismatic.evidence.results import ResultFormatError, read_jsonl
 
 _CODES = {
     Stage.COLLECT: FailureCode.TRAINING_FAILED,

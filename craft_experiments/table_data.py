@@ -13,18 +13,18 @@ from math import fsum
 from typing import Any
 
 from craft_experiments.commands import portable
-from craft_experiments.common_utils.results import TrainingMetrics
-from craft_experiments.common_utils.statistics import (
-    holm_adjusted,
-    mcnemar_exact,
-    mean_and_half_width,
-    stratified_bootstrap_interval,
-    wilson_interval,
-)
 from craft_experiments.jobs import Job, Stage, commands_of, plan, record_of
 from craft_experiments.records import RETENTION, RecordError, check_settings, read_manifest, read_record
 from craft_experiments.settings import Settings
 from craft_experiments.tables import Cell, Evaluation, Kind, Method, Table
+from prismatic.evidence.pairing import PairedCounts, paired
+from prismatic.evidence.results import TrainingMetrics
+from prismatic.evidence.statistics import (
+    holm_adjusted,
+    mean_and_half_width,
+    stratified_bootstrap_interval,
+    wilson_interval,
+)
 
 TAIL = 0.25  # share of the logged values, at the end, that a final training metric is the mean of
 ALPHA = 0.05
@@ -95,9 +95,9 @@ class Entry:
         return max(0.0, self.mean - self.half_width), min(1.0, self.mean + self.half_width)
 
     @property
-    def pairs(self) -> set[tuple[int, int, int]]:
-        """(seed, task, initial state) of all episodes."""
-        return {(seed, *pair) for seed, episodes in self.outcomes.items() for pair in episodes}
+    def episodes(self) -> dict[tuple[int, int, int], bool]:
+        """Success by (seed, task, initial state)."""
+        return {(seed, *pair): done for seed, episodes in self.outcomes.items() for pair, done in episodes.items()}
 
 
 @dataclass(frozen=True)
@@ -125,27 +125,25 @@ class Comparison:
 
 def compare(first: Entry, second: Entry) -> Comparison | None:
     """Compare on the common episodes; None when there are none."""
-    clusters: dict[tuple[int, int], list[int]] = {}
-    for seed, task, start in sorted(first.pairs & second.pairs):
-        change = int(first.outcomes[seed][task, start]) - int(second.outcomes[seed][task, start])
-        clusters.setdefault((seed, task), []).append(change)
-    if not clusters:
+    pairs = paired(first.episodes, second.episodes, lambda key: key[:2])
+    if not pairs:
         return None
+    clusters = {key: [one - two for one, two in found] for key, found in pairs.items()}
     every = [change for changes in clusters.values() for change in changes]
     by_seed = {}
     for seed in sorted({seed for seed, _ in clusters}):
         of_seed = [change for (s, _), changes in clusters.items() if s == seed for change in changes]
         by_seed[seed] = fsum(of_seed) / len(of_seed)
-    plus, minus = every.count(1), every.count(-1)
+    counts = sum(map(PairedCounts.of, pairs.values()), PairedCounts())
     return Comparison(
         pairs=len(every),
         difference=fsum(every) / len(every),
         interval=stratified_bootstrap_interval(list(clusters.values())),
-        only_first=plus,
-        only_second=minus,
-        p=mcnemar_exact(plus, minus),
+        only_first=counts.only_a,
+        only_second=counts.only_b,
+        p=counts.p_value,
         by_seed=by_seed,
-        same_pairs=first.pairs == second.pairs,
+        same_pairs=first.episodes.keys() == second.episodes.keys(),
     )
 
 

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from craft_experiments.common_utils.cells import csv_cell, markdown_cell, one_line
-from craft_experiments.common_utils.statistics import mean_and_half_width
 from craft_experiments.table_data import (
     RETENTION_MEASURES,
     START_KINDS,
@@ -28,6 +26,8 @@ from craft_experiments.table_data import (
     budgeted,
 )
 from craft_experiments.tables import Kind, Method
+from prismatic.evidence.cells import csv_cell, markdown_cell, one_line
+from prismatic.evidence.statistics import mean_and_half_width
 
 KIND_LABELS = {
     Kind.STANDARD: "standard",

@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import fmean
 
 from craft_experiments.commands import as_words
-from craft_experiments.common_utils.log_parser import write_text_atomic
 from craft_experiments.figures import write_figures
 from craft_experiments.hypotheses import page as hypotheses_page
 from craft_experiments.hypotheses import verdicts
@@ -48,6 +47,7 @@ from craft_experiments.table_formats import (
     trade_off_grid,
 )
 from craft_experiments.tables import PRESETS, Method, Preset, Role, Table
+from prismatic.evidence.files import write_text
 
 FIGURES = "figures"
 _MEASURED = (
@@ -85,7 +85,7 @@ def write_table_reports(s: Settings, table: Table) -> list[Path]:
     written = [path for png, _ in figures.values() for path in (png, png.with_suffix(".pdf"))]
     for name, text in texts.items():
         if text:
-            write_text_atomic(s.results_dir / name, text)
+            write_text(s.results_dir / name, text)
             written.append(s.results_dir / name)
         else:
             (s.results_dir / name).unlink(missing_ok=True)

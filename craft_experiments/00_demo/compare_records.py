@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from make_report import COLUMN_LABELS, OUT_OF_REACH, ROW_LABELS, TRAINED, DemoResults, load_results, number, row_label
 from run_demo import DemoConfig
 
-from craft_experiments.common_utils.log_parser import write_text_atomic
 from craft_experiments.common_utils.plots import DRIFT
-from craft_experiments.common_utils.results import Evaluation
-from craft_experiments.common_utils.statistics import mean_and_half_width
 from prismatic.command_line import bad_input_in_one_line
+from prismatic.evidence.files import write_text
+from prismatic.evidence.results import Evaluation
+from prismatic.evidence.statistics import mean_and_half_width
 
 OWN = ("seed", "work_dir", "record_dir", "rows", "trials", "sentence_trials")
 """Settings in which records of one group may differ."""
@@ -38,7 +38,7 @@ def main(folder: str) -> None:
     if not records:
         sys.exit(f"compare_records.py: no manifest.json below {folder}; run_demo.py --record_dir makes one")
     page = Path(folder) / "report.md"
-    write_text_atomic(page, compose(records, Path(folder)))
+    write_text(page, compose(records, Path(folder)))
     print(f"report: {page}")
 
 

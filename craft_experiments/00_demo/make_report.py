@@ -23,18 +23,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
 from craft_experiments.common_utils.job_slots import duration
-from craft_experiments.common_utils.log_parser import write_text_atomic
 from craft_experiments.common_utils.plots import COLOURS, DRIFT, plot_drift, plot_success_bars
-from craft_experiments.common_utils.record_checks import check_fields, parse_object, read_text
-from craft_experiments.common_utils.results import (
+from prismatic.command_line import bad_input_in_one_line
+from prismatic.evidence.checks import check_fields, parse_object, read_text
+from prismatic.evidence.files import write_text
+from prismatic.evidence.pairing import PairedCounts, paired
+from prismatic.evidence.results import (
     Evaluation,
     TrainingMetrics,
-    compare_paired,
     read_evaluation,
     read_metrics,
 )
-from craft_experiments.common_utils.statistics import intervals_overlap
-from prismatic.command_line import bad_input_in_one_line
+from prismatic.evidence.statistics import intervals_overlap
 
 ROW_LABELS = {
     "start": "start",
@@ -195,12 +195,12 @@ def success_table(results: DemoResults) -> str:
 def comparison_cells(first: str, second: str, cells: dict[str, Evaluation]) -> list[str]:
     """A line of the comparison table: what two rows of a column show about each other."""
     a, b = cells[first], cells[second]
-    paired = compare_paired(a, b)
+    counts = sum(map(PairedCounts.of, paired(a.outcomes, b.outcomes, lambda key: key[:2]).values()), PairedCounts())
     names = [row_label(second), row_label(first), f"{b.rate - a.rate:+.2f}", verdict(a, b)]
-    if paired is None:
+    if not counts.pairs:
         return [*names, "0", "-", "-", "-"]
-    p_value = "< 0.001" if paired.p_value < 0.001 else f"{paired.p_value:.3f}"
-    return [*names, str(paired.pairs), str(paired.only_second), str(paired.only_first), p_value]
+    p_value = "< 0.001" if counts.p_value < 0.001 else f"{counts.p_value:.3f}"
+    return [*names, str(counts.pairs), str(counts.only_b), str(counts.only_a), p_value]
 
 
 def summary_list(results: DemoResults) -> str:
@@ -415,7 +415,7 @@ def make_report(folder: str | os.PathLike) -> DemoResults:
     """
     results = load_results(folder)
     figures = draw_figures(results)
-    write_text_atomic(results.folder / "report.md", compose_report(results, figures))
+    write_text(results.folder / "report.md", compose_report(results, figures))
     return results
 
 

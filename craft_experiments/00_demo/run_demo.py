@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
 from craft_experiments.common_utils.job_slots import Job, run_jobs, say
-from craft_experiments.common_utils.log_parser import write_text_atomic
 from prismatic.command_line import bad_input_in_one_line, flag, parse
+from prismatic.evidence.files import write_text
 from prismatic.output_folder import check_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -242,8 +242,8 @@ def write_manifest(cfg: DemoConfig, jobs: list[Job]) -> None:
         if job.kind == "train":
             row = job.name.removeprefix("train-")
             entry = {"name": row, "metrics": f"metrics/{row}.jsonl", "checkpoint": f"metrics/{row}.json"}
-            write_text_atomic(work / entry["metrics"], job.progress.read_text(encoding="utf-8"))
-            write_text_atomic(work / entry["checkpoint"], job.result.read_text(encoding="utf-8"))
+            write_text(work / entry["metrics"], job.progress.read_text(encoding="utf-8"))
+            write_text(work / entry["checkpoint"], job.result.read_text(encoding="utf-8"))
             runs.append(entry)
         else:
             row, column = job.name.removeprefix("eval-").rsplit("-", 1)
@@ -256,7 +256,7 @@ def write_manifest(cfg: DemoConfig, jobs: list[Job]) -> None:
         "seconds": {name: float(file.read_text(encoding="utf-8")) for name, file in times.items() if file.exists()},
         "commands": {job.name: job.portable_command for job in jobs},
     }
-    write_text_atomic(work / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    write_text(work / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def copy_record(work: Path, record: Path) -> None:

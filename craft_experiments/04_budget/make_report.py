@@ -12,9 +12,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from craft_experiments.common_utils.drift_runs import DRIFT, LAMBDA, TAIL, read_runs, spread, tail_mean, write_text
+from craft_experiments.common_utils.drift_runs import DRIFT, LAMBDA, TAIL, read_runs, spread, tail_mean
 from craft_experiments.common_utils.plots import COLOURS, new_figure, save_figure
 from prismatic.command_line import bad_input_in_one_line
+from prismatic.evidence.files import write_text
 
 
 def main() -> None:

@@ -24,11 +24,11 @@ from craft_experiments.common_utils.drift_runs import (
     read_runs,
     spread,
     tail_mean,
-    write_text,
 )
 from craft_experiments.common_utils.plots import COLOURS, moving_average, new_figure, save_figure
-from craft_experiments.common_utils.statistics import mean_and_half_width
 from prismatic.command_line import bad_input_in_one_line
+from prismatic.evidence.files import write_text
+from prismatic.evidence.statistics import mean_and_half_width
 
 SLACK = 1.1
 """A run meets its budget when its drift is at most this multiple of it."""

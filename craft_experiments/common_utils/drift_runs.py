@@ -20,8 +20,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from craft_experiments.common_utils.record_checks import is_count, is_number, parse_object, read_text
 from prismatic.command_line import bad_input_in_one_line, faults_in_one_line
+from prismatic.evidence.checks import is_count, is_number, parse_object, read_text
+from prismatic.evidence.files import write_text
 from prismatic.output_folder import held
 
 DRIFT, LAMBDA, OUT_OF_REACH = "CRaFT/Retention Loss", "CRaFT/Lambda", "CRaFT/Out Of Reach"
@@ -221,14 +222,6 @@ def expanded(record: dict) -> dict:
     places = [step if step < after else after + (step - after) // over for step in range(steps)]
     series = {name: [values[i] for i in places] for name, values in record.items() if isinstance(values, list)}
     return record | series | {"measured_steps": list(range(steps))}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside the path and rename; its folder is created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def read_runs(folder: Path) -> list[dict]:

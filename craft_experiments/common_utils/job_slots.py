@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from craft_experiments.common_utils.log_parser import write_text_atomic
+from prismatic.evidence.files import write_text
 
 POLL_S = 0.1
 GRACE_S = 30.0
@@ -200,7 +200,7 @@ def run_jobs(jobs: Sequence[Job], log_dir: Path, slots: int, report_s: float = 2
     if queue.has_failed:
         sys.exit(1)
     if not queue.is_continued:
-        write_text_atomic(log_dir / "all.seconds", f"{time.monotonic() - started:.1f}\n")
+        write_text(log_dir / "all.seconds", f"{time.monotonic() - started:.1f}\n")
 
 
 class _Queue:
@@ -269,7 +269,7 @@ class _Queue:
         self._outlook.note(run)
         self.done.add(run.job.name)
         if not run.units_before:  # the last part of a job is not its duration
-            write_text_atomic(self.log_dir / f"{run.job.name}.seconds", f"{run.elapsed:.1f}\n")
+            write_text(self.log_dir / f"{run.job.name}.seconds", f"{run.elapsed:.1f}\n")
         say(f"{run.job.name}: done in {duration(run.elapsed)}{_outcome(run.job)}; {self._so_far()}")
 
 
@@ -292,7 +292,7 @@ def _start(job: Job, log_dir: Path, lock: int) -> Running:
     before = job.units_done()
     command = [*job.command, *(job.resume if before else [])]
     log = log_dir / f"{job.name}.log"
-    write_text_atomic(log_dir / f"{job.name}.command", job.portable_command + "\n")
+    write_text(log_dir / f"{job.name}.command", job.portable_command + "\n")
     say(f"{job.name}: {'goes on' if before else 'starts'}, log {log}")
     with log.open("a" if before else "w", encoding="utf-8") as stream:
         # A session of its own: Ctrl-C reaches this program alone, which then asks the command to save and end.

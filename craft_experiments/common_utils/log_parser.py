@@ -16,28 +16,20 @@ import json
 import os
 import re
 import sys
-from enum import Enum
 from math import fsum
 from pathlib import Path
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from craft_experiments.common_utils.cells import markdown_cell, one_line
 from craft_experiments.common_utils.log_figures import read_rate
 from craft_experiments.common_utils.log_runs import EvalLog, LogFormatError, TaskOutcome, parse_runs, select_runs
 from craft_experiments.common_utils.log_text import decode_text, message_lines, read_log_bytes, unwrapped
+from prismatic.evidence.cells import markdown_cell, one_line
+from prismatic.evidence.failure_codes import FailureCode
+from prismatic.evidence.files import write_text
 
-__all__ = ["EvalLog", "LogFormatError", "TaskOutcome"]
-
-
-class FailureCode(str, Enum):
-    """Why a suite has no success rate; written in place of the number."""
-
-    TRAINING_FAILED = "TRAINING_FAILED"
-    NO_CHECKPOINT = "NO_CHECKPOINT"
-    EVAL_FAILED = "EVAL_FAILED"
-    PARSE_FAILED = "PARSE_FAILED"
+__all__ = ["EvalLog", "FailureCode", "LogFormatError", "TaskOutcome"]
 
 
 # --- Evaluation logs ----------------------------------------------------------------------------------------------
@@ -269,15 +261,6 @@ def format_comparison_table(columns: dict[str, dict[str, float | FailureCode]], 
     return "\n".join(lines) + "\n"
 
 
-def write_text_atomic(path: str | os.PathLike, text: str) -> None:
-    """Write UTF-8 text under a temporary name, then rename: a reader never sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
-
-
 # --- Command line -------------------------------------------------------------------------------------------------
 
 
@@ -327,7 +310,7 @@ def _deliver(text: str, output: str | None) -> int:
     if output is None:
         print(text, end="")
     else:
-        write_text_atomic(output, text)
+        write_text(output, text)
     return 0
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from craft_experiments.common_utils.results import Evaluation, TrainingMetrics
+from prismatic.evidence.files import replacing
+from prismatic.evidence.results import Evaluation, TrainingMetrics
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito, safe for colour blindness
 DRIFT = "CRaFT/Retention Loss"
@@ -25,12 +26,9 @@ def new_figure(width: float, height: float) -> Any:
 
 def save_figure(figure: Any, path: str | os.PathLike) -> Path:
     """Write a PNG beside `path` and rename it; returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    os.replace(temporary, path)
-    return path
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    return Path(path)
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:

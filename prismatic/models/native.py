@@ -12,12 +12,11 @@ tables are derived from the configuration and are in no file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from prismatic.evidence.hashes import sha256_of
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, VisionTowerSpec
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.model_files import MissingFileError, nothing_there, regular_file
@@ -176,7 +176,7 @@ def load_native_weights(
     if _is_tied(vla) and _LM_HEAD in tensors:
         _check_equal(tensors.pop(_LM_HEAD), tensors[_EMBEDDINGS], source)
     _copy(state, tensors, source)
-    return NativeReport(file, _sha256([file, *vision_files]), missing, vision_files)
+    return NativeReport(file, sha256_of(file, *vision_files), missing, vision_files)
 
 
 def check_native_config(path: str | Path, config: OpenVLAConfig) -> None:
@@ -353,15 +353,6 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _run_folder(file: Path) -> Path:
     """The folder of the native run that a checkpoint file belongs to."""
     return file.parent.parent if file.parent.name == "checkpoints" else file.parent
-
-
-def _sha256(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------- checking, copying

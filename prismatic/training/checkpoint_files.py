@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from prismatic.evidence.hashes import sha256_of
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, PrismaticConfig
 from prismatic.extern.hf.language_body import require_body
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
@@ -247,14 +248,7 @@ def load_processor(path: Path, vla: OpenVLAForActionPrediction) -> PrismaticProc
 def weights_hash(path: Path | None) -> str | None:
     """sha256 over the folder's `model*.safetensors` in name order; None for a model that was not read from one."""
     files = [] if path is None else sorted(Path(path).glob("model*.safetensors"))
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        with regular_file(file).open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(*map(regular_file, files)) if files else None
 
 
 def tensors_hash(tensors: dict[str, Tensor]) -> str:

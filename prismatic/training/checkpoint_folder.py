@@ -8,8 +8,6 @@ deleted afterwards; `recover` finishes what a dead process left. Deletion begins
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -18,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # Also the names under which others know them.
+from prismatic.evidence.files import write_json
+from prismatic.evidence.hashes import sha256_of
 from prismatic.model_files import CheckpointError, MissingFileError, existing, read_json, reading  # noqa: F401
 
 LISTING = "files.json"
@@ -38,15 +38,6 @@ class CheckpointWriteError(RuntimeError):
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def check_files(folder: Path, training_state: bool = False) -> bool:
     """Compare a folder with its list of files; False when it has none (older and published folders).
 
@@ -65,7 +56,7 @@ def check_files(folder: Path, training_state: bool = False) -> bool:
         if size != record["size"]:
             raise CheckpointError(f"{file}: size is {size} bytes, expected {record['size']} as in {LISTING}")
         if is_state or size <= _ALWAYS_HASHED:
-            found = file_hash(file)
+            found = sha256_of(file)
             if found != record["sha256"]:
                 raise CheckpointError(f"{file}: sha256 is {found}, expected {record['sha256']} as in {LISTING}")
     return True
@@ -95,11 +86,6 @@ def find_checkpoints(root: Path, run_id: str) -> list[tuple[int, Path]]:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def write_json(path: Path, value: dict) -> None:
-    """JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def start_folder(folder: Path) -> Path:
     """An empty temporary folder beside `folder`, to be given to `publish`."""
     temporary = folder.with_name(folder.name + _TMP)
@@ -116,7 +102,7 @@ def seal(folder: Path) -> None:
     for path in paths:
         if path.is_file():
             _sync(path)
-            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": file_hash(path)}
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     write_json(folder / LISTING, {"files": files})
     _sync(folder / LISTING)
     for path in (*(p for p in paths if p.is_dir()), folder):

@@ -28,6 +28,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prismatic.evidence.files import write_json
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.model_files import CheckpointError, existing, has_weights, reading
 from prismatic.models.action_heads import L1RegressionActionHead
@@ -58,7 +59,6 @@ from prismatic.training.checkpoint_folder import (
     find_checkpoints,
     publish,
     start_folder,
-    write_json,
 )
 from prismatic.training.config import FinetuneConfig, TuningMode
 from prismatic.training.folder_kinds import check_is_checkpoint, is_published

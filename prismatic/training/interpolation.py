@@ -19,10 +19,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from prismatic.evidence.files import write_json
 from prismatic.model_files import existing
 from prismatic.training.base_model import BaseModel
 from prismatic.training.checkpoint_files import LoadedCheckpoint, contiguous, read_manifest
-from prismatic.training.checkpoint_folder import MANIFEST, publish, start_folder, write_json
+from prismatic.training.checkpoint_folder import MANIFEST, publish, start_folder
 from prismatic.training.checkpoints import load_checkpoint, load_unmerged
 from prismatic.training.config import TuningMode
 from prismatic.training.folder_kinds import check_is_checkpoint

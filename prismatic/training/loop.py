@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from prismatic.training.checkpoint_folder import MANIFEST, read_json, write_json
+from prismatic.evidence.files import write_json
+from prismatic.training.checkpoint_folder import MANIFEST, read_json
 from prismatic.training.compilation import compile_policy
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.ema import WeightAverage

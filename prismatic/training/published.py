@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prismatic.evidence.files import write_json
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.model_files import CheckpointError, read_json, reading, regular_file
 from prismatic.models.action_heads import ChunkStart, L1RegressionActionHead, RopeMode
@@ -34,7 +35,6 @@ from prismatic.training.checkpoint_files import (
     read_config,
     read_statistics,
 )
-from prismatic.training.checkpoint_folder import write_json
 from prismatic.training.published_spec import HeadSizes, published_spec
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.images import ImageSpec

@@ -16,8 +16,6 @@ crop where the start model has one), without augmentation.
 
 from __future__ import annotations
 
-import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +28,7 @@ from torch import Tensor
 from prismatic.craft import BridgeFeatures, CRaFTConfig, CRaFTFeatureExtractor, retention_loss
 from prismatic.craft.reference import quiet_pass
 from prismatic.craft.settings import FeatureSource, RetentionMetric
+from prismatic.evidence.files import write_json
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.checkpoint_files import LoadedCheckpoint, package_versions, tensors_hash
 from prismatic.training.retention.memory import to_device
@@ -498,10 +497,5 @@ def _scores(position: np.ndarray, instruction: np.ndarray, predicted: np.ndarray
 
 
 def write_report(report: dict, path: str | Path) -> None:
-    """Write JSON under a temporary name and rename it; missing folders are made. ValueError for NaN and infinity."""
-    path = Path(path)
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write JSON in one go; missing folders are made. ValueError for NaN and infinity."""
+    write_json(path, report, allow_nan=False)

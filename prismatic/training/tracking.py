@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from prismatic.evidence.files import write_text
 from prismatic.training.run_folder import METRICS
 
 _EVENTS = "events.out.tfevents."
@@ -132,6 +133,4 @@ def _truncate_after(path: Path, start_step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     # A killed process can leave half a line; it belongs to a step that will be repeated.
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start_step]
-    temporary = path.with_suffix(".jsonl.tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(line + "\n" for line in kept))

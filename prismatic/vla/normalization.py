@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prismatic.evidence.files import write_json
 from prismatic.vla.action_spec import ActionSpec, NormalizationType
 
 STATISTICS_FILE = "dataset_statistics.json"
@@ -230,11 +231,8 @@ def resolve_statistics_key(all_stats: Mapping[str, Mapping], wanted: str | None)
 
 
 def save_statistics(path: str | os.PathLike, all_stats: Mapping[str, Mapping]) -> None:
-    """Write `{data set name: statistics}` as JSON (temporary name, then renamed)."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(all_stats, indent=2) + "\n")
-    os.replace(temporary, path)
+    """Write `{data set name: statistics}` as JSON in one go."""
+    write_json(path, all_stats)
 
 
 def load_statistics(path: str | os.PathLike) -> dict[str, dict]:

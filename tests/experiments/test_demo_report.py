@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from craft_experiments.common_utils.plots import moving_average, plot_drift
-from craft_experiments.common_utils.results import (
+from prismatic.evidence.results import (
     ResultFormatError,
     TrainingMetrics,
     compare_paired,

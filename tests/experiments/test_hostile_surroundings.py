@@ -16,11 +16,11 @@ import stub_programs
 
 from craft_experiments import runner
 from craft_experiments.common_utils import job_slots
-from craft_experiments.common_utils.cells import csv_cell, markdown_cell, one_line
 from craft_experiments.common_utils.job_slots import Job, run_jobs, say
 from craft_experiments.common_utils.log_parser import format_comparison_table
 from craft_experiments.settings import RunConfig, resolve
 from craft_experiments.table_formats import Grid, GridRow, _csv, latex, latex_text, markdown
+from prismatic.evidence.cells import csv_cell, markdown_cell, one_line
 
 ROOT = Path(__file__).parents[2]
 ODD = "it's \"odd\" 'n' $HOME `id` \U0001f916 \u0645 #1; x"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from craft_experiments.common_utils.statistics import (
+from prismatic.evidence.statistics import (
     cluster_bootstrap_interval,
     mcnemar_exact,
     mean_rate_interval,

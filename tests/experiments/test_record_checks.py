@@ -7,12 +7,12 @@ import os
 import pytest
 
 from craft_experiments.common_utils.drift_runs import DRIFT, read_runs
-from craft_experiments.common_utils.record_checks import MAX_DEPTH, check_episode, parse_object, read_text
-from craft_experiments.common_utils.results import ResultFormatError, read_evaluation, read_metrics
 from craft_experiments.records import RecordError, read_manifest, read_record, write_record
 from experiments.robot.libero import compare_evals, make_report, merge_shards
 from experiments.robot.libero.eval_log import EpisodeRecord, EpisodeStatus, EpisodeStore, read_episode_lines
-from experiments.robot.libero.eval_records import RecordsError, read_run
+from prismatic.evidence.checks import MAX_DEPTH, check_episode, parse_object, read_text
+from prismatic.evidence.episodes import RecordsError, read_run
+from prismatic.evidence.results import ResultFormatError, read_evaluation, read_metrics
 
 GOOD = EpisodeRecord(
     run_id="r",

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from craft_experiments.common_utils.statistics import intervals_overlap, mcnemar_exact, wilson_interval
+from prismatic.evidence.statistics import intervals_overlap, mcnemar_exact, wilson_interval
 
 
 @pytest.mark.parametrize(

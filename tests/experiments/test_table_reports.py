@@ -16,7 +16,6 @@ from PIL import Image
 
 from craft_experiments.__main__ import main
 from craft_experiments.common_utils.log_parser import FailureCode
-from craft_experiments.common_utils.statistics import holm_adjusted, mean_and_half_width
 from craft_experiments.figures import cost_ratios
 from craft_experiments.jobs import Stage, plan, record_of
 from craft_experiments.records import RecordError, read_record, set_states, write_record
@@ -26,6 +25,7 @@ from craft_experiments.table_formats import budget_grid, latex, latex_text, mark
 from craft_experiments.table_reports import run_command, write_table_reports
 from craft_experiments.tables import TABLES, Kind, table
 from prismatic.command_line import parse
+from prismatic.evidence.statistics import holm_adjusted, mean_and_half_width
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = [(task, start) for task in fake.TASKS for start in fake.STARTS]

@@ -18,7 +18,7 @@ from experiments.robot.libero.compare_evals import (
     to_json,
     verdict,
 )
-from experiments.robot.libero.eval_records import EpisodeId, RecordedRun, RecordsError, protocol, read_run
+from prismatic.evidence.episodes import EpisodeId, RecordedRun, RecordsError, protocol, read_run
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = {"mujoco": "3.3.0", "torch": "2.6"}

@@ -18,7 +18,7 @@ from experiments.robot.libero.policy_facts import (
     resolve_render_mode,
 )
 from experiments.robot.libero.simulator import RenderMode, UnknownSuiteError, max_episode_steps
-from experiments.robot.libero.suites import BASE_SUITES, nearest_suite
+from experiments.robot.libero.suite_names import BASE_SUITES, nearest_suite
 
 PUBLISHED_COMMAND = (
     "--use_proprio True --num_images_in_input 2 --use_film False --pretrained_checkpoint runs/x--20000_chkpt "

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from craft_experiments.common_utils.statistics import mean_rate_interval, wilson_interval
 from experiments.robot.libero.eval_log import (
     EpisodeRecord,
     EpisodeStatus,
@@ -19,6 +18,7 @@ from experiments.robot.libero.eval_log import (
     summarize,
     summarize_run,
 )
+from prismatic.evidence.statistics import mean_rate_interval, wilson_interval
 
 RECORD = EpisodeRecord(
     run_id="run",

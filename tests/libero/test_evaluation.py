@@ -17,13 +17,14 @@ from experiments.robot.libero import evaluation, run_libero_eval, scheduler
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.episode import with_policy_protocol
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
-from experiments.robot.libero.eval_records import protocol_differences, read_run
 from experiments.robot.libero.evaluation import checkpoint_fingerprint, evaluate, run_fingerprint
 from experiments.robot.libero.scheduler import WorkerFailedError
 from experiments.robot.libero.simulator import RenderMode
 from experiments.robot.libero.surroundings import SimulatorUnavailableError
 from experiments.robot.libero.video import SaveVideos
-from prismatic.training.checkpoint_folder import MANIFEST, write_json
+from prismatic.evidence.episodes import protocol_differences, read_run
+from prismatic.evidence.files import write_json
+from prismatic.training.checkpoint_folder import MANIFEST
 
 
 def lose_the_device(task, start):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments.robot.libero.eval_config import EvalConfig
-from experiments.robot.libero.suites import (
+from experiments.robot.libero.suite_names import (
     BASE_SUITES,
     PRO_PERTURBATIONS,
     LanguageSource,

@@ -11,9 +11,10 @@ import torch
 from small_checkpoints import LORA, act, train
 
 from prismatic.command_line import parse
+from prismatic.evidence.files import write_json
 from prismatic.model_files import CheckpointError, MissingFileError
 from prismatic.training.base_model import BaseModel
-from prismatic.training.checkpoint_folder import LISTING, MANIFEST, read_json, write_json
+from prismatic.training.checkpoint_folder import LISTING, MANIFEST, read_json
 from prismatic.training.checkpoints import load_checkpoint, load_unmerged
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.interpolation import interpolate_checkpoint

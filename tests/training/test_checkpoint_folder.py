@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prismatic.evidence.files import write_json
 from prismatic.training.checkpoint_folder import (
     LATEST,
     LISTING,
@@ -24,7 +25,6 @@ from prismatic.training.checkpoint_folder import (
     recover,
     remove_leftovers,
     start_folder,
-    write_json,
 )
 
 

@@ -11,10 +11,11 @@ import torch
 from published_fixtures import make_published_folder
 from small_checkpoints import LORA, act, train
 
+from prismatic.evidence.files import write_json
 from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor
 from prismatic.model_files import CheckpointError, check_numbers, read_json, regular_file
 from prismatic.training.checkpoint_files import load_processor
-from prismatic.training.checkpoint_folder import LISTING, MANIFEST, check_files, write_json
+from prismatic.training.checkpoint_folder import LISTING, MANIFEST, check_files
 from prismatic.training.checkpoints import load_checkpoint
 
 STATISTICS, CONFIG = "dataset_statistics.json", "config.json"

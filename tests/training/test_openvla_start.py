@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 from experiments.robot.libero.policy_facts import check_flags, read_policy_facts
 from experiments.robot.policy import VLAPolicy
+from prismatic.evidence.files import write_json
 from prismatic.model_files import CheckpointError, MissingFileError
 from prismatic.models.presets import PRESETS
-from prismatic.training.checkpoint_folder import LISTING, MANIFEST, read_json, write_json
+from prismatic.training.checkpoint_folder import LISTING, MANIFEST, read_json
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.interpolation import interpolate_checkpoint
 from prismatic.training.lora import fixed_batch

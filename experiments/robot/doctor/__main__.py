@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.robot.doctor.findings import Check, Finding, exit_code
-from experiments.robot.libero.eval_log import write_json
 from experiments.robot.libero.simulator import RenderMode
-from experiments.robot.libero.suites import BASE_SUITES, nearest_suite, split_suite
+from experiments.robot.libero.suite_names import BASE_SUITES, nearest_suite, split_suite
 from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
+from prismatic.evidence.files import write_json
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 from prismatic.output_folder import check_file
 
@@ -96,7 +96,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 def write_findings(file: str, findings: list[Finding]) -> None:
     """JSON: {"healthy": bool, "findings": [{name, status, found, expected, cost}]}."""
     content = {"healthy": exit_code(findings) == 0, "findings": [finding.to_dict() for finding in findings]}
-    write_json(file, content)
+    write_json(file, content, ensure_ascii=False)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from experiments.robot.libero.collect_demos import Start, episode_start
-from experiments.robot.libero.suites import split_suite
+from experiments.robot.libero.suite_names import split_suite
 from prismatic.vla.action_spec import ActionSpec, NormalizationType
 from prismatic.vla.datasets.formats import find_format
 from prismatic.vla.datasets.inspect import open_folder

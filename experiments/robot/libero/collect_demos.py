@@ -58,6 +58,7 @@ from prismatic.command_line import (
     flag,
     parse,
 )
+from prismatic.evidence.files import replacing, write_json
 from prismatic.output_folder import check_folder, held
 from prismatic.vla.datasets.rlds import Episode, write_rlds
 from prismatic.vla.images import encode_jpeg
@@ -295,13 +296,13 @@ def _collect_number(env: LiberoEnv, settings: CollectSettings, number: int) -> s
         try:
             recorder = collect_episode(env, settings, start)
         except UnsupportedGoalError as error:
-            _write_text(path.with_suffix(".failed.json"), json.dumps({"attempts": 0, "reason": str(error)}))
+            write_json(path.with_suffix(".failed.json"), {"attempts": 0, "reason": str(error)}, indent=None)
             return str(error)
         if recorder is not None:
             header = _episode_header(env.task, start, attempt + 1)
             _write_npz(path, recorder.arrays() | {"header": np.array(json.dumps(header))})
             return f"{len(recorder)} steps, attempt {attempt + 1}"
-    _write_text(path.with_suffix(".failed.json"), json.dumps({"attempts": settings.max_attempts}))
+    write_json(path.with_suffix(".failed.json"), {"attempts": settings.max_attempts}, indent=None)
     return f"failed {settings.max_attempts} times"
 
 
@@ -397,7 +398,7 @@ def collect(settings: CollectSettings) -> Path:
 def _finish(settings: CollectSettings) -> Path:
     """Write the report and the data set from the scratch episodes."""
     report = collection_report(settings)
-    _write_text(settings.scratch / REPORT_FILE, json.dumps(report, indent=2))
+    write_json(settings.scratch / REPORT_FILE, report)
     empty = [task for task, counts in report.items() if not counts["episodes"]]
     if empty:
         raise CollectionError(f"no episode of task {', '.join(empty)}; see {settings.scratch / REPORT_FILE}")
@@ -405,7 +406,7 @@ def _finish(settings: CollectSettings) -> Path:
     episodes = (load_episode(path, index) for index, path in enumerate(finished_episodes(settings)))
     shape = (settings.image_size, settings.image_size, 3)
     written = write_rlds(settings.target, settings.dataset_name, episodes, image_shape=shape, metadata=metadata)
-    _write_text(written.parent / REPORT_FILE, json.dumps(report, indent=2))
+    write_json(written.parent / REPORT_FILE, report)
     return written
 
 
@@ -427,7 +428,7 @@ def _check_fingerprint(settings: CollectSettings) -> None:
     path = settings.scratch / "settings.json"
     wanted = json.loads(json.dumps(settings.fingerprint()))
     if not path.is_file():
-        _write_text(path, json.dumps(wanted, indent=2))
+        write_json(path, wanted)
         return
     found = json.loads(path.read_text())
     different = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
@@ -478,18 +479,8 @@ def _split(joined: np.ndarray, lengths: np.ndarray) -> list[bytes]:
 
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("wb") as stream:
+    with replacing(path) as temporary, temporary.open("wb") as stream:
         np.savez(stream, **arrays)
-    os.replace(temporary, path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, path)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from craft_experiments.common_utils.cells import markdown_cell, one_line
-from craft_experiments.common_utils.statistics import (
+from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
+from prismatic.evidence.cells import markdown_cell, one_line
+from prismatic.evidence.episodes import (
+    DECISIVE_FIELDS,
+    EpisodeId,
+    ProtocolDifference,
+    RecordedRun,
+    protocol_differences,
+    read_run,
+)
+from prismatic.evidence.files import write_json, write_text
+from prismatic.evidence.pairing import PairedCounts, paired
+from prismatic.evidence.statistics import (
     BOOTSTRAP_REPETITIONS,
     BOOTSTRAP_SEED,
     cluster_bootstrap_interval,
@@ -26,16 +37,6 @@ from craft_experiments.common_utils.statistics import (
     stratified_bootstrap_interval,
     wilson_interval,
 )
-from experiments.robot.libero.eval_log import write_json, write_text
-from experiments.robot.libero.eval_records import (
-    DECISIVE_FIELDS,
-    EpisodeId,
-    ProtocolDifference,
-    RecordedRun,
-    protocol_differences,
-    read_run,
-)
-from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
 from prismatic.output_folder import check_file
 
 ALPHA = 0.05
@@ -46,30 +47,6 @@ FEW_TASKS = 5
 
 class NotComparableError(ValueError):
     """Two runs that share no finished episode, or followed different protocols; the message names the fields."""
-
-
-@dataclass(frozen=True)
-class PairedCounts:
-    """Outcomes of the pairs of one task: both succeed, only A, only B, neither."""
-
-    both: int = 0
-    only_a: int = 0
-    only_b: int = 0
-    neither: int = 0
-
-    @property
-    def pairs(self) -> int:
-        """All pairs."""
-        return self.both + self.only_a + self.only_b + self.neither
-
-    @property
-    def differences(self) -> list[int]:
-        """B's outcome minus A's, one per pair."""
-        return [1] * self.only_b + [-1] * self.only_a + [0] * (self.both + self.neither)
-
-    def __add__(self, other: PairedCounts) -> PairedCounts:
-        sums = {name: getattr(self, name) + getattr(other, name) for name in asdict(self)}
-        return PairedCounts(**sums)
 
 
 @dataclass(frozen=True)
@@ -121,23 +98,17 @@ def pair_episodes(
     a: RecordedRun, b: RecordedRun
 ) -> tuple[dict[tuple[str, str, int], PairedCounts], list[EpisodeId], list[Unpaired]]:
     """(counts per task, episodes that both finished, episodes left out), in ascending order."""
-    counts: dict[tuple[str, str, int], PairedCounts] = {}
-    paired, unpaired = [], []
-    for key in sorted(a.episodes.keys() | b.episodes.keys()):
-        statuses = [run.episodes[key]["status"] if key in run.episodes else None for run in (a, b)]
+    first, second = a.outcomes, b.outcomes
+    unpaired = []
+    for key in sorted((a.episodes.keys() | b.episodes.keys()) - (first.keys() & second.keys())):
         reasons = [
-            f"{'error' if status == 'error' else 'absent'} in {name}"
-            for name, status in zip("AB", statuses, strict=True)
-            if status in (None, "error")
+            f"{'error' if key in run.episodes else 'absent'} in {name}"
+            for name, run, outcomes in (("A", a, first), ("B", b, second))
+            if key not in outcomes
         ]
-        if reasons:
-            unpaired.append(Unpaired(key, ", ".join(reasons)))
-            continue
-        names = {(True, True): "both", (True, False): "only_a", (False, True): "only_b", (False, False): "neither"}
-        outcome = names[statuses[0] == "success", statuses[1] == "success"]
-        counts[key.task] = counts.get(key.task, PairedCounts()) + PairedCounts(**{outcome: 1})
-        paired.append(key)
-    return counts, paired, unpaired
+        unpaired.append(Unpaired(key, ", ".join(reasons)))
+    counts = {task: PairedCounts.of(pairs) for task, pairs in paired(first, second, lambda key: key.task).items()}
+    return counts, sorted(first.keys() & second.keys()), unpaired
 
 
 def compare_runs(
@@ -162,10 +133,10 @@ def compare_runs(
     if allowed - DECISIVE_FIELDS - {"all"}:
         unknown = ", ".join(sorted(allowed - DECISIVE_FIELDS - {"all"}))
         raise ValueError(f"allow: found {unknown}, expected all or some of {', '.join(sorted(DECISIVE_FIELDS))}")
-    counts, paired, unpaired = pair_episodes(a, b)
-    if not paired:
+    counts, common, unpaired = pair_episodes(a, b)
+    if not common:
         raise NotComparableError(_no_pairs_message(a, b))
-    differences = protocol_differences(a, b, paired)
+    differences = protocol_differences(a, b, common)
     refused = [item for item in differences if item.decisive and not {item.field, "all"} & allowed]
     if refused:
         raise NotComparableError(
@@ -182,7 +153,7 @@ def compare_runs(
         total=total,
         unpaired=unpaired,
         protocol=differences,
-        p_value=mcnemar_exact(total.only_a, total.only_b),
+        p_value=total.p_value,
         cluster_95=cluster_bootstrap_interval(clusters, seed, repetitions),
         stratified_95=stratified_bootstrap_interval(clusters, seed, repetitions),
         bootstrap={"seed": seed, "repetitions": repetitions},
@@ -216,7 +187,7 @@ def tasks_that_differ(comparison: Comparison) -> list[tuple[str, str, int]]:
     """Tasks whose own exact McNemar p is below 5 % divided by the number of tasks (Bonferroni)."""
     limit = ALPHA / len(comparison.per_task)
     counts = sorted(comparison.per_task.items())
-    return [task for task, found in counts if mcnemar_exact(found.only_a, found.only_b) < limit]
+    return [task for task, found in counts if found.p_value < limit]
 
 
 def verdict(comparison: Comparison) -> str:
@@ -402,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(text, end="")
     if args.output is not None:
         if args.output.suffix == ".json":
-            write_json(args.output, to_json(comparison))
+            write_json(args.output, to_json(comparison), ensure_ascii=False)
         else:
             write_text(args.output, text)
     return 0

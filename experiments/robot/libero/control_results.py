@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from craft_experiments.common_utils.record_checks import check_fields, parse_object, read_text
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 from prismatic.command_line import split_places
+from prismatic.evidence.checks import check_fields, parse_object, read_text
 
 _PROTOCOL = ("language_source", "num_steps_wait", "num_open_loop_steps", "initial_states_path", "seed")
 """Flags that two runs share when their rates are to be compared, besides how images are made."""

@@ -26,7 +26,7 @@ from experiments.robot.libero.policy_facts import (
     resolve_render_mode,
 )
 from experiments.robot.libero.simulator import RenderMode, ResetMode
-from experiments.robot.libero.suites import perturbation, with_language
+from experiments.robot.libero.suite_names import perturbation, with_language
 from experiments.robot.libero.surroundings import SimulatorUnavailableError
 from experiments.robot.libero.video import PUBLISHED_FPS, keeps_video, rollout_path, write_video
 from prismatic.training.checkpoint_folder import MANIFEST, CheckpointError, read_json

@@ -15,8 +15,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from craft_experiments.common_utils.record_checks import check_episode, parse_object, read_text
-from craft_experiments.common_utils.statistics import mean_rate_interval, wilson_interval
+from prismatic.evidence.checks import check_episode, parse_object, read_text
+from prismatic.evidence.statistics import mean_rate_interval, wilson_interval
 
 
 class EpisodeStatus(str, Enum):
@@ -366,17 +366,3 @@ def summarize_run(plans: Sequence[TaskPlan], records: dict[EpisodeKey, EpisodeRe
         "per_suite": {suite: summarize_group(tasks) for suite, tasks in sorted(suites.items())},
         "overall": overall,
     }
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write UTF-8 text to a temporary name beside `path` and rename it; creates the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def write_json(path: str | os.PathLike, data: Any) -> None:
-    """Write indented JSON as :func:`write_text` does."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")

@@ -14,8 +14,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TextIO
 
-from craft_experiments.common_utils.record_checks import check_fields, parse_object, read_text
-from experiments.robot.libero.content import file_hash, files_hash, folder_hash
 from experiments.robot.libero.control_results import read_control_results
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.episode import Backend, EnvSettings, Job, RunInfo, with_policy_protocol
@@ -28,13 +26,15 @@ from experiments.robot.libero.eval_log import (
     PlannedEpisode,
     TaskPlan,
     summarize_run,
-    write_json,
 )
-from experiments.robot.libero.free_names import create_free
 from experiments.robot.libero.initial_states import read_initial_states
 from experiments.robot.libero.scheduler import CrashReport, Report, SessionReport, WorkerPool, run_in_process
-from experiments.robot.libero.suites import language_warnings, with_language
+from experiments.robot.libero.suite_names import language_warnings, with_language
 from experiments.robot.libero.tracking import make_tracker
+from prismatic.evidence.checks import check_fields, parse_object, read_text
+from prismatic.evidence.files import write_json
+from prismatic.evidence.free_names import create_free
+from prismatic.evidence.hashes import file_hash, files_hash, folder_hash
 from prismatic.model_files import CheckpointError
 from prismatic.output_folder import hold, release
 from prismatic.training.checkpoint_folder import MANIFEST
@@ -412,15 +412,13 @@ class _Evaluation:
         beside["initial_states"] = self.initial_states
         facts = speed | measured_facts(self.store.records.values()) | beside
         results = head | summary | facts | {"config": _plain(dataclasses.asdict(self.cfg))}
-        write_json(self.results_path, results)
+        write_json(self.results_path, results, ensure_ascii=False)
         return results
 
 
 def write_plan(path: Path, plans: Iterable[TaskPlan]) -> None:
     """Write the trials of a whole run, so that its shards can be joined without a simulator."""
-    path.write_text(
-        json.dumps([dataclasses.asdict(plan) for plan in plans], ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_json(path, [dataclasses.asdict(plan) for plan in plans], indent=None, ensure_ascii=False)
 
 
 def read_plan(path: Path) -> list[TaskPlan]:

@@ -17,10 +17,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from experiments.robot.libero.compare_evals import NotComparableError, compare_runs
-from experiments.robot.libero.eval_log import write_text
-from experiments.robot.libero.eval_records import EpisodeId, RecordedRun, read_run
 from experiments.robot.libero.report_page import ControlRun, ReportData, Video, compose, control_label
 from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range, split_places
+from prismatic.evidence.episodes import EpisodeId, RecordedRun, read_run
+from prismatic.evidence.files import write_text
 from prismatic.output_folder import check_file
 
 MEGABYTE = 1 << 20

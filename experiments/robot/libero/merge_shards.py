@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from craft_experiments.common_utils.record_checks import check_fields, parse_object, read_text
 from experiments.robot.libero.eval_log import (
     EpisodeRecord,
     EpisodeStatus,
@@ -24,10 +23,11 @@ from experiments.robot.libero.eval_log import (
     TaskPlan,
     read_episode_lines,
     summarize_run,
-    write_json,
 )
 from experiments.robot.libero.evaluation import PLAN_FILE, measured_facts, read_plan, write_plan
 from prismatic.command_line import OneLineParser, UsageError, bad_input_in_one_line
+from prismatic.evidence.checks import check_fields, parse_object, read_text
+from prismatic.evidence.files import write_json, write_text
 from prismatic.output_folder import check_folder
 
 Key = tuple[str, str, str, int, int, int]
@@ -81,7 +81,7 @@ def merge(folders: Sequence[Path], output: Path) -> dict[str, Any]:
     merged, conflicts = deduplicate(records)
     output.mkdir(parents=True, exist_ok=True)
     text = "".join(record.to_json() + "\n" for record in merged)
-    (output / "episodes.jsonl").write_text(text, encoding="utf-8")
+    write_text(output / "episodes.jsonl", text)
     write_plan(output / PLAN_FILE, plans)
     summary = summarize_run(plans, {record.key: record for record in merged})
     own = {"merged_from": [str(folder) for folder in folders], "conflicts": conflicts}
@@ -89,7 +89,7 @@ def merge(folders: Sequence[Path], output: Path) -> dict[str, Any]:
     if conflicts:
         results["valid"] = False
     _write_text_log(output, plans, merged, results)
-    write_json(output / "results.json", results)
+    write_json(output / "results.json", results, ensure_ascii=False)
     return results
 
 

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from craft_experiments.common_utils.statistics import mean_rate_interval, wilson_interval
 from experiments.robot.libero.compare_evals import Comparison, format_ranges
-from experiments.robot.libero.eval_records import EpisodeId, RecordedRun, protocol
 from experiments.robot.libero.evaluation import PINNED_VERSIONS
 from experiments.robot.libero.report_html import (
     Bar,
@@ -24,6 +22,8 @@ from experiments.robot.libero.report_html import (
     table,
     timeline,
 )
+from prismatic.evidence.episodes import EpisodeId, RecordedRun, protocol
+from prismatic.evidence.statistics import mean_rate_interval, wilson_interval
 
 Task = tuple[str, str, int]
 CONTROL_LABELS = {

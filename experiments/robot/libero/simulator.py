@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments.robot.libero.libero_package import control_env_class, import_libero, initial_states, package_version
 from experiments.robot.libero.scene_sampling import SceneSampler
-from experiments.robot.libero.suites import nearest_suite, split_suite
+from experiments.robot.libero.suite_names import nearest_suite, split_suite
 from experiments.robot.libero.surroundings import quiet, require_renderer
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")

@@ -9,7 +9,7 @@ from enum import Enum
 
 import numpy as np
 
-from experiments.robot.libero.free_names import create_free
+from prismatic.evidence.free_names import create_free
 
 PUBLISHED_FPS = 30.0
 

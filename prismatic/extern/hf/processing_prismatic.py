@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from prismatic.evidence.files import write_json
 from prismatic.extern.hf.tokenizer_files import load_tokenizer, save_tokenizer
 from prismatic.model_files import read_json
 
@@ -155,7 +154,7 @@ class PrismaticImageProcessor(BaseImageProcessor):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write preprocessor_config.json."""
-        _write_json(Path(directory) / PREPROCESSOR_FILE, self.to_dict())
+        write_json(Path(directory) / PREPROCESSOR_FILE, self.to_dict())
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **options: Any) -> PrismaticImageProcessor:
@@ -193,7 +192,7 @@ class PrismaticProcessor:
         Path(directory).mkdir(parents=True, exist_ok=True)
         save_tokenizer(self.tokenizer, Path(directory))
         self.image_processor.save_pretrained(directory)
-        _write_json(Path(directory) / PROCESSOR_FILE, {"processor_class": "PrismaticProcessor"})
+        write_json(Path(directory) / PROCESSOR_FILE, {"processor_class": "PrismaticProcessor"})
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **options: Any) -> PrismaticProcessor:
@@ -203,10 +202,3 @@ class PrismaticProcessor:
         """
         image_processor = PrismaticImageProcessor.from_pretrained(directory, **options)
         return cls(image_processor, load_tokenizer(directory))
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -26,6 +26,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
+from prismatic.evidence.files import write_json
 from prismatic.vla.datasets.source import DataSetError, EpisodeSource, MissingFeatureError
 
 FOLDER = ".craft_index"
@@ -92,9 +93,7 @@ class EpisodeIndex:
                     return entry["content"]
         content = json.loads(json.dumps(compute()))
         with suppress(OSError):  # a folder that cannot be written: computed again the next time
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"content": content, "checksum": _checksum(content)}), encoding="utf-8")
-            os.replace(temporary, path)
+            write_json(path, {"content": content, "checksum": _checksum(content)}, indent=None)
         return content
 
     def __getstate__(self) -> dict:

@@ -9,12 +9,12 @@ tensorflow-datasets (extra `tfds`) and lists every difference.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
 from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
+from prismatic.evidence.files import write_json
 from prismatic.output_folder import check_folder
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.formats import find_format, open_data_set
@@ -138,11 +138,8 @@ def inspect(
 
 
 def write_report(report: dict, output: Path) -> None:
-    """Write `report.json` to a folder (temporary name, then renamed)."""
-    output.mkdir(parents=True, exist_ok=True)
-    temporary = output / f".report.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, output / "report.json")
+    """Write `report.json` to a folder in one go."""
+    write_json(output / "report.json", report, indent=1, allow_nan=False)
 
 
 def format_report(report: dict) -> str:

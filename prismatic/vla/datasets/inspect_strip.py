@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from prismatic.evidence.files import replacing
 from prismatic.vla.datasets.inspect_measures import read_pixels
 from prismatic.vla.datasets.source import EpisodeSource
 
@@ -35,10 +35,8 @@ def draw_strip(source: EpisodeSource, camera: str, path: Path, episodes: int = 3
             left = _MARGIN + column * (_TILE + _MARGIN)
             canvas.paste(_tile(source, camera, episode, step), (left, top + _LABEL))
             draw.text((left, top + _LABEL + _TILE), f"step {step}", fill=_INK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    canvas.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG")
     return path
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from prismatic.evidence.files import write_json
 from prismatic.vla.datasets.example_proto import build_example, parse_example
 from prismatic.vla.datasets.rlds_features import FeatureSpec, MissingFeatureError, libero_features, read_features
 from prismatic.vla.datasets.source import DataSetError
@@ -394,11 +395,11 @@ def write_rlds(
         spool = temporary / "spool"
         spans = write_records(spool, (_episode_payload(episode, image_shape) for episode in episodes))
         lengths = _write_shards(temporary, name, spool, spans, shards)
-        _write_json(temporary / "features.json", libero_features(image_shape))
+        write_json(temporary / "features.json", libero_features(image_shape))
         info = _dataset_info(name, directory.name, lengths, sum(span.length for span in spans))
-        _write_json(temporary / "dataset_info.json", info)
+        write_json(temporary / "dataset_info.json", info)
         if metadata is not None:
-            _write_json(temporary / METADATA_FILE, metadata)
+            write_json(temporary / METADATA_FILE, metadata)
         os.replace(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -482,7 +483,3 @@ def _dataset_info(name: str, version: str, shard_lengths: list[int], num_bytes: 
         "splits": [split],
         "version": version,
     }
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import google_crc32c
 
+from prismatic.evidence.files import replacing
 from prismatic.vla.datasets.source import DataSetError
 
 _LENGTH = struct.Struct("<Q")
@@ -49,18 +50,12 @@ def frame_record(payload: bytes) -> bytes:
 
 
 def write_records(path: str | os.PathLike, payloads: Iterable[bytes]) -> list[RecordSpan]:
-    """Write `payloads` as a TFRecord file (temporary name, then renamed); returns the span of each record."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    """Write `payloads` as a TFRecord file in one go; returns the span of each record."""
     spans: list[RecordSpan] = []
-    try:
-        with open(temporary, "wb") as stream:
-            for payload in payloads:
-                spans.append(RecordSpan(len(spans), stream.tell(), len(payload)))
-                stream.write(frame_record(payload))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as stream:
+        for payload in payloads:
+            spans.append(RecordSpan(len(spans), stream.tell(), len(payload)))
+            stream.write(frame_record(payload))
     return spans
 
 

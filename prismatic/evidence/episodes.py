@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from craft_experiments.common_utils.cells import one_line
-from craft_experiments.common_utils.record_checks import check_episode, check_fields, parse_object, read_text
 from prismatic.command_line import split_places
+from prismatic.evidence.cells import one_line
+from prismatic.evidence.checks import check_episode, check_fields, parse_object, read_text
 
 STATUSES = ("success", "failure", "error")
 REQUIRED_FIELDS = ("suite", "task_id", "init_idx", "seed", "status")
@@ -91,6 +91,12 @@ class RecordedRun:
     def count(self, status: str) -> int:
         """Episodes with this status."""
         return sum(record["status"] == status for record in self.episodes.values())
+
+    @property
+    def outcomes(self) -> dict[EpisodeId, bool]:
+        """Success of each finished episode."""
+        finished = {key: record["status"] for key, record in self.episodes.items() if record["status"] != "error"}
+        return {key: status == "success" for key, status in finished.items()}
 
     def values(self, field: str) -> list[str]:
         """Distinct values of a record field, sorted, as text; records without it do not count."""

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from craft_experiments.common_utils.record_checks import (
+from prismatic.evidence.checks import (
     check_episode,
     check_fields,
     is_integer,
     parse_object,
     read_text,
 )
-from craft_experiments.common_utils.statistics import mcnemar_exact, wilson_interval
+from prismatic.evidence.statistics import wilson_interval
 
 STATUSES = ("success", "failure", "error")
 EpisodeKey = tuple[str, int, int]  # suite, task_id, init_idx
@@ -34,7 +34,7 @@ def read_jsonl(path: str | os.PathLike, finite: bool = True) -> list[dict[str, A
 
     Raises:
         FileNotFoundError: no such file.
-        ResultFormatError: a line that is no JSON object, or out of bounds (`record_checks.py`); names file and line.
+        ResultFormatError: a line that is no JSON object, or out of bounds (`checks.py`); names file and line.
     """
     path = Path(path)
     if not path.exists():
@@ -173,23 +173,3 @@ def _checked(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
     except ValueError as error:
         raise ResultFormatError(str(error)) from None
-
-
-@dataclass(frozen=True)
-class PairedComparison:
-    """Two evaluations on the same episodes: pairs, discordant pairs, exact two-sided McNemar p."""
-
-    pairs: int
-    only_first: int
-    only_second: int
-    p_value: float
-
-
-def compare_paired(first: Evaluation, second: Evaluation) -> PairedComparison | None:
-    """Compare on the (suite, task_id, init_idx) both have; None when they share none."""
-    common = first.outcomes.keys() & second.outcomes.keys()
-    if not common:
-        return None
-    only_first = sum(first.outcomes[key] and not second.outcomes[key] for key in common)
-    only_second = sum(second.outcomes[key] and not first.outcomes[key] for key in common)
-    return PairedComparison(len(common), only_first, only_second, mcnemar_exact(only_first, only_second))

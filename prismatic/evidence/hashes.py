@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 _BLOCK = 1 << 22
 
@@ -25,9 +27,7 @@ def files_hash(root: Path, files: Iterable[Path], replaced: Mapping[Path, bytes]
         if content is not None:
             digest.update(content)
             continue
-        with open(path, "rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
+        _take(digest, path)
     return digest.hexdigest()[:16]
 
 
@@ -42,4 +42,18 @@ def folder_hash(folder: str) -> str | None:
 
 def file_hash(path: str) -> str:
     """16 hexadecimal digits of a file's content.  Raises OSError."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return sha256_of(path)[:16]
+
+
+def sha256_of(*paths: str | os.PathLike) -> str:
+    """64 hexadecimal digits of the contents of files, one after the other.  Raises OSError."""
+    digest = hashlib.sha256()
+    for path in paths:
+        _take(digest, path)
+    return digest.hexdigest()
+
+
+def _take(digest: Any, path: str | os.PathLike) -> None:
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)

@@ -1,0 +1,79 @@
+"""Who may import whom: the rooms in their order, no circle, no import that runs back up."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("prismatic", "experiments", "craft_experiments")
+
+ROOMS = (
+    "prismatic.craft",
+    "prismatic.command_line",
+    "prismatic.evidence",
+    "prismatic.output_folder",
+    "prismatic.model_files",
+    "prismatic.vla",
+    "prismatic.models",
+    "prismatic.training",
+    "experiments.robot",
+    "craft_experiments",
+)
+"""A module imports from its own room and from those above it in this list."""
+JOINED = {"prismatic.extern": "prismatic.models"}
+"""The published module names are a front of the models' room."""
+
+
+def modules() -> dict[str, Path]:
+    """All modules of the product by name."""
+    files = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
+    named = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    return {name.removesuffix(".__init__"): file for name, file in named.items()}
+
+
+def imports(name: str, file: Path, known: set[str]) -> set[str]:
+    """Modules of the product that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: a relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in known else node.module)
+    return (found & known) - {name}
+
+
+MODULES = modules()
+GRAPH = {name: imports(name, file, set(MODULES)) for name, file in MODULES.items()}
+
+
+def room(name: str) -> int:
+    for front, home in JOINED.items():
+        if name.startswith(f"{front}."):
+            return ROOMS.index(home)
+    inside = [i for i, found in enumerate(ROOMS) if f"{name}.".startswith(f"{found}.")]
+    assert inside, f"{name} is in no room of ROOMS"
+    return inside[0]
+
+
+def is_empty(name: str) -> bool:
+    """A package's `__init__` that says what is in it."""
+    return MODULES[name].name == "__init__.py" and not GRAPH[name]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not is_empty(name)])
+def test_no_import_runs_back_up(name):
+    assert [other for other in GRAPH[name] if not is_empty(other) and room(other) > room(name)] == []
+
+
+def test_there_is_no_circle():
+    try:
+        list(TopologicalSorter(GRAPH).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
