@@ -18,11 +18,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from craft_experiments import jobs as planning
-from craft_experiments.commands import portable
+from craft_experiments.common_utils.terminal import say
+from craft_experiments.jobs import plan as planning
+from craft_experiments.jobs.base import JobFailed, portable
 from craft_experiments.records import State, read_manifest, set_states
 from craft_experiments.result_list import failed_cells, write_result_lists
-from craft_experiments.runner import JobFailed, run_job, run_table, say
+from craft_experiments.runner import run_job, run_table
 from craft_experiments.settings import FOLDERS, ROOT, RunConfig, Settings, resolve
 from craft_experiments.table_reports import write_table_reports
 from craft_experiments.tables import Table
@@ -58,7 +59,7 @@ def _run(s: Settings, wanted: Table) -> int:
     plan = planning.plan(s, wanted)
     if s.dry_run:
         for job in plan.values():
-            for command in planning.commands_of(s, job):
+            for command in job.commands(s):
                 print(shlex.join(portable(command)))
         return 0
     _check_folders(s)
@@ -87,7 +88,7 @@ def _report(s: Settings, wanted: Table) -> int:
 
 def _list(s: Settings, wanted: Table) -> int:
     for name, job in planning.plan(s, wanted).items():
-        print(f"{'done' if planning.is_done(s, job) else 'missing':8} {name}")
+        print(f"{'done' if job.is_done(s) else 'missing':8} {name}")
     return 0
 
 
@@ -106,7 +107,7 @@ def _job(s: Settings, wanted: Table, name: str) -> int:
         set_states(s.records_dir, dict.fromkeys(failed, error.code))
         return 1
     of_cell = [other for other in plan.values() if job.cell is not None and other.cell == job.cell]
-    if of_cell and all(planning.has_result(s, other) for other in of_cell):
+    if of_cell and all(other.has_result(s) for other in of_cell):
         set_states(s.records_dir, {job.cell.name: State.EVALUATED})
     return 0
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from craft_experiments.common_utils.plots import COLOURS, new_figure, save_figure
-from craft_experiments.jobs import Job, Stage
+from craft_experiments.jobs.base import Job
 
 _WIDTH, _HEIGHT, _COLUMN = 3.1, 0.34, 4.1  # of a box, and from one column to the next, in inches
 _STEP = 0.5  # from one row to the next
 _COLUMNS = {
-    "collect demonstrations": (Stage.COLLECT,),
-    "train": (Stage.TRAIN,),
-    "interpolate": (Stage.INTERPOLATE,),
-    "evaluate, measure": (Stage.EVALUATE, Stage.MEASURE),
+    "collect demonstrations": ("collect",),
+    "train": ("train",),
+    "interpolate": ("interpolate",),
+    "evaluate, measure": ("evaluate", "measure"),
 }
 
 
@@ -33,7 +33,7 @@ def draw_jobs(jobs: dict[str, Job], title: str, path: Path) -> Path:
     for name, job in jobs.items():
         _draw_job(axes, job, places)
         for before in job.after:
-            _draw_arrow(axes, places[before], places[name], COLOURS[_index(jobs[before].stage)])
+            _draw_arrow(axes, places[before], places[name], COLOURS[_index(jobs[before].kind)])
     return save_figure(figure, path)
 
 
@@ -54,7 +54,7 @@ def place(jobs: dict[str, Job]) -> dict[str, tuple[int, float]]:
     _spread(jobs, rows)
     columns = list(_columns(jobs).values())
     column = {stage: number for number, stages in enumerate(columns) for stage in stages}
-    return {name: (column[job.stage], rows[name]) for name, job in jobs.items()}
+    return {name: (column[job.kind], rows[name]) for name, job in jobs.items()}
 
 
 def _first_ancestor(jobs: dict[str, Job], name: str) -> list[int]:
@@ -70,26 +70,26 @@ def _spread(jobs: dict[str, Job], rows: dict[str, float]) -> None:
     """Boxes of one column do not overlap."""
     for stages in _columns(jobs).values():
         free = 0.0
-        for name in sorted((n for n, job in jobs.items() if job.stage in stages), key=rows.__getitem__):
+        for name in sorted((n for n, job in jobs.items() if job.kind in stages), key=rows.__getitem__):
             rows[name] = max(rows[name], free)
             free = rows[name] + 1
 
 
-def _columns(jobs: dict[str, Job]) -> dict[str, tuple[Stage, ...]]:
+def _columns(jobs: dict[str, Job]) -> dict[str, tuple[str, ...]]:
     """Those that have a job."""
-    found = {job.stage for job in jobs.values()}
+    found = {job.kind for job in jobs.values()}
     return {head: stages for head, stages in _COLUMNS.items() if found & set(stages)}
 
 
-def _index(stage: Stage) -> int:
-    return list(Stage).index(stage)
+def _index(kind: str) -> int:
+    return [kind for kinds in _COLUMNS.values() for kind in kinds].index(kind)
 
 
 def _draw_job(axes: Any, job: Job, places: dict[str, tuple[int, float]]) -> None:
     from matplotlib.patches import FancyBboxPatch
 
     x, y = _corner(places[job.name])
-    colour = COLOURS[_index(job.stage)]
+    colour = COLOURS[_index(job.kind)]
     style = "round,pad=0,rounding_size=0.08"
     for face in ("white", f"{colour}22"):  # opaque: arrows pass behind
         box = FancyBboxPatch((x, y), _WIDTH, _HEIGHT, boxstyle=style, facecolor=face, edgecolor=colour, zorder=2)

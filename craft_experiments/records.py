@@ -1,8 +1,8 @@
 """What jobs leave behind: one compressed JSON file per training, evaluation and measurement, and the list of states.
 
-    {records_dir}/{cell}/training.json.gz     command, seconds, metrics
-    {records_dir}/{cell}/{kind}@{suite}.json.gz   command, seconds, rate, every episode
-    {records_dir}/{cell}/retention@{data}.json.gz   command, seconds, what `measure_retention.py` found
+    {records_dir}/{cell}/training.json.gz     program, flags, seconds, metrics
+    {records_dir}/{cell}/{kind}@{suite}.json.gz   program, flags, seconds, rate, every episode
+    {records_dir}/{cell}/retention@{data}.json.gz   program, flags, seconds, what `measure_retention.py` found
     {records_dir}/manifest.json               cell -> state, failure code
 
 Tables and figures are made of these files alone.
@@ -53,6 +53,8 @@ _NO_SETTINGS = {
     "num_workers",
     "resume",
     "save_videos",
+    "standalone",
+    "nnodes",
 }
 
 
@@ -107,7 +109,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def _check_record(path: Path, record: Mapping[str, Any]) -> None:
     try:
-        check_fields(record, {"command": list, "metrics": dict, "episodes": list, RETENTION: dict}, str(path))
+        check_fields(
+            record, {"command": list, "flags": dict, "metrics": dict, "episodes": list, RETENTION: dict}, str(path)
+        )
         check_fields(record, {"rate": (int, float), "seconds": (int, float)}, str(path))
     except ValueError as error:
         raise RecordError(str(error)) from None
@@ -117,24 +121,29 @@ def _check_record(path: Path, record: Mapping[str, Any]) -> None:
     for row in record.get("episodes", ()):
         if not isinstance(row, list) or len(row) < 3 or not all(map(is_count, row[:3])) or row[2] > 1:
             raise RecordError(f"{path}: episodes: found {row!r:.60}, expected [task, initial state, 0 or 1, steps]")
-    if not all(isinstance(word, str) for word in record.get("command", ())):
-        raise RecordError(f"{path}: command: expected a list of words")
+    if not all(isinstance(word, str) for word in (*record.get("command", ()), *record.get("flags", {}).values())):
+        raise RecordError(f"{path}: expected words as the values of its flags")
 
 
-def settings_of(command: Sequence[str]) -> dict[str, str]:
-    """Flags of a command that decide its result: {"seed": "0", ...}. The program and its launcher are left out."""
-    flags = {}
-    for word, value in zip(command, [*command[1:], ""], strict=True):
-        if word.startswith("--") and word[2:] not in _NO_SETTINGS and not value.startswith("--"):
-            flags[word[2:]] = value
-    for launcher in ("standalone", "nnodes"):
-        flags.pop(launcher, None)
-    return flags
+def flags_in(command: Sequence[str]) -> dict[str, str]:
+    """Flags of a command, {"seed": "0", ...}; the last of several counts."""
+    pairs = zip(command, [*command[1:], ""], strict=True)
+    return {word[2:]: value for word, value in pairs if word.startswith("--") and not value.startswith("--")}
 
 
-def check_settings(path: Path, record: Mapping[str, Any], command: Sequence[str]) -> None:
-    """Raise RecordError when `record` was made with other flags than `command` has; names them."""
-    before, now = settings_of(record["command"]), settings_of(command)
+def settings_of(flags: Mapping[str, str]) -> dict[str, str]:
+    """The flags that decide a result."""
+    return {name: value for name, value in flags.items() if name not in _NO_SETTINGS}
+
+
+def flags_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """Flags of the program that made a record. Records of earlier versions hold its words."""
+    return record["flags"] if "flags" in record else flags_in(record["command"])
+
+
+def check_settings(path: Path, record: Mapping[str, Any], flags: Mapping[str, str]) -> None:
+    """Raise RecordError when `record` was made with other flags; names them."""
+    before, now = settings_of(flags_of(record)), settings_of(flags)
     different = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if different:
         pairs = ", ".join(f"--{n} {before.get(n, '(not given)')} (now {now.get(n, 'not given')})" for n in different)

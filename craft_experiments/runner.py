@@ -6,55 +6,20 @@ jobs at most: trainings and evaluations continue from what they saved, and a pro
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shlex
 import subprocess
-import sys
-import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from craft_experiments.commands import evaluation_dir, portable
-from craft_experiments.common_utils.log_parser import LogFormatError, extract_success_rate_from_log
-from craft_experiments.jobs import (
-    Job,
-    Stage,
-    cells_of,
-    checkpoint_of,
-    commands_of,
-    is_done,
-    is_trained,
-    measurement_file,
-    missing,
-    record_of,
-)
-from craft_experiments.records import METRICS, RETENTION, State, locked, read_record, set_states, write_record
+from craft_experiments.common_utils.terminal import echo, say
+from craft_experiments.jobs.base import Job, JobFailed, portable
+from craft_experiments.jobs.plan import cells_of, missing
+from craft_experiments.records import State, locked, set_states
 from craft_experiments.settings import ROOT, Settings
 from experiments.robot.libero.kernels import fixed_kernels
 from prismatic.evidence.failure_codes import FailureCode
-from prismatic.evidence.results import ResultFormatError, read_jsonl
-
-_CODES = {
-    Stage.COLLECT: FailureCode.TRAINING_FAILED,
-    Stage.TRAIN: FailureCode.TRAINING_FAILED,
-    Stage.INTERPOLATE: FailureCode.NO_CHECKPOINT,
-    Stage.EVALUATE: FailureCode.EVAL_FAILED,
-    Stage.MEASURE: FailureCode.EVAL_FAILED,
-}
-_terminal = threading.Lock()
-
-
-class JobFailed(RuntimeError):
-    """A job ended without its result. `code` goes into the manifest."""
-
-    def __init__(self, code: FailureCode, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
 
 
 def run_table(s: Settings, jobs: dict[str, Job]) -> dict[str, FailureCode]:
@@ -128,109 +93,26 @@ def run_job(s: Settings, job: Job) -> None:
     """
     lock = s.work_dir / "locks" / (job.name.replace("/", "--") + ".lock")
     with locked(lock, lambda: say(f"{job.name}: another process works on it; waiting for its end")) as descriptor:
-        if is_done(s, job):
+        if job.is_done(s):
             return
-        if job.stage is Stage.TRAIN:
-            set_states(s.records_dir, {job.cell.name: State.TRAINING})
-        if job.stage is Stage.MEASURE:
-            measurement_file(s, job).unlink(missing_ok=True)  # of a run killed before its record was written
+        job.begin(s)
         begun = time.monotonic()
-        for command in commands_of(s, job):
+        for command in job.commands(s):
             _run(s, job, command, descriptor)
         try:
-            _finish(s, job, command, round(time.monotonic() - begun, 1))
+            job.finish(s, round(time.monotonic() - begun, 1))
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"what {job.name} left cannot be read: {type(error).__name__}: {error}"
             raise JobFailed(FailureCode.PARSE_FAILED, reason) from error
     say(f"{job.name}: done in {time.monotonic() - begun:.0f} s")
 
 
-def _finish(s: Settings, job: Job, command: Sequence[str], seconds: float) -> None:
-    """Check what a job left and write its record."""
-    facts = {"cell": job.cell.name if job.cell else job.data.name, "command": portable(command), "seconds": seconds}
-    if job.stage is Stage.TRAIN:
-        if checkpoint_of(s, job.cell) is None:
-            raise JobFailed(FailureCode.NO_CHECKPOINT, f"no {job.cell.name}--<step>_chkpt in {s.runs_dir}")
-        if not is_trained(s, job.cell):
-            reason = f"stopped before its last step, at {checkpoint_of(s, job.cell)}; the same command continues it"
-            raise JobFailed(FailureCode.TRAINING_FAILED, reason)
-        _keep_training(s, job, facts | {"metrics": _metrics(s.runs_dir / job.cell.name / "metrics.jsonl")})
-        set_states(s.records_dir, {job.cell.name: State.TRAINED})
-    elif job.stage is Stage.EVALUATE:
-        write_record(record_of(s, job), facts | _outcome(evaluation_dir(s, job.cell, job.evaluation)))
-    elif job.stage is Stage.MEASURE:
-        measured = json.loads(measurement_file(s, job).read_text(encoding="utf-8"))
-        write_record(record_of(s, job), facts | {RETENTION: measured})
-
-
-def _keep_training(s: Settings, job: Job, record: dict[str, Any]) -> None:
-    """Write the record of a training. One that is there stays, for evaluations of its policy are there as well.
-
-    The same command gives another policy from other demonstrations, or on another kind of processor.
-    """
-    path = record_of(s, job)
-    if not path.exists():
-        write_record(path, record)
-    elif read_record(path)["metrics"] != record["metrics"]:
-        say(
-            f"{job.name}: trained again, and not as in {path}, which stays (demonstrations or processor are not the "
-            f"same). To measure everything on the new policy delete {path.parent}"
-        )
-
-
-def _metrics(path: Path) -> dict[str, list]:
-    """{"step": [...], metric: [...]}; None where a step has no value. Empty when the run kept no metrics."""
-    rows = read_jsonl(path, finite=False) if path.is_file() else []
-    found = {"step": [row["step"] for row in rows]}
-    for name in METRICS:
-        values = [row.get(name) for row in rows]
-        if any(value is not None for value in values):
-            found[name] = [None if value is None else float(f"{value:.6g}") for value in values]
-    return found
-
-
-def _outcome(folder: Path) -> dict[str, Any]:
-    """Success rate as the newest text log states it, and every episode. PARSE_FAILED when they disagree."""
-    log = _text_log(folder)
-    try:
-        rate = extract_success_rate_from_log(log)
-        rows = read_jsonl(folder / "episodes.jsonl") if (folder / "episodes.jsonl").is_file() else []
-    except (FileNotFoundError, LogFormatError, ResultFormatError) as error:
-        raise JobFailed(FailureCode.PARSE_FAILED, str(error)) from None
-    if rate is None:
-        raise JobFailed(FailureCode.PARSE_FAILED, f"{log}: no line 'Overall success rate: ...'")
-    last = {(row["task_id"], row["init_idx"]): row for row in rows}  # a repeated episode supersedes its error
-    episodes = [[*key, int(row["status"] == "success"), row["steps"]] for key, row in sorted(last.items())]
-    counted = sum(episode[2] for episode in episodes)
-    if episodes and abs(counted / len(episodes) - rate) > 5e-5 + 1e-9:  # four decimals are written
-        reason = f"{log}: success rate {rate}, episodes.jsonl has {counted} of {len(episodes)}"
-        raise JobFailed(FailureCode.PARSE_FAILED, reason)
-    return {"rate": rate, "episodes": episodes}
-
-
-def _text_log(folder: Path) -> Path:
-    """That of the run which wrote the results. Names of logs hold a time, and clocks are set back."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        log = folder / f"{json.loads((folder / 'results.json').read_text(encoding='utf-8'))['run_id']}.txt"
-        if log.is_file() and log.parent == folder:
-            return log
-    logs = sorted(folder.glob("EVAL-*.txt"))
-    return logs[-1] if logs else folder / "console.log"
-
-
 # --- Programs -----------------------------------------------------------------------------------------------------
-
-
-def log_file(s: Settings, job: Job) -> Path:
-    """Where everything a job prints goes."""
-    if job.stage is Stage.EVALUATE:
-        return evaluation_dir(s, job.cell, job.evaluation) / "console.log"
-    return s.logs_dir / (job.name.replace("/", "--") + ".log")
 
 
 def _run(s: Settings, job: Job, command: list[str], lock: int) -> None:
     """Run one program with its output in the log and on the terminal. JobFailed when it does not end with 0."""
-    log = log_file(s, job)
+    log = job.log(s)
     log.parent.mkdir(parents=True, exist_ok=True)
     say(f"{job.name}: {shlex.join(portable(command))}")
     environment = fixed_kernels() | os.environ  # what the user set wins
@@ -249,10 +131,10 @@ def _run(s: Settings, job: Job, command: list[str], lock: int) -> None:
             )
         except OSError as error:  # no such program
             stream.write(f"{error}\n".encode())
-            raise JobFailed(_CODES[job.stage], f"{command[0]}: {error.strerror}") from error
+            raise JobFailed(job.failure, f"{command[0]}: {error.strerror}") from error
         _copy(process, stream, prefix)
     if process.returncode != 0:
-        raise JobFailed(_CODES[job.stage], f"exit code {process.returncode}, see {log}")
+        raise JobFailed(job.failure, f"exit code {process.returncode}, see {log}")
 
 
 def _copy(process: subprocess.Popen, stream: BinaryIO, prefix: bytes) -> None:
@@ -261,21 +143,9 @@ def _copy(process: subprocess.Popen, stream: BinaryIO, prefix: bytes) -> None:
         for line in process.stdout:
             stream.write(line)
             stream.flush()
-            _echo(prefix + line)
+            echo(prefix + line)
 
 
 def _python_path() -> str:
     """The programs run from the repository whether or not the package is installed."""
     return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-
-
-def _echo(line: bytes) -> None:
-    # A closed terminal must not end the run.
-    with _terminal, contextlib.suppress(OSError, ValueError):
-        sys.stdout.buffer.write(line)
-        sys.stdout.buffer.flush()
-
-
-def say(line: str) -> None:
-    """One line with the time of day."""
-    _echo(f"[{time.strftime('%H:%M:%S')}] {line}\n".encode())

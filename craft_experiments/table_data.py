@@ -12,8 +12,9 @@ from functools import cached_property
 from math import fsum
 from typing import Any
 
-from craft_experiments.commands import portable
-from craft_experiments.jobs import Job, Stage, commands_of, plan, record_of
+from craft_experiments.jobs.base import Job
+from craft_experiments.jobs.evaluate import Evaluate
+from craft_experiments.jobs.plan import plan
 from craft_experiments.records import RETENTION, RecordError, check_settings, read_manifest, read_record
 from craft_experiments.settings import Settings
 from craft_experiments.tables import Cell, Evaluation, Kind, Method, Table
@@ -416,7 +417,7 @@ def load(s: Settings, table: Table) -> TableData:
 
 
 def _is_recorded(job: Job) -> bool:
-    return job.stage in (Stage.TRAIN, Stage.EVALUATE, Stage.MEASURE)
+    return bool(job.measured)
 
 
 def _cells(table: Table) -> list[tuple[str, Cell]]:
@@ -424,15 +425,16 @@ def _cells(table: Table) -> list[tuple[str, Cell]]:
 
 
 def _read(s: Settings, job: Job) -> dict[str, Any] | None:
-    path = record_of(s, job)
+    path = job.record(s)
     if path is None or not path.exists():
         return None
     record = read_record(path)
-    expected = {Stage.TRAIN: "metrics", Stage.EVALUATE: "episodes", Stage.MEASURE: RETENTION}[job.stage]
-    for name in ("cell", "command", "seconds", expected):
+    if "flags" not in record and "command" not in record:
+        raise RecordError(f"{path}: flags: found nothing, expected a field of that name")
+    for name in ("cell", "seconds", job.measured):
         if name not in record:
             raise RecordError(f"{path}: {name}: found nothing, expected a field of that name")
-    check_settings(path, record, portable(commands_of(s, job)[-1]))
+    check_settings(path, record, job.flags(s))
     return record
 
 
@@ -456,7 +458,7 @@ def _entries(
         cell = request.cell
         for evaluation in request.evaluations:
             place = (cell.method.key, _column(s, table, cell, evaluation))
-            job = Job(Stage.EVALUATE, cell=cell, evaluation=evaluation).name
+            job = Evaluate(cell, evaluation).name
             seeds.setdefault(place, {})[cell.seed] = (job, cell.name)
     return {place: _entry(found, records, codes) for place, found in seeds.items()}
 
@@ -480,11 +482,11 @@ def _values(
     found: dict[tuple[str, Training], dict[str, dict[int, float]]] = {}
     for name, record in records.items():
         job = jobs[name]
-        if job.stage is Stage.TRAIN:
-            metrics = training_metrics(record, str(record_of(s, job)))
+        if job.kind == "train":
+            metrics = training_metrics(record, str(job.record(s)))
             values = _training_values(metrics, float(record["seconds"]))
-        elif job.stage is Stage.MEASURE:
-            values = retention_values(record[RETENTION], str(record_of(s, job)))
+        elif job.kind == "measure":
+            values = retention_values(record[RETENTION], str(job.record(s)))
             if job.data.dataset != s.preset.start_dataset:
                 values = target_values(values)
         else:
@@ -498,8 +500,8 @@ def _values(
 def _metrics(
     s: Settings, jobs: Mapping[str, Job], records: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, TrainingMetrics]:
-    trained = {name: record for name, record in records.items() if jobs[name].stage is Stage.TRAIN}
-    return {jobs[n].cell.name: training_metrics(r, str(record_of(s, jobs[n]))) for n, r in trained.items()}
+    trained = {name: record for name, record in records.items() if jobs[name].kind == "train"}
+    return {jobs[n].cell.name: training_metrics(r, str(jobs[n].record(s))) for n, r in trained.items()}
 
 
 def _with_lost_success(data: TableData) -> dict[tuple[str, Training], dict[str, dict[int, float]]]:

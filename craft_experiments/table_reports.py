@@ -18,10 +18,10 @@ from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 
-from craft_experiments.commands import as_words
 from craft_experiments.figures import write_figures
 from craft_experiments.hypotheses import page as hypotheses_page
 from craft_experiments.hypotheses import verdicts
+from craft_experiments.jobs.base import as_words
 from craft_experiments.settings import RunConfig, Settings
 from craft_experiments.table_data import (
     RETENTION_MEASURES,

@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
-from craft_experiments.common_utils.job_slots import Job, run_jobs, say
+from craft_experiments.common_utils.job_slots import Job, run_jobs
+from craft_experiments.common_utils.terminal import say
 from prismatic.command_line import bad_input_in_one_line, flag, parse
 from prismatic.evidence.files import write_text
 from prismatic.output_folder import check_folder

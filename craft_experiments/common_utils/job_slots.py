@@ -14,10 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from craft_experiments.common_utils.terminal import say
 from prismatic.evidence.files import write_text
 
 POLL_S = 0.1
@@ -359,11 +360,3 @@ def duration(seconds: float) -> str:
     """``5 min 10 s``, ``42 s``."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def say(text: str) -> None:
-    """A line with the time of day, at once. A closed terminal, or one without the letters, ends no run."""
-    encoding = sys.stdout.encoding or "utf-8"
-    with suppress(OSError, ValueError):
-        line = f"[{time.strftime('%H:%M:%S')}] {text}"
-        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)

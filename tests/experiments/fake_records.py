@@ -2,7 +2,7 @@
 
 import random
 
-from craft_experiments.jobs import Stage, commands_of, plan, record_of
+from craft_experiments.jobs.plan import plan
 from craft_experiments.records import write_record
 from craft_experiments.settings import RunConfig, resolve
 from craft_experiments.tables import table
@@ -18,24 +18,24 @@ def settings(folder, name, **flags):
 
 def facts(s, job, seconds=60.0):
     """The fields that every record has."""
-    return {"cell": job.cell.name, "command": ["python", *commands_of(s, job)[-1][1:]], "seconds": seconds}
+    return job.facts(s, seconds)
 
 
 def evaluation(s, job, outcomes, seconds=60.0):
     """Write one evaluation: {(task, initial state): success}."""
     episodes = [[task, start, int(success), 100] for (task, start), success in sorted(outcomes.items())]
     rate = round(sum(outcomes.values()) / len(outcomes), 4)
-    write_record(record_of(s, job), facts(s, job, seconds) | {"rate": rate, "episodes": episodes})
+    write_record(job.record(s), facts(s, job, seconds) | {"rate": rate, "episodes": episodes})
 
 
 def training(s, job, metrics, seconds=600.0):
     """Write one training: {metric: values}, `step` among them."""
-    write_record(record_of(s, job), facts(s, job, seconds) | {"metrics": metrics})
+    write_record(job.record(s), facts(s, job, seconds) | {"metrics": metrics})
 
 
 def retention(s, job, measured):
     """Write what `measure_retention.py` found."""
-    write_record(record_of(s, job), facts(s, job) | {"retention": measured})
+    write_record(job.record(s), facts(s, job) | {"retention": measured})
 
 
 def measured(rng):
@@ -71,11 +71,11 @@ def fill(s, name, share=1.0, seed=0):
     """Write made-up records of a table, or of about a share of its jobs."""
     rng = random.Random(seed)
     for job in plan(s, table(name, s.preset, s.methods)).values():
-        if record_of(s, job) is None or rng.random() > share:
+        if job.record(s) is None or rng.random() > share:
             continue
-        if job.stage is Stage.TRAIN:
+        if job.kind == "train":
             training(s, job, curves(rng, job), rng.uniform(500, 900))
-        elif job.stage is Stage.MEASURE:
+        elif job.kind == "measure":
             retention(s, job, measured(rng))
         else:
             rate = 0.1 if job.cell.method.control else rng.uniform(0.5, 0.95)

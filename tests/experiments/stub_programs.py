@@ -127,7 +127,8 @@ def episode(task: int, trial: int) -> dict:
     if os.environ.get("STUB_HASHED"):
         cell = re.sub(r".*/|--\d+_chkpt", "", flag("pretrained_checkpoint", "replay"))
         won = chance(cell, flag("task_suite_name"), flag("init_noise_mm"), flag("seed"), task, trial) < 0.6
-    return {"task_id": task, "init_idx": trial, "status": "success" if won else "failure", "steps": 10 + trial}
+    place = {"suite": flag("task_suite_name"), "task_id": task, "init_idx": trial, "seed": int(flag("seed", "0"))}
+    return place | {"status": "success" if won else "failure", "steps": 10 + trial}
 
 
 def evaluate() -> None:
@@ -149,8 +150,10 @@ def evaluate() -> None:
             progress(f"episode {key}")
     won = sum(row["status"] == "success" for row in done.values())
     lines = [f"Task suite: {suite}", *(f"Success: {row['status'] == 'success'}" for row in done.values())]
-    if not happens("NO_FINAL_LINE", suite):
-        rate = won / len(done)
+    rate = won / len(done)
+    facts = {} if happens("NO_FINAL_LINE", suite) else {"overall": {"success_rate": rate, "trials": len(done)}}
+    (folder / "results.json").write_text(json.dumps(facts) + "\n")
+    if facts:
         lines += [f"Total episodes: {len(done)}", f"Total successes: {won}"]
         lines += [f"Overall success rate: {rate:.4f} ({rate * 100:.1f}%)"]
     print("\n".join(lines))

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import stub_programs
 
-from craft_experiments import runner
 from craft_experiments.common_utils import job_slots
-from craft_experiments.common_utils.job_slots import Job, run_jobs, say
+from craft_experiments.common_utils.job_slots import Job, run_jobs
 from craft_experiments.common_utils.log_parser import format_comparison_table
+from craft_experiments.common_utils.terminal import say
+from craft_experiments.jobs.base import JobFailed
+from craft_experiments.jobs.evaluate import _outcome
 from craft_experiments.settings import RunConfig, resolve
 from craft_experiments.table_formats import Grid, GridRow, _csv, latex, latex_text, markdown
 from prismatic.evidence.cells import csv_cell, markdown_cell, one_line
@@ -169,16 +171,17 @@ def test_a_damaged_result_is_not_done(tmp_path, content):
 # --- clocks
 
 
-def test_the_log_is_that_of_the_results_not_of_the_latest_time(tmp_path):
-    for stamp, rate in (("2031_01_01-00_00_00", 0.0), ("2001_01_01-00_00_00", 1.0)):
-        (tmp_path / f"EVAL-{stamp}.txt").write_text(
-            f"Task suite: s\nSuccess: {rate == 1}\nOverall success rate: {rate}\n"
-        )
-    assert runner._outcome(tmp_path)["rate"] == 0.0  # without results the latest name is all there is
-    (tmp_path / "results.json").write_text(json.dumps({"run_id": "EVAL-2001_01_01-00_00_00"}))
-    assert runner._outcome(tmp_path)["rate"] == 1.0
-    (tmp_path / "results.json").write_text(json.dumps({"run_id": "../EVAL-2001_01_01-00_00_00"}))
-    assert runner._outcome(tmp_path)["rate"] == 0.0
+def test_the_rate_is_that_of_the_results_whatever_logs_lie_beside_them(tmp_path):
+    row = {"suite": "s", "task_id": 0, "init_idx": 0, "seed": 7, "status": "success", "steps": 3}
+    (tmp_path / "episodes.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "EVAL-2031_01_01-00_00_00.txt").write_text("Task suite: s\nOverall success rate: 0.0\n")
+    with pytest.raises(JobFailed, match="no overall success_rate"):
+        _outcome(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({"overall": {"success_rate": 1.0}}))
+    assert _outcome(tmp_path) == {"rate": 1.0, "episodes": [[0, 0, 1, 3]]}
+    (tmp_path / "results.json").write_text(json.dumps({"overall": {"success_rate": 0.0}}))
+    with pytest.raises(JobFailed, match="results.json has rate 0.0, episodes.jsonl 1 of 1"):
+        _outcome(tmp_path)
 
 
 def test_durations_come_from_the_clock_that_is_never_set_back():

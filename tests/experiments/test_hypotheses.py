@@ -4,7 +4,7 @@ import fake_records as fake
 import pytest
 
 from craft_experiments.hypotheses import PairedTest, closest, page, verdicts
-from craft_experiments.jobs import Stage, plan
+from craft_experiments.jobs.plan import plan
 from craft_experiments.table_data import load, training_of
 from craft_experiments.table_formats import trade_off_grid
 from craft_experiments.tables import table
@@ -18,13 +18,13 @@ def decide(tmp_path, forgetting, error, drift):
     s = fake.settings(tmp_path, "retention", seeds="0,1,2")
     wanted = table("retention", s.preset)
     for job in plan(s, wanted).values():
-        if job.stage is Stage.TRAIN:
+        if job.kind == "train":
             budget = float(job.cell.method.train.get("craft_retention_budget", 1.0))
             value = budget * drift(job.cell.method.key, job.cell.seed)
             fake.training(
                 s, job, {"step": [1, 2], "VLA Train/Loss": [0.1, 0.1], "CRaFT/Retention Loss": [value] * 2}, 9.0
             )
-        elif job.stage is Stage.MEASURE:
+        elif job.kind == "measure":
             key, seed = job.cell.method.key, job.cell.seed
             errors = {"start": BEFORE, "trained": error(key, seed), "start_head": BEFORE + forgetting(key, seed)}
             fake.retention(s, job, fake.measured(fake.random.Random(0)) | {"action_l1": errors})
@@ -86,7 +86,7 @@ def test_rivals_are_chosen_by_their_error_on_the_first_seed_and_judged_on_the_ot
 def test_missing_runs_leave_the_question_open(tmp_path):
     s = fake.settings(tmp_path, "retention", seeds="0")
     wanted = table("retention", s.preset)
-    job = next(job for job in plan(s, wanted).values() if job.stage is Stage.TRAIN)
+    job = next(job for job in plan(s, wanted).values() if job.kind == "train")
     fake.training(s, job, {"step": [1], "VLA Train/Loss": [0.1]}, 1.0)
     found = verdicts(load(s, wanted), training_of(wanted.requests[0].cell))
     assert [verdict.decision for verdict in found] == ["open"] * 3

@@ -14,20 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from craft_experiments import records
-from craft_experiments.commands import data_root, portable
 from craft_experiments.graph import place
-from craft_experiments.jobs import (
-    Job,
-    Stage,
-    commands_of,
-    has_result,
-    is_trained,
-    missing,
-    plan,
-    record_of,
-    wanted_table,
-    with_followers,
-)
+from craft_experiments.jobs.base import Job, data_root, portable
+from craft_experiments.jobs.plan import missing, plan, wanted_table, with_followers
 from craft_experiments.settings import RunConfig, resolve
 from craft_experiments.tables import TABLES
 
@@ -49,11 +38,11 @@ def table_in(folder: Path, **flags):
 
 def product(s, job: Job) -> tuple[str, Path] | None:
     """What a job leaves besides its record: a data set or a policy."""
-    if job.stage is Stage.COLLECT:
+    if job.kind == "collect":
         return "data", Path(data_root(s, job.data), job.data.dataset, "1.0.0", "dataset_info.json")
-    if job.stage is Stage.TRAIN:
+    if job.kind == "train":
         return "policy", s.runs_dir / f"{job.cell.name}--{s.preset.max_steps}_chkpt" / "weights"
-    return ("policy", s.runs_dir / job.cell.name / "weights") if job.stage is Stage.INTERPOLATE else None
+    return ("policy", s.runs_dir / job.cell.name / "weights") if job.kind == "interpolate" else None
 
 
 def make_everything(s, jobs) -> None:
@@ -63,8 +52,8 @@ def make_everything(s, jobs) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("{}")
     for job in jobs.values():
-        if record_of(s, job) is not None:
-            records.write_record(record_of(s, job), {"command": portable(commands_of(s, job)[-1]), "seconds": 1.0})
+        if job.record(s) is not None:
+            records.write_record(job.record(s), job.facts(s, 1.0))
 
 
 def delete(s, job: Job) -> None:
@@ -74,8 +63,8 @@ def delete(s, job: Job) -> None:
         kept[1].unlink()
         if kept[0] == "policy":
             kept[1].parent.rmdir()
-    if record_of(s, job) is not None:
-        record_of(s, job).unlink()
+    if job.record(s) is not None:
+        job.record(s).unlink()
 
 
 def names_of(flags) -> list[str]:
@@ -103,7 +92,7 @@ def test_missing_is_what_was_deleted_and_what_that_needs(deleted):
         assert set(todo) == needed
         assert [name for name in jobs if name in todo] == list(todo)  # predecessors first
         for job in todo.values():
-            assert all(before in todo or has_result(s, jobs[before]) for before in job.after)
+            assert all(before in todo or jobs[before].has_result(s) for before in job.after)
 
 
 @given(st.sets(st.sampled_from([name for name in ALL if not name.startswith(("evaluate/", "measure/"))])))
@@ -135,16 +124,29 @@ def test_an_evaluation_without_its_policy_makes_the_policy_again(tmp_path, name)
 def test_only_the_last_checkpoint_is_a_trained_policy(tmp_path):
     s, jobs = table_in(tmp_path)
     make_everything(s, jobs)
-    cell = jobs["train/craft--spatial--seed0"].cell
-    last = s.runs_dir / f"{cell.name}--{s.preset.max_steps}_chkpt"
-    assert is_trained(s, cell)
-    last.rename(s.runs_dir / f"{cell.name}--{s.preset.max_steps - 1}_chkpt")
-    assert not is_trained(s, cell) and missing(s, jobs) == {}
+    job = jobs["train/craft--spatial--seed0"]
+    last = s.runs_dir / f"{job.cell.name}--{s.preset.max_steps}_chkpt"
+    assert job.is_trained(s)
+    last.rename(s.runs_dir / f"{job.cell.name}--{s.preset.max_steps - 1}_chkpt")
+    assert not job.is_trained(s) and missing(s, jobs) == {}
     delete(s, jobs["evaluate/craft--spatial--seed0/standard@libero_spatial"])
     assert "train/craft--spatial--seed0" in missing(s, jobs)
     # --extra_train_args has the last word on the number of steps.
     shorter, _ = table_in(tmp_path, extra_train_args=f"--max_steps {s.preset.max_steps - 1}")
-    assert is_trained(shorter, cell)
+    assert job.is_trained(shorter)
+
+
+def test_records_of_earlier_versions_hold_words_and_are_read(tmp_path):
+    s, jobs = table_in(tmp_path)
+    make_everything(s, jobs)
+    job = jobs["train/craft--spatial--seed0"]
+    old = {"command": portable(job.commands(s)[-1]), "seconds": 1.0}
+    records.write_record(job.record(s), old)
+    assert missing(s, jobs) == {}
+    old["command"][old["command"].index("--learning_rate") + 1] = "0.9"
+    records.write_record(job.record(s), old)
+    with pytest.raises(records.RecordError, match="--learning_rate 0.9"):
+        missing(s, jobs)
 
 
 def test_followers_are_direct_and_indirect():
@@ -178,7 +180,7 @@ def test_a_policy_acts_in_the_units_it_learned_the_suite_in(tmp_path):
     s, jobs = table_in(tmp_path)
 
     def units(name):
-        command = commands_of(s, jobs[name])[-1]
+        command = jobs[name].commands(s)[-1]
         return command[command.index("--unnorm_key") + 1]
 
     spatial, start_tasks = "perturbed@libero_spatial", "start_tasks@libero_object"
@@ -197,8 +199,8 @@ def test_demonstrations_are_collected_before_they_are_read(tmp_path, name):
     jobs = plan(s, wanted_table(s, name))
     read = {}
     for job in jobs.values():
-        (command, *_), before = commands_of(s, job)[-1:], [jobs[after] for after in job.after]
-        made = [product(s, other)[1].parent for other in before if other.stage is Stage.COLLECT]
+        (command, *_), before = job.commands(s)[-1:], [jobs[after] for after in job.after]
+        made = [product(s, other)[1].parent for other in before if other.kind == "collect"]
         if "--replay_dataset" in command:
             assert made == [Path(command[command.index("--replay_dataset") + 1])]
             assert [jobs[after].data.task_ids for after in job.after] == [command[command.index("--task_ids") + 1]]

@@ -17,7 +17,7 @@ from PIL import Image
 from craft_experiments.__main__ import main
 from craft_experiments.common_utils.log_parser import FailureCode
 from craft_experiments.figures import cost_ratios
-from craft_experiments.jobs import Stage, plan, record_of
+from craft_experiments.jobs.plan import plan
 from craft_experiments.records import RecordError, read_record, set_states, write_record
 from craft_experiments.settings import RunConfig, resolve
 from craft_experiments.table_data import Column, load, retention_values
@@ -40,7 +40,7 @@ def first(count):
 def write(s, name, counts, kind=Kind.STANDARD):
     """Evaluations of one kind: {method: {seed: successes of 20}}."""
     for job in plan(s, table(name, s.preset, s.methods)).values():
-        if job.stage is Stage.EVALUATE and job.evaluation.kind is kind:
+        if job.kind == "evaluate" and job.evaluation.kind is kind:
             count = counts.get(job.cell.method.key, {}).get(job.cell.seed)
             if count is not None:
                 fake.evaluation(s, job, first(count))
@@ -229,15 +229,15 @@ def test_measures_of_training_and_retention(tmp_path):
     report = fake.measured(random.Random(0))
     for job in plan(s, table("retention", s.preset, s.methods)).values():
         seconds = {"plain": 100.0, "craft": 150.0 + 10 * job.cell.seed}.get(job.cell.method.key, 1.0) if job.cell else 0
-        if job.stage is Stage.TRAIN:
+        if job.kind == "train":
             metrics = {"step": list(range(8)), "VLA Train/Loss": [1.0] * 6 + [0.1, 0.3]}
             if job.cell.method.key == "craft":
                 metrics["CRaFT/Retention Loss"] = [None] * 4 + [1.0, 1.0, 1.0, 0.02]
                 metrics["CRaFT/Lambda"] = [0.0] * 7 + [0.5]
             fake.training(s, job, metrics, seconds)
-        elif job.stage is Stage.MEASURE:
+        elif job.kind == "measure":
             fake.retention(s, job, report)
-        elif job.stage is Stage.EVALUATE and job.evaluation.kind is Kind.START_TASKS:
+        elif job.kind == "evaluate" and job.evaluation.kind is Kind.START_TASKS:
             fake.evaluation(s, job, first({"start": 18, "craft": 15, "plain": 6}.get(job.cell.method.key, 0)))
     data = loaded(s, "retention")
     training = next(t for key, t in data.values if key == "craft")
@@ -291,10 +291,10 @@ def test_records_of_other_settings_are_refused(tmp_path):
 def test_a_record_without_a_field_is_refused(tmp_path):
     s = small(tmp_path)
     write(s, "table1", CLEAR)
-    job = next(j for j in plan(s, table("table1", s.preset)).values() if j.stage is Stage.EVALUATE)
-    record = read_record(record_of(s, job))
+    job = next(j for j in plan(s, table("table1", s.preset)).values() if j.kind == "evaluate")
+    record = read_record(job.record(s))
     del record["episodes"]
-    write_record(record_of(s, job), record)
+    write_record(job.record(s), record)
     with pytest.raises(RecordError, match="episodes: found nothing"):
         loaded(s, "table1")
 

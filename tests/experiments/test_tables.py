@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from craft_experiments.commands import evaluation_command, train_command
+from craft_experiments.jobs.evaluate import Evaluate
+from craft_experiments.jobs.train import Train
 from craft_experiments.records import settings_of
 from craft_experiments.settings import RunConfig, resolve
 from craft_experiments.tables import PRESETS, TABLES, Kind, Role, methods_of, table
@@ -28,9 +29,9 @@ def test_a_cell_name_stands_for_one_training_run(preset):
     commands = {}
     for request in requests(preset):
         if request.cell.method.role is Role.TRAINED:
-            commands.setdefault(request.cell.name, set()).add(tuple(train_command(s, request.cell)))
+            commands.setdefault(request.cell.name, set()).add(tuple(Train(request.cell).flags(s).items()))
     assert all(len(found) == 1 for found in commands.values())
-    runs = [tuple(sorted(settings_of(*found).items())) for found in commands.values()]
+    runs = [tuple(sorted(settings_of(dict(*found)).items())) for found in commands.values()]
     without_id = [tuple(pair for pair in run if pair[0] != "run_id_override") for run in runs]
     assert len(set(without_id)) == len(without_id)  # and nothing is trained twice under two names
 
@@ -39,7 +40,7 @@ def test_a_cell_name_stands_for_one_training_run(preset):
 def test_evaluations_of_a_cell_differ(preset):
     s = settings(preset=preset.name)
     for request in requests(preset):
-        commands = [settings_of(evaluation_command(s, request.cell, e, Path("p"))) for e in request.evaluations]
+        commands = [settings_of(Evaluate(request.cell, e).flags(s)) for e in request.evaluations]
         same = [e.name for e, c in zip(request.evaluations, commands, strict=True) if commands.count(c) > 1]
         # The start tasks are read by two heads: the policies differ, not the flags.
         assert {name.split("@")[0] for name in same} <= {Kind.START_TASKS.value, Kind.START_TASKS_START_HEAD.value}
@@ -90,7 +91,7 @@ def test_all_demonstrations_are_the_run_of_table_1():
 def test_the_joint_policy_takes_as_many_steps_as_the_single_ones_together():
     s = settings(preset="tiny")
     joint = next(r.cell for r in table("table2", s.preset).requests if r.cell.method.key == "plain_joint")
-    flags = settings_of(train_command(s, joint))
+    flags = settings_of(Train(joint).flags(s))
     assert int(flags["max_steps"]) == 3 * s.preset.max_steps
     assert flags["dataset_name"].split(",") == [s.preset.dataset(suite) for suite in joint.suites]
 
@@ -100,7 +101,7 @@ def test_flags_replace_values_of_the_preset():
         preset="qwen25-0_5b", retention_budget=0.2, lora_rank=8, task_ids="1 2", seeds="4,5", suites="libero_goal"
     )
     cell = next(r.cell for r in table("table1", s.preset).requests if r.cell.method.key == "craft")
-    flags = settings_of(train_command(s, cell))
+    flags = settings_of(Train(cell).flags(s))
     assert (flags["craft_retention_budget"], flags["lora_rank"], flags["seed"]) == ("0.2", "8", "4")
     assert flags["craft_dual_lr"] == "0.01"  # as before
     assert s.preset.task_ids["libero_goal"] == "1,2" and s.preset.suites == ("libero_goal",)
@@ -126,5 +127,5 @@ def test_a_changed_preset_changes_the_settings_of_a_command():
     cell = table("table1", s.preset).requests[0].cell
     changed = replace(s, preset=replace(s.preset, learning_rate=1.0))
     moved = replace(s, work_dir=Path("elsewhere"), python="/usr/bin/python3")
-    assert settings_of(train_command(s, cell)) != settings_of(train_command(changed, cell))
-    assert settings_of(train_command(s, cell)) == settings_of(train_command(moved, cell))
+    assert settings_of(Train(cell).flags(s)) != settings_of(Train(cell).flags(changed))
+    assert settings_of(Train(cell).flags(s)) == settings_of(Train(cell).flags(moved))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from craft_experiments import runner
-from craft_experiments.jobs import Job, Stage
+from craft_experiments.jobs.collect import Collect
 from craft_experiments.tables import Demonstrations
 from experiments.robot.libero import collect_demos
 from experiments.robot.libero.collect_demos import CollectSettings, Share
@@ -53,11 +53,11 @@ def test_collecting_processes(monkeypatch, tmp_path, expected):
 
 
 def test_programs_of_the_tables(tmp_path, expected):
-    job = Job(Stage.COLLECT, data=Demonstrations("libero_object", "", "d"))
+    job = Collect(Demonstrations("libero_object", "", "d"))
     settings = SimpleNamespace(logs_dir=tmp_path, slots=1)
     with (tmp_path / "lock").open("w") as lock:
         runner._run(settings, job, [sys.executable, __file__], lock.fileno())
-    assert runner.log_file(settings, job).read_text().endswith(f"uses {expected}\n")
+    assert job.log(settings).read_text().endswith(f"uses {expected}\n")
 
 
 if __name__ == "__main__":

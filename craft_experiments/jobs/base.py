@@ -1,0 +1,127 @@
+"""What every kind of job has. A new kind is a file beside this one and a line in `plan.py`."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from craft_experiments.records import check_settings, flags_in, read_record, write_record
+from craft_experiments.settings import ROOT, Settings
+from craft_experiments.tables import Cell, Demonstrations
+from prismatic.evidence.failure_codes import FailureCode
+
+
+class JobFailed(RuntimeError):
+    """A job ended without its result. `code` goes into the manifest."""
+
+    def __init__(self, code: FailureCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Job(ABC):
+    """One job. `after`: names of the jobs it waits for.
+
+    Attributes:
+        kind: first part of its name.
+        failure: code when one of its programs fails.
+        measured: name of what its record holds; empty for a job that leaves none.
+    """
+
+    after: tuple[str, ...] = field(default=(), kw_only=True)
+
+    kind: ClassVar[str]
+    failure: ClassVar[FailureCode]
+    measured: ClassVar[str] = ""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[str, ...]:
+        """What tells it from others of its kind: names of cell, evaluation, data."""
+
+    @property
+    def name(self) -> str:
+        """`evaluate/plain--spatial--seed0/standard@libero_spatial`."""
+        return "/".join((self.kind, *self.parts))
+
+    @property
+    def cell(self) -> Cell | None:
+        """The policy it belongs to; None for demonstrations, which many use."""
+        return None
+
+    @abstractmethod
+    def commands(self, s: Settings) -> list[list[str]]:
+        """What it runs, one after the other; the last decides the result. Files that do not exist yet are named as
+        they will be.
+        """
+
+    def flags(self, s: Settings) -> dict[str, str]:
+        """Flags of the last command, {"seed": "0", ...}."""
+        return flags_in(portable(self.commands(s)[-1]))
+
+    def record(self, s: Settings) -> Path | None:
+        """The record it writes; None when what it makes is no measurement."""
+        return None
+
+    def has_result(self, s: Settings) -> bool:
+        """Whether what it is run for is there.
+
+        Raises:
+            RecordError: the record was made with other settings.
+        """
+        path = self.record(s)
+        if path is None or not path.exists():
+            return False
+        check_settings(path, read_record(path), self.flags(s))
+        return True
+
+    def is_done(self, s: Settings) -> bool:
+        """As `has_result`; a training also needs its last checkpoint, which may have been deleted since."""
+        return self.has_result(s)
+
+    def log(self, s: Settings) -> Path:
+        """Where everything its programs print goes."""
+        return s.logs_dir / (self.name.replace("/", "--") + ".log")
+
+    def begin(self, s: Settings) -> None:
+        """What has to be so before its first program starts."""
+        return
+
+    def finish(self, s: Settings, seconds: float) -> None:
+        """Check what its programs left and write the record.
+
+        Raises:
+            JobFailed: something is missing. OSError, ValueError, KeyError, TypeError: it cannot be read.
+        """
+        return
+
+    def facts(self, s: Settings, seconds: float) -> dict[str, Any]:
+        """What every record holds."""
+        program = next(word for word in portable(self.commands(s)[-1]) if word.endswith(".py"))
+        return {"cell": self.parts[0], "program": program, "flags": self.flags(s), "seconds": seconds}
+
+    def keep(self, s: Settings, record: Mapping[str, Any]) -> None:
+        """Write the record."""
+        write_record(self.record(s), record)
+
+
+def as_words(flags: Mapping[str, object]) -> list[str]:
+    """{"a": 1} -> ["--a", "1"]."""
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def portable(command: Sequence[str]) -> list[str]:
+    """The command as anyone would type it in the repository: no interpreter path, no absolute folder inside it."""
+    program = "python" if Path(command[0]).name.startswith("python") else Path(command[0]).name
+    return [program, *(word.removeprefix(f"{ROOT}{os.sep}") for word in command[1:])]
+
+
+def data_root(s: Settings, data: Demonstrations) -> str:
+    """Folder that holds the data set. Held-out ones keep the name, by which their normalisation is found."""
+    root = s.preset.data_root_dir
+    return str(Path(root) / "held_out") if data.held_out else root

@@ -1,0 +1,128 @@
+"""Evaluate a policy in the simulator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from craft_experiments.jobs.base import Job, JobFailed, as_words, data_root
+from craft_experiments.jobs.interpolate import interpolation
+from craft_experiments.jobs.policies import expected_checkpoint
+from craft_experiments.records import record_path
+from craft_experiments.settings import Settings
+from craft_experiments.tables import PRO_SUFFIX, Cell, Demonstrations, Evaluation, Kind, Preset, Role
+from prismatic.evidence.episodes import RecordsError, read_run
+from prismatic.evidence.failure_codes import FailureCode
+
+_START_KINDS = (Kind.START_TASKS, Kind.START_TASKS_START_HEAD)
+_START_HEAD = "--start_head"
+
+
+@dataclass(frozen=True)
+class Evaluate(Job):
+    """One evaluation; it continues what is there."""
+
+    policy: Cell
+    evaluation: Evaluation
+
+    kind = "evaluate"
+    failure = FailureCode.EVAL_FAILED
+    measured = "episodes"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.policy.name, self.evaluation.name
+
+    @property
+    def cell(self) -> Cell:
+        return self.policy
+
+    def commands(self, s: Settings) -> list[list[str]]:
+        policy = expected_checkpoint(s, self.policy)
+        if self.evaluation.kind is not Kind.START_TASKS_START_HEAD:
+            return [self._command(s, policy)]
+        grafted = s.runs_dir / (self.policy.name + _START_HEAD)
+        graft = [] if grafted.is_dir() else [interpolation(s, policy, 0.0, "head", grafted)]
+        return [*graft, self._command(s, grafted)]
+
+    def _command(self, s: Settings, checkpoint: Path | None) -> list[str]:
+        p, cell, evaluation, folder = s.preset, self.policy, self.evaluation, self.folder(s)
+        at_start = evaluation.kind in _START_KINDS
+        perturbed = dict(p.perturbed if evaluation.kind is Kind.PERTURBED else p.start_perturbed if at_start else {})
+        suffix = "" if at_start else perturbed.get("suite_suffix", "") or PRO_SUFFIX.get(evaluation.kind, "")
+        perturbed.pop("suite_suffix", None)
+        start_units = at_start or cell.method.role is Role.START
+        dataset = p.start_units(evaluation.suite) if start_units else p.dataset(evaluation.suite)
+        flags = {
+            "task_suite_name": evaluation.suite + suffix,
+            "num_trials_per_task": p.pro_trials if evaluation.kind in PRO_SUFFIX else p.num_trials,
+            "use_l1_regression": True,
+            "use_proprio": True,
+            "num_images_in_input": s.num_images,
+            "unnorm_key": dataset,
+            "local_log_dir": folder,
+            "results_dir": folder,
+            "rollout_dir": folder / "videos",
+            "resume": True,
+            "seed": cell.seed,
+            **p.evaluate,
+            **perturbed,
+            **cell.method.evaluate,
+        }
+        if at_start:
+            flags["num_trials_per_task"] = p.start_trials
+        task_ids = p.start_task_ids if at_start else p.task_ids[evaluation.suite]
+        if task_ids:
+            flags["task_ids"] = task_ids
+        if cell.method.role is Role.REPLAY:
+            flags |= {"control": "replay", "replay_dataset": dataset_dir(s, replayed(p, evaluation))}
+        else:
+            flags = {"pretrained_checkpoint": checkpoint, **flags}
+        script = "experiments/robot/libero/run_libero_eval.py"
+        return [s.python, script, *as_words(flags), *s.extra_eval]
+
+    def folder(self, s: Settings) -> Path:
+        """Where it writes its log, episodes.jsonl and results.json."""
+        return s.logs_dir / self.policy.name / self.evaluation.name
+
+    def log(self, s: Settings) -> Path:
+        return self.folder(s) / "console.log"
+
+    def record(self, s: Settings) -> Path:
+        return record_path(s.records_dir, self.policy.name, self.evaluation.name)
+
+    def finish(self, s: Settings, seconds: float) -> None:
+        self.keep(s, self.facts(s, seconds) | _outcome(self.folder(s)))
+
+
+def _outcome(folder: Path) -> dict[str, Any]:
+    """Success rate of results.json, and every episode. PARSE_FAILED when they disagree."""
+    try:
+        run = read_run(folder)
+    except (FileNotFoundError, RecordsError) as error:
+        raise JobFailed(FailureCode.PARSE_FAILED, str(error)) from None
+    rate = run.facts[0].get("overall", {}).get("success_rate") if run.facts else None
+    if rate is None:
+        raise JobFailed(FailureCode.PARSE_FAILED, f"{folder / 'results.json'}: found no overall success_rate")
+    rows = run.episodes.values()
+    episodes = sorted([row["task_id"], row["init_idx"], int(row["status"] == "success"), row["steps"]] for row in rows)
+    counted = sum(episode[2] for episode in episodes)
+    if abs(counted / len(episodes) - rate) > 1e-9:
+        reason = f"{folder}: results.json has rate {rate}, episodes.jsonl {counted} of {len(episodes)}"
+        raise JobFailed(FailureCode.PARSE_FAILED, reason)
+    return {"rate": rate, "episodes": episodes}
+
+
+def replayed(preset: Preset, evaluation: Evaluation) -> Demonstrations:
+    """What the replay control takes its actions from. The start's tasks have no other demonstrations than held-out
+    ones.
+    """
+    return preset.held_out()[0] if evaluation.kind in _START_KINDS else preset.demonstrations(evaluation.suite)
+
+
+def dataset_dir(s: Settings, data: Demonstrations) -> Path:
+    """Version folder of a data set, `.../{name}/1.0.0`, also when there is none yet."""
+    root = Path(data_root(s, data)) / data.dataset
+    versions = sorted(root.glob("[0-9]*"))
+    return versions[-1] if versions else root / "1.0.0"

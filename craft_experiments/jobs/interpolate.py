@@ -1,0 +1,49 @@
+"""Make a policy between the start and a trained one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from craft_experiments.jobs.base import Job, as_words
+from craft_experiments.jobs.policies import checkpoint_of, expected_checkpoint, parent_of
+from craft_experiments.settings import Settings
+from craft_experiments.tables import Cell
+from prismatic.evidence.failure_codes import FailureCode
+
+
+@dataclass(frozen=True)
+class Interpolate(Job):
+    """All weights on the way from the start to the cell's trained parent, at the method's scale."""
+
+    policy: Cell
+
+    kind = "interpolate"
+    failure = FailureCode.NO_CHECKPOINT
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.policy.name,)
+
+    @property
+    def cell(self) -> Cell:
+        return self.policy
+
+    def commands(self, s: Settings) -> list[list[str]]:
+        trained = expected_checkpoint(s, parent_of(s, self.policy))
+        return [interpolation(s, trained, self.policy.method.scale, "all", s.runs_dir / self.policy.name)]
+
+    def has_result(self, s: Settings) -> bool:
+        return checkpoint_of(s, self.policy) is not None
+
+
+def interpolation(s: Settings, trained: Path, scale: float, parts: str, output: Path) -> list[str]:
+    """Weights between the start model and a trained policy; scale 0 of the head is the start's head."""
+    flags = {
+        "checkpoint": trained,
+        "base": s.preset.start,
+        "adapter_scale": scale,
+        "parts": parts,
+        "output": output,
+    }
+    return [s.python, "vla-scripts/interpolate_weights.py", *as_words(flags)]

@@ -1,0 +1,59 @@
+"""Measure what training did to the representation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from craft_experiments.jobs.base import Job, as_words, data_root
+from craft_experiments.jobs.policies import expected_checkpoint
+from craft_experiments.records import RETENTION, record_path
+from craft_experiments.settings import Settings
+from craft_experiments.tables import Cell, Demonstrations
+from prismatic.evidence.failure_codes import FailureCode
+
+
+@dataclass(frozen=True)
+class Measure(Job):
+    """Drift, similarity, probes and action error of a trained policy on held-out demonstrations."""
+
+    policy: Cell
+    data: Demonstrations
+
+    kind = "measure"
+    failure = FailureCode.EVAL_FAILED
+    measured = RETENTION
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.policy.name, self.data.name
+
+    @property
+    def cell(self) -> Cell:
+        return self.policy
+
+    def commands(self, s: Settings) -> list[list[str]]:
+        flags = {
+            "checkpoint": expected_checkpoint(s, self.policy),
+            "start": s.preset.start,
+            "data_root_dir": data_root(s, self.data),
+            "dataset_name": self.data.dataset,
+            "unnorm_key": s.preset.start_units(self.data.suite),
+            "output": self.file(s),
+        }
+        return [[s.python, "vla-scripts/measure_retention.py", *as_words(flags)]]
+
+    def file(self, s: Settings) -> Path:
+        """Where `measure_retention.py` writes."""
+        return s.work_dir / "measurements" / f"{self.policy.name}--{self.data.dataset}.json"
+
+    def record(self, s: Settings) -> Path:
+        return record_path(s.records_dir, self.policy.name, f"{RETENTION}@{self.data.dataset}")
+
+    def begin(self, s: Settings) -> None:
+        self.file(s).unlink(missing_ok=True)  # of a run killed before its record was written
+
+    def finish(self, s: Settings, seconds: float) -> None:
+        measured = json.loads(self.file(s).read_text(encoding="utf-8"))
+        self.keep(s, self.facts(s, seconds) | {RETENTION: measured})

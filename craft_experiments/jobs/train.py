@@ -1,0 +1,123 @@
+"""Train one policy with `finetune.py`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from craft_experiments.common_utils.terminal import say
+from craft_experiments.jobs.base import Job, JobFailed, as_words
+from craft_experiments.jobs.policies import checkpoint_of
+from craft_experiments.records import METRICS, TRAINING, State, read_record, record_path, set_states, write_record
+from craft_experiments.settings import Settings
+from craft_experiments.tables import Cell
+from prismatic.evidence.failure_codes import FailureCode
+from prismatic.evidence.results import read_jsonl
+
+
+@dataclass(frozen=True)
+class Train(Job):
+    """One run; it continues from its own newest checkpoint.
+
+    A policy of several suites gets as many steps as the policies of the single suites together.
+    """
+
+    policy: Cell
+
+    kind = "train"
+    failure = FailureCode.TRAINING_FAILED
+    measured = "metrics"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.policy.name,)
+
+    @property
+    def cell(self) -> Cell:
+        return self.policy
+
+    def commands(self, s: Settings) -> list[list[str]]:
+        p, cell = s.preset, self.policy
+        flags = {
+            "config_file_path": p.start,
+            "data_root_dir": p.data_root_dir,
+            "dataset_name": ",".join(p.dataset(suite) for suite in cell.suites),
+            "run_root_dir": s.runs_dir,
+            "run_id_override": cell.name,
+            "use_proprio": True,
+            "num_images_in_input": s.num_images,
+            "batch_size": p.batch_size,
+            "learning_rate": p.learning_rate,
+            "max_steps": p.max_steps * len(cell.suites),
+            "save_freq": p.save_freq * len(cell.suites),
+            "seed": cell.seed,
+            "resume": "auto",
+            "use_craft": False,
+            **p.train,
+        }
+        if cell.shots is not None:
+            flags |= {"n_shot_episodes": cell.shots, "subset_seed": cell.seed}
+        if s.vlm_path:
+            flags["vlm_path"] = s.vlm_path
+        flags |= cell.method.train
+        launcher = [s.python]
+        if p.num_gpus >= 1:
+            launcher = [s.torchrun, "--standalone", "--nnodes", "1", "--nproc-per-node", str(p.num_gpus)]
+        return [[*launcher, "vla-scripts/finetune.py", *as_words(flags), *s.extra_train]]
+
+    def record(self, s: Settings) -> Path:
+        return record_path(s.records_dir, self.policy.name, TRAINING)
+
+    def is_done(self, s: Settings) -> bool:
+        return self.has_result(s) and self.is_trained(s)
+
+    def is_trained(self, s: Settings) -> bool:
+        """Whether the newest checkpoint is that of the last step. A training that is asked to stop saves and ends well.
+
+        `--extra_train_args` may repeat `--max_steps`: the last one counts.
+        """
+        found = checkpoint_of(s, self.policy)
+        step = re.search(r"--(\d+)_chkpt$", found.name) if found is not None else None
+        return found is not None and (step is None or int(step[1]) >= int(self.flags(s)["max_steps"]))
+
+    def begin(self, s: Settings) -> None:
+        set_states(s.records_dir, {self.policy.name: State.TRAINING})
+
+    def finish(self, s: Settings, seconds: float) -> None:
+        cell = self.policy
+        if checkpoint_of(s, cell) is None:
+            raise JobFailed(FailureCode.NO_CHECKPOINT, f"no {cell.name}--<step>_chkpt in {s.runs_dir}")
+        if not self.is_trained(s):
+            reason = f"stopped before its last step, at {checkpoint_of(s, cell)}; the same command continues it"
+            raise JobFailed(FailureCode.TRAINING_FAILED, reason)
+        metrics = _metrics(s.runs_dir / cell.name / "metrics.jsonl")
+        self.keep(s, self.facts(s, seconds) | {"metrics": metrics})
+        set_states(s.records_dir, {cell.name: State.TRAINED})
+
+    def keep(self, s: Settings, record: Mapping[str, Any]) -> None:
+        """Write the record. One that is there stays, for evaluations of its policy are there as well.
+
+        The same flags give another policy from other demonstrations, or on another kind of processor.
+        """
+        path = self.record(s)
+        if not path.exists():
+            write_record(path, record)
+        elif read_record(path)["metrics"] != record["metrics"]:
+            say(
+                f"{self.name}: trained again, and not as in {path}, which stays (demonstrations or processor are not "
+                f"the same). To measure everything on the new policy delete {path.parent}"
+            )
+
+
+def _metrics(path: Path) -> dict[str, list]:
+    """{"step": [...], metric: [...]}; None where a step has no value. Empty when the run kept no metrics."""
+    rows = read_jsonl(path, finite=False) if path.is_file() else []
+    found = {"step": [row["step"] for row in rows]}
+    for name in METRICS:
+        values = [row.get(name) for row in rows]
+        if any(value is not None for value in values):
+            found[name] = [None if value is None else float(f"{value:.6g}") for value in values]
+    return found
