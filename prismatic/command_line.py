@@ -196,14 +196,30 @@ def _member(name: str, kind: type[Enum], word: str) -> Enum:
 
 def _help_parser(config: type, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for entry in fields(config):
-        default = entry.default.value if isinstance(entry.default, Enum) else entry.default
-        choices = ", ".join(entry.metadata.get("choices", ()))
-        text = "; ".join(filter(None, (entry.metadata.get("help", ""), choices, _range_text(entry)[2:])))
-        shown = "" if default is MISSING else f"(default: {default})"
-        help_text = f"{text} {shown}".strip().replace("%", "%%")
-        parser.add_argument(f"--{entry.name}", metavar=str(entry.type).replace(" ", ""), help=help_text)
+    for title, entries in groups_of(config).items():
+        group = parser.add_argument_group(title) if title else parser
+        for entry in entries:
+            default = entry.default.value if isinstance(entry.default, Enum) else entry.default
+            choices = ", ".join(entry.metadata.get("choices", ()))
+            text = "; ".join(filter(None, (entry.metadata.get("help", ""), choices, _range_text(entry)[2:])))
+            shown = "" if default is MISSING else f"(default: {default})"
+            help_text = f"{text} {shown}".strip().replace("%", "%%")
+            group.add_argument(f"--{entry.name}", metavar=str(entry.type).replace(" ", ""), help=help_text)
     return parser
+
+
+def groups_of(config: type) -> dict[str, list[Field]]:
+    """The flags of a config by the `group` of the dataclass that declares them; "" for a config without groups."""
+    homes = {name: base.__dict__.get("group", "") for base in reversed(config.__mro__) for name in _declared(base)}
+    found: dict[str, list[Field]] = {}
+    for entry in fields(config):
+        if entry.init:
+            found.setdefault(homes[entry.name], []).append(entry)
+    return found
+
+
+def _declared(base: type) -> list[str]:
+    return list(base.__dict__.get("__annotations__", ()))
 
 
 def _range_text(entry: Field) -> str:

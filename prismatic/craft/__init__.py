@@ -6,37 +6,43 @@ This package knows tensors and modules, no policy and no data: it works in any P
 (examples/constrain_your_model.py). One file per idea: `settings`, what is held (`features`, `distances`), the start
 weights theta_0 (`reference`), the gate (`gate`), the multiplier (`duals/`, one file per rule), the combination of the
 two gradients (`rules`) and their arithmetic (`gradients`); `constraint` puts them together. The maths: docs/IDEA.md.
+
+Names are imported when they are used: the settings alone need no torch.
 """
 
-from prismatic.craft.constraint import CRaFTConstraint
-from prismatic.craft.distances import retention_loss
-from prismatic.craft.duals import CRaFTDualOptimizer
-from prismatic.craft.features import BridgeFeatures, CRaFTFeatureExtractor, PartFeatures, compute_retention_loss
-from prismatic.craft.finite import NonFiniteRetentionError
-from prismatic.craft.plan import Plan
-from prismatic.craft.projection import CRaFTGradientProjector
-from prismatic.craft.reference import (
-    Anchor,
-    CRaFTWeightManager,
-    DisableAdapterAnchor,
-    FrozenCopyAnchor,
-    FunctionalAnchor,
-    build_anchor,
-    extract_anchor_features_online,
-    unwrap,
-)
-from prismatic.craft.settings import (
-    PRESET_FIELDS,
-    PRESETS,
-    AnchorKind,
-    AnchorType,
-    CRaFTConfig,
-    FeatureSource,
-    RetentionMetric,
-    SignalKind,
-    plain_values,
-)
-from prismatic.craft.signals import FeatureSignal, OutputSignal, Signal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prismatic.craft.constraint import CRaFTConstraint
+    from prismatic.craft.distances import retention_loss
+    from prismatic.craft.duals import CRaFTDualOptimizer
+    from prismatic.craft.features import BridgeFeatures, CRaFTFeatureExtractor, PartFeatures, compute_retention_loss
+    from prismatic.craft.finite import NonFiniteRetentionError
+    from prismatic.craft.plan import Plan
+    from prismatic.craft.projection import CRaFTGradientProjector
+    from prismatic.craft.reference import (
+        Anchor,
+        CRaFTWeightManager,
+        DisableAdapterAnchor,
+        FrozenCopyAnchor,
+        FunctionalAnchor,
+        build_anchor,
+        extract_anchor_features_online,
+        unwrap,
+    )
+    from prismatic.craft.settings import (
+        PRESET_FIELDS,
+        PRESETS,
+        AnchorKind,
+        AnchorType,
+        CRaFTConfig,
+        FeatureSource,
+        RetentionMetric,
+        SignalKind,
+        plain_values,
+    )
+    from prismatic.craft.signals import FeatureSignal, OutputSignal, Signal
 
 __all__ = [
     "PRESETS",
@@ -70,3 +76,24 @@ __all__ = [
     "retention_loss",
     "unwrap",
 ]
+
+_FILES = (
+    "settings",
+    "features",
+    "distances",
+    "duals",
+    "finite",
+    "plan",
+    "projection",
+    "reference",
+    "signals",
+    "constraint",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """A name from the first file that has it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    homes = (import_module(f"{__name__}.{file}") for file in _FILES)
+    return next(getattr(home, name) for home in homes if hasattr(home, name))

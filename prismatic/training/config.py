@@ -9,10 +9,20 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 
-from prismatic.command_line import check_values, flag
-from prismatic.craft import PRESET_FIELDS, PRESETS, CRaFTConfig, plain_values
-from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
+from prismatic.command_line import check_values
+from prismatic.craft.settings import PRESET_FIELDS, CRaFTConfig, plain_values
 from prismatic.training.flag_checks import check_choice, check_unread
+from prismatic.training.flags import (
+    CRaFTFlags,
+    ExperimentalFlags,
+    ModelFlags,
+    OptimisationFlags,
+    RetentionFlags,
+    SavingFlags,
+    StartFlags,
+    TrackingFlags,
+    TuningFlags,
+)
 from prismatic.training.schedules import LRSchedule, ScheduleSettings, parse_boundaries
 
 # Flags of the published script that this code base does not implement: a value other than the default is an error,
@@ -25,17 +35,6 @@ _UNSUPPORTED = {
 }
 
 
-# First flag of each group.
-GROUPS = {
-    "config_file_path": "start model and data",
-    "use_l1_regression": "model",
-    "batch_size": "optimisation",
-    "save_freq": "saving",
-    "use_lora": "which weights",
-    "retention_method": "keeping what the start could do",
-    "use_craft": "CRaFT",
-    "use_wandb": "tracking",
-}
 CHECKPOINTED = ("towers", "llm", "head")
 MEMORIES = ("batch", "data", "instructions")
 AIM = 1.1
@@ -103,207 +102,18 @@ class RetentionMethod(str, Enum):
 
 
 @dataclass
-class FinetuneConfig:
-    """Flags of `finetune.py`. Published flags keep their names; None means "as the start model says".
-
-    The ranges of the `craft_*` numbers are those of `prismatic/craft/settings.py`, which checks them too.
-    """
-
-    # --- start model and data
-    config_file_path: str = flag(
-        "pretrained_models/configs",
-        "checkpoint folder, VLM folder (OpenVLA), or a preset: tiny, qwen25-0_5b, openvla-7b",
-    )
-    vlm_path: str = flag(
-        "", "native Prismatic VLM (folder or .pt); --config_file_path then gives configuration and tokenizer"
-    )
-    tokenizer_path: str | None = flag(None, "tokenizer folder for presets that ship none")
-    use_minivlm: bool | None = flag(
-        None, "True: Qwen body and chat prompt; False: llama body and OpenVLA's prompt; None: as the start model says"
-    )
-    resum_vla_path: str = flag("", "checkpoint folder to resume from; empty: found from run_root_dir and the run id")
-    data_root_dir: str = "datasets/rlds"
-    dataset_name: str = flag("libero_spatial_no_noops", "several: a,b or, with weights, a:0.5,b:2")
-    split: str | None = flag(None, "of the data sets; None: train, or the only one there is")
-    skip_bad_episodes: bool = flag(
-        False, "leave out what cannot be read or is not finite; episodes without a sample (short, no text) always are"
-    )
-    run_root_dir: str = "runs"
-    shuffle_buffer_size: int = flag(100_000, "accepted for compatibility; sampling is a true permutation", at_least=1)
-    n_shot_episodes: int | None = flag(None, "keep N demonstrations per instruction", at_least=1)
-    subset_seed: int | None = flag(None, "of the choice of demonstrations; None: seed", at_least=0)
-    data_set_file: str | None = flag(None, "Python file that registers data sets of your own (docs/datasets.md)")
-    robot_platform: str | None = flag(None, ROBOT_PLATFORM)
-    base_checkpoint: str | None = flag(None, BASE_CHECKPOINT)
-    frame_stride: int = flag(1, "use every n-th frame as the start of a sample", at_least=1)
-
-    # --- model
-    use_l1_regression: bool = True
-    use_diffusion: bool = False
-    use_film: bool = False
-    num_images_in_input: int | None = flag(None, at_least=1)
-    use_proprio: bool | None = None
-    use_pro_version: bool | None = None
-    phase: str = flag("Training", choices=("Training",))
-    legacy_slices: bool | None = flag(
-        None,
-        "token positions and rotary angles of published heads; None: as the start model says. True on a new head: the "
-        "public evaluation code runs the checkpoints as they were trained",
-    )
-
-    # --- optimisation
-    batch_size: int = flag(8, "per process and micro-batch", at_least=1)
-    learning_rate: float = flag(5e-4, more_than=0, at_most=1)
-    lr_warmup_steps: float = flag(0, "steps; below 1 a share of max_steps", at_least=0)
-    num_steps_before_decay: int = flag(100_000, at_least=1)
-    lr_schedule: str = flag(
-        "step",
-        "see schedules.py",
-        choices=tuple(kind.value for kind in LRSchedule),
-    )
-    lr_decay_steps: str = flag("", "multistep: '100000,150000'")
-    lr_decay_factor: float = flag(0.1, "step and multistep", more_than=0, at_most=1)
-    lr_min_ratio: float = flag(0.0, "cosine: last learning rate as a share of the first", at_least=0, less_than=1)
-    weight_decay: float = flag(0.01, at_least=0, at_most=1)
-    max_grad_norm: float | None = flag(None, "None: no clipping, as published", more_than=0)
-    ema_decay: float | None = flag(
-        None, "moving average of the trained weights, which is then what checkpoints hold", more_than=0, less_than=1
-    )
-    grad_accumulation_steps: int = flag(1, at_least=1)
-    max_steps: int = flag(200_000, at_least=1)
-    seed: int = flag(7, at_least=0)
-    use_val_set: bool = flag(False, "hold out episodes and measure the action error on them")
-    val_fraction: float = flag(0.05, "of the episodes of each task", more_than=0, less_than=1)
-    val_split: str | None = flag(None, "measure on this split of the data sets instead of held-out episodes")
-    val_freq: int = flag(1000, "optimizer steps between two measurements", at_least=1)
-    val_batches: int = flag(
-        16, "batches per measurement over all processes, always the same; 0: all samples", at_least=0
-    )
-    image_aug: bool = True
-    blind_images: bool = flag(
-        False, "constant grey in place of every image: a control that learns from state and text alone"
-    )
-    proprio_dropout: float = flag(
-        0.0,
-        "share of the samples without robot state: a policy that always knows where its arm is can learn motions by "
-        "heart; without it, it has to look",
-        at_least=0,
-        at_most=1,
-    )
-    num_data_workers: int = flag(0, at_least=0, at_most=256)
-    device: str = flag("auto", "auto: cuda when there is one", choices=("auto", "cpu", "cuda"))
-    mixed_precision: str = flag("auto", "auto: bf16 on cuda, no on the CPU", choices=("auto", "no", "bf16", "fp16"))
-    gradient_checkpointing: bool | str = flag(
-        False, "compute activations again in the backward pass: True, or some of towers, llm, head with commas between"
-    )
-    compile: bool = flag(False, "torch.compile of the policy's forward pass; see compilation.py")
-    compile_backend: str = flag("inductor", "or another backend of torch.compile: aot_eager, eager")
-
-    dry_run: bool = flag(False, "check flags and data, predict memory and work, and start no run")
-
-    # --- saving
-    save_freq: int = flag(10_000, at_least=1)
-    save_latest_checkpoint_only: bool = False
-    save_training_state: bool = flag(True, "optimizer, RNG, data position: needed to resume")
-    resume: bool | str = flag(False, "True: from the newest checkpoint; auto: from the newest undamaged one, or afresh")
-    overwrite: bool = flag(False, "delete what a run of this id left, and begin anew")
-    resume_step: int | None = flag(None, at_least=0)
-    keep_last: int | None = flag(None, "delete all but the N newest checkpoints of the run; None keeps all", at_least=1)
-    keep_every: int | None = flag(None, "with --keep_last: checkpoints of steps divisible by this stay", at_least=1)
-    async_save: bool = flag(False, "copy the state to CPU memory and write it while training goes on")
-    ddp_timeout: float = flag(
-        1800.0,
-        "seconds until a process gives up on another one; longer than writing a checkpoint",
-        more_than=0,
-        at_most=1e7,
-    )
-
-    # --- which weights
-    use_lora: bool = False
-    lora_rank: int | None = flag(None, "32", at_least=1, at_most=4096)
-    lora_dropout: float | None = flag(None, "0", at_least=0, less_than=1)
-    merge_lora_during_training: bool = flag(False, "checkpoints then also hold the merged, verified model")
-    lora_emit_unused: bool = flag(False, "zero adapters for layers that are never run, as in published adapter files")
-    export_published_layout: bool = flag(False, "write {run_id}--{step}_chkpt--published/ beside each checkpoint")
-    use_fz: bool = flag(False, "freeze the whole VLM")
-    freeze_vision: bool = flag(False, "freeze the vision towers; CRaFT then runs them once for both passes")
-
-    # --- keeping what the start model could do; see retention/methods.py
-    retention_method: str | None = flag(
-        None,
-        "none, craft, feature_penalty, l2sp, frozen; None: as use_craft says",
-        choices=tuple(method.value for method in RetentionMethod),
-    )
-    l2sp_weight: float = flag(0.01, more_than=0)
-    replay_data: str | None = flag(None, "data-set folders, comma separated, whose samples are mixed into the batches")
-    replay_fraction: float = flag(0.2, "of replayed samples among all", at_least=0.001, at_most=0.999)
-    replay_labels: str = flag(
-        "data", "or start: the start policy's actions (distilled replay)", choices=("data", "start")
-    )
-
-    # --- CRaFT. Flags that are None here take the preset's value (`prismatic/craft/settings.py`); `original`'s is given
-    use_craft: bool = False
-    craft_preset: str = flag("original", "or budget, keep", choices=tuple(PRESETS))
-    craft_signal: str | None = flag(None, "features; or actions: what the whole policy does")
-    craft_memory: str | None = flag(
-        None,
-        "on which inputs: batch; or data, instructions, several with commas; keep: instructions, and data if given",
-    )
-    craft_memory_data: str | None = flag(None, "data-set folder of the memory `data`: images, state, instructions")
-    craft_memory_instructions: str | None = flag(
-        None, "text file, one a line; None: those the start checkpoint records"
-    )
-    craft_memory_batch_size: int | None = flag(
-        None, "samples per micro-batch; None: the batch's. keep: a quarter of them", at_least=1
-    )
-    craft_land: bool = flag(False, "after the last step, go back towards the start weights until the budget is met")
-    craft_retention_weight: float | None = flag(None, "initial lambda: 1.0", at_least=0)
-    craft_retention_budget: float | None = flag(None, "eps: 0.1", more_than=0, infinite=True)
-    craft_dual_lr: float | None = flag(None, "0.01", at_least=0)
-    craft_dual: str | None = flag(None, "ascent; or pi, share, off")
-    craft_dual_error: str | None = flag(None, "absolute; or relative")
-    craft_dual_ki: float = flag(1.0, at_least=0)
-    craft_dual_kp: float = flag(1.0, at_least=0)
-    craft_dual_nu: float = flag(0.9, at_least=0, less_than=1)
-    craft_lambda_max: float | None = flag(None, "inf", more_than=0, infinite=True)
-    craft_share_limit: float = flag(
-        1.0, "of share: |retention gradient| may be e^limit |action gradient|", more_than=-5, at_most=10
-    )
-    craft_enable_dual: bool = True
-    craft_fixed_lambda: float = flag(0.1, at_least=0)
-    craft_enable_projection: bool = True
-    craft_projection_eps: float = flag(1e-8, at_least=0)
-    craft_projection_granularity: str = flag("tensor", "or module, layer, global")
-    craft_projection_rule: str | None = flag(None, "add; or max, barrier, off")
-    craft_projection_when: str | None = flag(None, "always; or active")
-    craft_projection_gamma: float = flag(1.0, more_than=0)
-    craft_projection_guard: str | None = flag(None, "additive; or exact")
-    craft_projection_metric: str = flag("euclid", "or adam")
-    craft_barrier_phi: float = flag(1.0, more_than=0)
-    craft_retention_metric: str | None = flag(None, "mse; or rel_mse, cosine, token_rel_mse, gram")
-    craft_feature_source: str = flag("original", "or bridge")
-    craft_w_raw: float = flag(1.0, at_least=0)
-    craft_w_aq: float = flag(1.0, at_least=0)
-    craft_anchor: str | None = flag(None, "online_swap; or disable_adapter, functional, frozen_copy, auto")
-    craft_anchor_type: str = "concat"
-    craft_anchor_layer_idx: int | None = flag(None, at_least=-1000, at_most=1000)
-    craft_cr_token_mode: str = "vision_only"
-    craft_use_mean_pooling: bool = True
-    craft_every: int | None = flag(
-        None, "Constrain every n-th optimizer step: 1. The others are plain steps and cost no more", at_least=1
-    )
-    craft_probe_data: str | None = flag(None, "held-out data-set folder on which the drift is watched")
-    craft_probe_size: int = flag(64, at_least=1)
-    craft_log_freq: int = flag(10, "steps between two lines of metrics; read in plain runs too", at_least=1)
-
-    # --- tracking
-    use_wandb: bool = False
-    use_tensorboard: bool = flag(False, "event files in {run_root_dir}/{run_id}/tensorboard")
-    wandb_entity: str | None = None
-    wandb_project: str = "craft-vla"
-    wandb_log_freq: int = flag(10, "the same for plain runs, published", at_least=1)
-    run_id_note: str | None = flag(None, is_name=True)
-    run_id_override: str | None = flag(None, is_name=True)
+class FinetuneConfig(
+    TrackingFlags,
+    ExperimentalFlags,
+    CRaFTFlags,
+    RetentionFlags,
+    TuningFlags,
+    SavingFlags,
+    OptimisationFlags,
+    ModelFlags,
+    StartFlags,
+):
+    """Flags of `finetune.py`, group by group (`flags.py`), checked together and resolved once."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for flags that contradict each other, are out of range or not implemented."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import fields
 
 from accelerate import Accelerator
 
-from prismatic.training.config import GROUPS, FinetuneConfig
+from prismatic.command_line import groups_of
+from prismatic.training.config import FinetuneConfig
 from prismatic.training.memory.report import lines
 from prismatic.training.memory.start_shape import empty_start
 from prismatic.training.memory.trace import precision_of, trace_step
@@ -34,13 +34,10 @@ def dry_run(cfg: FinetuneConfig, accelerator: Accelerator) -> None:
 def configuration(cfg: FinetuneConfig) -> list[str]:
     """All flags with their values, by group."""
     said: list[str] = []
-    words: list[str] = []
-    for entry in fields(cfg):
-        if entry.name in GROUPS:
-            said, words = said + _paragraph(words), []
-            said.append(f"{GROUPS[entry.name]}:")
-        words.append(f"{entry.name}={getattr(cfg, entry.name)}")
-    return said + _paragraph(words)
+    for title, entries in groups_of(type(cfg)).items():
+        said.append(f"{title}:")
+        said += _paragraph([f"{entry.name}={getattr(cfg, entry.name)}" for entry in entries])
+    return said
 
 
 def _paragraph(words: list[str]) -> list[str]:

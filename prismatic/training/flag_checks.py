@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from enum import Enum
 
-from prismatic.craft import PRESETS, CRaFTConfig, SignalKind
-from prismatic.craft.settings import DualKind
+from prismatic.craft.settings import PRESETS, CRaFTConfig, DualKind, SignalKind
 
 _OF_FEATURES = (
     "anchor_layer_idx",
