@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("prismatic", "experiments", "craft_experiments")
+PACKAGES = ("prismatic", "experiments", "craft_experiments", "craft_vla")
 
 ROOMS = (
     "prismatic.craft",
@@ -20,6 +20,8 @@ ROOMS = (
     "prismatic.vla",
     "prismatic.models",
     "prismatic.training",
+    "prismatic.programs",
+    "craft_vla",
     "experiments.robot",
     "craft_experiments",
 )

@@ -1,24 +1,11 @@
 """Fine-tune a vision-language-action policy, plain or under the CRaFT constraint.
 
-python vla-scripts/finetune.py --config_file_path CHECKPOINT_OR_PRESET --dataset_name NAME --use_craft True
-torchrun --standalone --nproc-per-node N vla-scripts/finetune.py ...
+python vla-scripts/finetune.py --help
 
-The way of a step: `run` (prismatic/training/run.py) builds a Trainer, its `fit` (loop.py) takes batches to
-`optimizer_step` (step.py), and the two gradients meet in `CRaFTConstraint.combine_` (prismatic/craft/constraint.py).
+The program is prismatic/programs/finetune.py, installed as `craft-finetune`.
 """
 
-from prismatic.command_line import bad_input_in_one_line
-from prismatic.training.command_line import parse_flags
-
-
-def finetune() -> None:
-    """Parse the flags and run."""
-    with bad_input_in_one_line("finetune.py"):
-        cfg = parse_flags()
-    from prismatic.training.run import run  # loads torch, which help and mistakes can do without
-
-    run(cfg)
-
+from prismatic.programs.finetune import main
 
 if __name__ == "__main__":
-    finetune()
+    main()
