@@ -25,46 +25,43 @@ _EVALUATE_FLAGS = ("center_crop", "num_workers", "save_videos", "render_mode")
 class RunConfig:
     """Flags of `python -m craft_experiments`. None or empty: as the preset says. Lists: blanks or commas between."""
 
-    preset: str = "tiny"
-    methods: str = flag("", "rows of the table; controls always run")
-    controls: bool = True
-    suites: str = ""
-    seeds: str = ""
-    shots: str = ""
-    task_ids: str = flag("", "task numbers for every suite")
-    num_trials: int | None = flag(None, "per task", at_least=1)
-    config_file_path: str = ""
-    vlm_path: str = ""
-    data_root_dir: str = ""
-    dataset_suffix: str | None = None
-    batch_size: int | None = flag(None, at_least=1)
-    learning_rate: float | None = flag(None, more_than=0, at_most=1)
-    max_steps: int | None = flag(None, at_least=1)
-    save_freq: int | None = flag(None, at_least=1)
-    use_lora: bool | None = None
-    lora_rank: int | None = flag(None, at_least=1, at_most=4096)
-    retention_weight: float | None = flag(None, at_least=0)
-    retention_budget: float | None = flag(None, more_than=0, infinite=True)
-    dual_lr: float | None = flag(None, at_least=0)
-    enable_projection: bool | None = None
-    num_images: int = flag(2, at_least=1)
-    center_crop: bool | None = None
-    render_mode: str = ""
-    save_videos: str = ""
+    preset: str = flag("tiny", "which column applies")
+    methods: str = flag("", "rows; empty: all of the table")
+    controls: bool = flag(True, "with the control rows")
+    suites: str = flag("", "LIBERO suites")
+    seeds: str = flag("", "training seeds")
+    shots: str = flag("", "demonstrations per task, Table 3")
+    task_ids: str = flag("", "task numbers to evaluate, for every suite")
+    num_trials: int | None = flag(None, "episodes per task", at_least=1)
+    config_file_path: str = flag("", "start: checkpoint folder or preset name")
+    vlm_path: str = flag("", "`--vlm_path`, native Prismatic weights")
+    data_root_dir: str = flag("", "folder of the data sets")
+    dataset_suffix: str | None = flag(None, "data set = suite + suffix")
+    collect_demos: bool | None = flag(None, "collect scripted demonstrations when the data set is missing")
+    num_demos: int | None = flag(None, "demonstrations per task", at_least=1)
+    batch_size: int | None = flag(None, "per GPU", at_least=1)
+    learning_rate: float | None = flag(None, "of AdamW", more_than=0, at_most=1)
+    max_steps: int | None = flag(None, "optimizer steps", at_least=1)
+    save_freq: int | None = flag(None, "optimizer steps between checkpoints", at_least=1)
+    use_lora: bool | None = flag(None, "LoRA needs a checkpoint folder as start, not a preset name")
+    lora_rank: int | None = flag(None, "rank of the adapters", at_least=1, at_most=4096)
+    retention_weight: float | None = flag(None, "initial λ", at_least=0)
+    retention_budget: float | None = flag(None, "ε", more_than=0, infinite=True)
+    dual_lr: float | None = flag(None, "η_λ", at_least=0)
+    enable_projection: bool | None = flag(None, "conflict-aware projection")
+    num_images: int = flag(2, "cameras", at_least=1)
+    center_crop: bool | None = flag(None, "of evaluation images")
+    render_mode: str = flag("", "`published` or `lazy`; not passed: the checkpoint's")
+    save_videos: str = flag("", "`none`, `failures`, `first`, `all`")
     num_workers: int | None = flag(None, "simulator processes of one evaluation", at_least=0, at_most=1024)
-    num_gpus: int | None = flag(None, "1 or more: torchrun; 0: plain python", at_least=0, at_most=1024)
-    num_demos: int | None = flag(None, "per task, when demonstrations are collected", at_least=1)
-    collect_demos: bool | None = None
-    extra_train_args: str = ""
-    extra_eval_args: str = ""
-    python: str = ""
-    torchrun: str = "torchrun"
-
-    work_dir: str = flag("runs/tables", "checkpoints, logs of training")
-    records_dir: str = flag(
-        "", "what is measured, one file per training or evaluation; empty: {work_dir}/{preset}/records"
-    )
-    results_dir: str = flag("", "tables, figures and eval_logs; empty: the folder of the table")
+    num_gpus: int | None = flag(None, "1 or more: `torchrun`; 0: plain `python`", at_least=0, at_most=1024)
+    extra_train_args: str = flag("", "further flags of `finetune.py`, separated by blanks")
+    extra_eval_args: str = flag("", "further flags of `run_libero_eval.py`")
+    python: str = flag("", "interpreter of the driver and the programs; empty: `python`")
+    torchrun: str = flag("torchrun", "command")
+    work_dir: str = flag("runs/tables", "checkpoints and records")
+    records_dir: str = flag("", "empty: in `RUN_ROOT_DIR`")
+    results_dir: str = flag("", "empty: the folder of the table")
     slots: int = flag(1, "jobs at the same time", at_least=1, at_most=1024)
     dry_run: bool = flag(False, "print each command and run none")
 
