@@ -16,7 +16,7 @@ FOLDERS = {
     "table2": "02_stability_efficiency",
     "table3": "02_stability_efficiency",
     "table4": "03_ablations",
-    "retention": "05_retention",
+    "retention": "06_retention",
 }
 _EVALUATE_FLAGS = ("center_crop", "num_workers", "save_videos", "render_mode")
 

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Retention: what each way of fine-tuning keeps of the start model, and what it learns.
+# Settings: environment variables, see ../01_main_results/README.md. Arguments are passed on.
+#
+#   bash run_retention_experiments.sh                 paper scale, one GPU; run it again to continue
+#   PRESET=tiny bash run_retention_experiments.sh     the small model on a CPU
+#   bash run_retention_experiments.sh --dry-run       print each command and run none
+set -euo pipefail
+
+# shellcheck source-path=SCRIPTDIR source=../common_utils/run_table.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common_utils/run_table.sh"
+run_table retention "$@"
