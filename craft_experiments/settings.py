@@ -10,7 +10,9 @@ from pathlib import Path
 from craft_experiments.tables import PRESETS, Preset
 from prismatic.command_line import check_values, flag
 
-ROOT = Path(__file__).resolve().parents[1]
+_ABOVE = Path(__file__).resolve().parents[1]
+ROOT = _ABOVE if (_ABOVE / "pyproject.toml").is_file() else Path.cwd()
+"""The checkout, from which programs are started; where only the package is installed, the folder one is in."""
 FOLDERS = {
     "table1": "01_main_results",
     "table2": "02_stability_efficiency",

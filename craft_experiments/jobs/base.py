@@ -102,8 +102,11 @@ class Job(ABC):
 
     def facts(self, s: Settings, seconds: float) -> dict[str, Any]:
         """What every record holds."""
-        program = next(word for word in portable(self.commands(s)[-1]) if word.endswith(".py"))
-        return {"cell": self.parts[0], "program": program, "flags": self.flags(s), "seconds": seconds}
+        words = portable(self.commands(s)[-1])
+        started = next(
+            word for word in words if word.endswith(".py") or word.startswith(("prismatic.", "experiments."))
+        )
+        return {"cell": self.parts[0], "program": started, "flags": self.flags(s), "seconds": seconds}
 
     def keep(self, s: Settings, record: Mapping[str, Any]) -> None:
         """Write the record."""
@@ -119,6 +122,11 @@ def portable(command: Sequence[str]) -> list[str]:
     """The command as anyone would type it in the repository: no interpreter path, no absolute folder inside it."""
     program = "python" if Path(command[0]).name.startswith("python") else Path(command[0]).name
     return [program, *(word.removeprefix(f"{ROOT}{os.sep}") for word in command[1:])]
+
+
+def program(script: str, module: str) -> list[str]:
+    """Words that start a program: its script in a checkout, its module where only the package is installed."""
+    return [script] if (ROOT / script).is_file() else ["-m", module]
 
 
 def data_root(s: Settings, data: Demonstrations) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from craft_experiments.jobs.base import Job, JobFailed, as_words, data_root
+from craft_experiments.jobs.base import Job, JobFailed, as_words, data_root, program
 from craft_experiments.jobs.interpolate import interpolation
 from craft_experiments.jobs.policies import expected_checkpoint
 from craft_experiments.records import record_path
@@ -80,7 +80,8 @@ class Evaluate(Job):
         else:
             flags = {"pretrained_checkpoint": checkpoint, **flags}
         script = "experiments/robot/libero/run_libero_eval.py"
-        return [s.python, script, *as_words(flags), *s.extra_eval]
+        words = program(script, "experiments.robot.libero.run_libero_eval")
+        return [s.python, *words, *as_words(flags), *s.extra_eval]
 
     def folder(self, s: Settings) -> Path:
         """Where it writes its log, episodes.jsonl and results.json."""

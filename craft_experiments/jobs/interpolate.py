@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from craft_experiments.jobs.base import Job, as_words
+from craft_experiments.jobs.base import Job, as_words, program
 from craft_experiments.jobs.policies import checkpoint_of, expected_checkpoint, parent_of
 from craft_experiments.settings import Settings
 from craft_experiments.tables import Cell
@@ -46,4 +46,5 @@ def interpolation(s: Settings, trained: Path, scale: float, parts: str, output: 
         "parts": parts,
         "output": output,
     }
-    return [s.python, "vla-scripts/interpolate_weights.py", *as_words(flags)]
+    words = program("vla-scripts/interpolate_weights.py", "prismatic.programs.interpolate_weights")
+    return [s.python, *words, *as_words(flags)]

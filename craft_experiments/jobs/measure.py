@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from craft_experiments.jobs.base import Job, as_words, data_root
+from craft_experiments.jobs.base import Job, as_words, data_root, program
 from craft_experiments.jobs.policies import expected_checkpoint
 from craft_experiments.records import RETENTION, record_path
 from craft_experiments.settings import Settings
@@ -42,7 +42,8 @@ class Measure(Job):
             "unnorm_key": s.preset.start_units(self.data.suite),
             "output": self.file(s),
         }
-        return [[s.python, "vla-scripts/measure_retention.py", *as_words(flags)]]
+        words = program("vla-scripts/measure_retention.py", "prismatic.programs.measure_retention")
+        return [[s.python, *words, *as_words(flags)]]
 
     def file(self, s: Settings) -> Path:
         """Where `measure_retention.py` writes."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from craft_experiments.common_utils.terminal import say
-from craft_experiments.jobs.base import Job, JobFailed, as_words
+from craft_experiments.jobs.base import Job, JobFailed, as_words, program
 from craft_experiments.jobs.policies import checkpoint_of
 from craft_experiments.records import METRICS, TRAINING, State, read_record, record_path, set_states, write_record
 from craft_experiments.settings import Settings
@@ -66,7 +66,14 @@ class Train(Job):
         launcher = [s.python]
         if p.num_gpus >= 1:
             launcher = [s.torchrun, "--standalone", "--nnodes", "1", "--nproc-per-node", str(p.num_gpus)]
-        return [[*launcher, "vla-scripts/finetune.py", *as_words(flags), *s.extra_train]]
+        return [
+            [
+                *launcher,
+                *program("vla-scripts/finetune.py", "prismatic.programs.finetune"),
+                *as_words(flags),
+                *s.extra_train,
+            ]
+        ]
 
     def record(self, s: Settings) -> Path:
         return record_path(s.records_dir, self.policy.name, TRAINING)
