@@ -28,6 +28,7 @@ from prismatic.training.retention.drift_monitor import DriftMonitor
 from prismatic.training.retention.landing import SAMPLES, Landing
 from prismatic.training.retention.memory import to_device
 from prismatic.training.retention.methods import build_retention, monitored_batches
+from prismatic.training.run_folder import clear_run_folder
 from prismatic.training.saving import CheckpointSaver, folder_to_resume
 from prismatic.training.setup import TrainingSetup
 from prismatic.training.step import StepContext, optimizer_step
@@ -74,6 +75,8 @@ class Trainer:
         seed_everything(cfg.seed + accelerator.process_index)
         self.saver = CheckpointSaver(cfg, setup, accelerator, say)
         self._resume()
+        if accelerator.is_main_process:
+            clear_run_folder(cfg)  # after all that can refuse the run
         self.tracker = self._build_tracker() if accelerator.is_main_process else None
 
     def fit(self) -> None:

@@ -13,9 +13,10 @@ METRICS = "metrics.jsonl"
 
 
 def claim_run_folder(cfg: FinetuneConfig) -> None:
-    """Be the writer of `{run_root_dir}/{run_id}` and of its checkpoints. Nothing is written, unless `--overwrite True`.
+    """Be the writer of `{run_root_dir}/{run_id}` and of its checkpoints. Nothing is written.
 
-    Raises UsageError when another process writes there, and when another run did and is not to be continued.
+    Raises UsageError when another process writes there, when another run did and is not to be continued, and when
+    `--overwrite True` would delete what the run starts from.
     """
     folder = Path(cfg.run_root_dir) / cfg.run_id
     hold(folder, "--run_root_dir/--run_id_override")
@@ -28,8 +29,18 @@ def claim_run_folder(cfg: FinetuneConfig) -> None:
             f"run {cfg.run_id} is in {cfg.run_root_dir} already ({found}). Continue it with --resume auto, choose "
             "another --run_id_override or --run_id_note, or replace it with --overwrite True"
         )
-    if found:
-        _remove(cfg)
+    for flag in ("config_file_path", "vlm_path", "base_checkpoint"):
+        start = getattr(cfg, flag)
+        if found and start and any(Path(start).resolve().is_relative_to(path.resolve()) for path in _folders(cfg)):
+            release(folder)
+            raise UsageError(f"--overwrite True would delete --{flag} {start}; choose another --run_id_override")
+
+
+def clear_run_folder(cfg: FinetuneConfig) -> None:
+    """Delete what another run left, as `--overwrite True` says: the last thing before the new run writes."""
+    if cfg.overwrite:
+        for path in _folders(cfg):
+            remove_folder(path)
 
 
 def _continues(cfg: FinetuneConfig) -> bool:
@@ -53,9 +64,9 @@ def _what_is_there(cfg: FinetuneConfig) -> str:
     return f"metrics: {metrics}" if metrics.exists() and metrics.stat().st_size else ""
 
 
-def _remove(cfg: FinetuneConfig) -> None:
+def _folders(cfg: FinetuneConfig) -> list[Path]:
+    """All that a run of this id left."""
     root = Path(cfg.run_root_dir)
-    for folder in (root / cfg.run_id, *(path for _, path in find_checkpoints(root, cfg.run_id))):
-        for path in (folder, folder.with_name(f"{folder.name}--published")):
-            if path.exists():
-                remove_folder(path)
+    folders = [root / cfg.run_id, *(path for _, path in find_checkpoints(root, cfg.run_id))]
+    both = [path for folder in folders for path in (folder, folder.with_name(f"{folder.name}--published"))]
+    return [path for path in both if path.exists()]

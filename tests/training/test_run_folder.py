@@ -33,6 +33,22 @@ def test_the_ways_out(make_trainer, tmp_path):
     assert [step for step, _ in find_checkpoints(tmp_path / "runs", "run--other")] == [1]
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [{"dataset_name": "absent"}, {"use_craft": True, "craft_preset": "keep", "craft_memory_instructions": "absent"}],
+)
+def test_a_run_that_cannot_begin_replaces_nothing(make_trainer, tmp_path, mistake):
+    make_trainer("run", max_steps=1).fit()
+    before = contents(tmp_path / "runs")
+    with pytest.raises((ValueError, OSError)):
+        make_trainer("run", overwrite=True, config_file_path=str(tmp_path / "runs" / "run--1_chkpt"), **mistake)
+    with pytest.raises((ValueError, OSError)):
+        make_trainer("run", overwrite=True, **mistake)
+    with pytest.raises(UsageError, match="--overwrite True would delete --config_file_path"):
+        make_trainer("run", overwrite=True, config_file_path=str(tmp_path / "runs" / "run--1_chkpt"))
+    assert contents(tmp_path / "runs") == before
+
+
 def test_metrics_alone_are_a_run_too(tmp_path):
     cfg = FinetuneConfig(run_root_dir=str(tmp_path), run_id_override="run")
     (tmp_path / "run").mkdir()
