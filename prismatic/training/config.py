@@ -147,6 +147,7 @@ class FinetuneConfig(
             "lr_decay_factor": (decays, "--lr_schedule step or multistep"),
             "lr_min_ratio": (self.lr_schedule == LRSchedule.COSINE.value, "--lr_schedule cosine"),
             "lora_": (self.use_lora, "--use_lora True; without it all weights are trained"),
+            "num_steps_before_decay": (self.lr_schedule == LRSchedule.STEP.value, "--lr_schedule step"),
             "merge_lora_during_training": (self.use_lora, "--use_lora True"),
             "replay_fraction": (self.replay_data is not None, "--replay_data FOLDER"),
             "resum_vla_path": (bool(self.resume), "--resume True; without it the run starts at step 0"),

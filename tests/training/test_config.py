@@ -58,7 +58,7 @@ def test_cosine_falls_to_zero_and_constant_stays():
     assert values[55] == pytest.approx(0.5)
     assert values[10:] == sorted(values[10:], reverse=True)
     assert values[-1] < 1e-3
-    constant = FinetuneConfig(learning_rate=1.0, lr_schedule="constant", num_steps_before_decay=1)
+    constant = FinetuneConfig(learning_rate=1.0, lr_schedule="constant")
     assert constant.learning_rate_at(10_000) == 1.0
 
 
@@ -124,6 +124,7 @@ def test_saving_flags_that_contradict_each_other(flags, message):
         ({"subset_seed": 1}, "--n_shot_episodes N or --use_val_set True"),
         ({"compile_backend": "eager"}, "--compile True"),
         ({"lr_min_ratio": 0.5}, "--lr_schedule cosine"),
+        ({"lr_schedule": "cosine", "num_steps_before_decay": 5}, "--lr_schedule step"),
         ({"lr_schedule": "cosine", "lr_decay_factor": 0.5}, "--lr_schedule step or multistep"),
     ],
 )
