@@ -36,8 +36,16 @@ COMMANDS = {"run": 1, "report": 1, "list": 1, "job": 2, "graph": 2}
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; see the module."""
     words = ["--dry_run=True" if w == "--dry-run" else w for w in (sys.argv[1:] if argv is None else argv)]
+    if {"-h", "--help"} & set(words[:1]):
+        print(f"{__doc__}\nTABLE: {', '.join(FOLDERS)}")
+        return 0
     if not words or words[0] not in COMMANDS or len(words) <= COMMANDS[words[0]]:
-        print(f"{__doc__}\nTABLE: {', '.join(FOLDERS)}", file=sys.stderr)
+        found = repr(" ".join(words)) if words else "nothing"
+        print(
+            f"python -m craft_experiments: error: found {found}, expected {' or '.join(COMMANDS)}, then the table "
+            f"({', '.join(FOLDERS)}); job takes its name and graph a file as well",
+            file=sys.stderr,
+        )
         return 2
     count = 1 + COMMANDS[words[0]]
     command, name, *rest = words[:count]
@@ -47,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = resolve(cfg, name)
         wanted = planning.wanted_table(settings, name)
         return _COMMANDS[command](settings, wanted, *rest)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"python -m craft_experiments: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         say("interrupted; the same command continues")

@@ -191,7 +191,7 @@ def _member(name: str, kind: type[Enum], word: str) -> Enum:
     try:
         return kind(word.lower())
     except ValueError:
-        raise UsageError(f"--{name} is {word!r}, expected {_one_of([m.value for m in kind], word)}") from None
+        raise UsageError(f"--{name} is {word!r}, expected {one_of([m.value for m in kind], word)}") from None
 
 
 def _help_parser(config: type, description: str | None) -> argparse.ArgumentParser:
@@ -246,7 +246,7 @@ def check_values(config: Any) -> None:
         elif isinstance(value, str):
             _check_text(entry.name, value)
         if choices and value not in choices:
-            raise UsageError(f"--{entry.name} is {value!r}, expected {_one_of(choices, str(value))}")
+            raise UsageError(f"--{entry.name} is {value!r}, expected {one_of(choices, str(value))}")
         if entry.metadata.get("name"):
             check_name(f"--{entry.name}", value)
 
@@ -299,7 +299,8 @@ def nearest(word: str, known: Sequence[str] | set[str], prefix: str = "") -> str
     return f"; did you mean {prefix}{lower[found[0]]}?" if found else ""
 
 
-def _one_of(choices: Sequence[str], word: str) -> str:
+def one_of(choices: Sequence[str], word: str) -> str:
+    """What was expected in place of a word that is none of the choices, for a message."""
     return f"one of {', '.join(map(str, choices))}{nearest(word, choices)}"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from enum import Enum
 
+from prismatic.command_line import one_of
 from prismatic.craft.settings import PRESETS, CRaFTConfig, DualKind, SignalKind
 
 _OF_FEATURES = (
@@ -56,4 +57,4 @@ def _changed(cfg) -> set[str]:
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """ValueError unless the flag's value is one of the choices."""
     if value not in choices:
-        raise ValueError(f"--{name} is {value!r}, expected one of {', '.join(choices)}")
+        raise ValueError(f"--{name} is {value!r}, expected {one_of(choices, value)}")
