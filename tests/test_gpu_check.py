@@ -7,9 +7,12 @@ from pathlib import Path
 
 import gpu_check
 import gpu_parts
+import inference
 import pytest
 import torch
 from gpu_parts import Check
+
+from prismatic.training.memory.ledger import Ledger
 
 ROOT = Path(__file__).parents[1]
 CPU = gpu_parts.PartConfig(torch.device("cpu"), "tiny")
@@ -66,3 +69,16 @@ def test_a_fault_of_one_path_is_its_outcome():
 
     check = gpu_parts._tried("plain", fault)
     assert (check.passed, check.found) == (False, "RuntimeError: illegal memory access")
+
+
+def test_the_straightforward_form_of_inference_says_the_same_and_does_more():
+    model = inference.random_policy("tiny").eval()
+    record = inference.measure(model, rounds=1)
+    assert record["difference"] <= 1e-5 * max(1.0, record["largest_action"])
+    works = {}
+    for form in (inference.straightforward, inference.prediction):
+        with Ledger() as ledger:
+            form(model)
+        works[form.__name__] = ledger.flops
+    assert works["prediction"] < works["straightforward"]
+    assert "times as fast" in inference.page({"tiny_cpu": record})

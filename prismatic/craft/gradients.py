@@ -38,12 +38,11 @@ class RetentionGradient:
         if self.flat is None:
             self._allocate(gradients)
             gradients = [g for g in gradients if g is not None]
-        elif self._is_old:
-            self.flat.zero_()
+        pairs = zip(self.tensors, gradients, strict=True)
+        gradients = [torch.zeros_like(buffer) if g is None else g for buffer, g in pairs]
+        # One call for all tensors: the many small ones of a policy would cost more than their sums.
+        (torch._foreach_copy_ if self._is_old else torch._foreach_add_)(self.tensors, gradients)
         self._is_old = False
-        for buffer, g in zip(self.tensors, gradients, strict=True):
-            if g is not None:
-                buffer.add_(g)
 
     def _allocate(self, gradients: Sequence[Tensor | None]) -> None:
         reached = [(n, p) for (n, p), g in zip(self._candidates.items(), gradients, strict=True) if g is not None]
@@ -92,14 +91,15 @@ def inner_products(
     zero = next((g.new_zeros((), dtype=torch.float32) for g in (*g_ret, *g_act) if g is not None), torch.zeros(()))
     rows = []
     for i, (a, r) in enumerate(zip(g_act, g_ret, strict=True)):
-        act = zero if a is None else _dot(a, a)
+        a, r = (None if g is None else _vector(g) for g in (a, r))
+        act = zero if a is None else torch.dot(a, a)
         if a is None or r is None:
-            ret = zero if r is None else _dot(r, r)
+            ret = zero if r is None else torch.dot(r, r)
             rows.append((zero, ret, act, zero, ret))
             continue
-        dot, ret = _dot(a, r), _dot(r, r)
-        scale = None if scaling is None else scaling[i]
-        scaled = (dot, ret) if scale is None else (_dot(a.float() * scale, r), _dot(r.float() * scale, r))
+        dot, ret = torch.dot(a, r), torch.dot(r, r)
+        scale = None if scaling is None or scaling[i] is None else _vector(scaling[i])
+        scaled = (dot, ret) if scale is None else (torch.dot(a * scale, r), torch.dot(r * scale, r))
         rows.append((*scaled, act, dot, ret))
     return Products(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
@@ -151,5 +151,5 @@ def raising_share(optimizer: torch.optim.Optimizer, gradient: RetentionGradient)
     return float(torch.stack(raising).float().mean()) if raising else None
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.detach().flatten().float(), b.detach().flatten().float())
+def _vector(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).float()

@@ -234,13 +234,13 @@ ANCHORS = {c.kind: c for c in (Anchor, DisableAdapterAnchor, FunctionalAnchor, F
 
 
 def build_anchor(kind: AnchorKind, module: nn.Module, keep: Callable[[str], bool] | None = None) -> Anchor:
-    """The anchor of a kind; `auto` disables adapters that start at zero and is functional otherwise.
+    """The anchor of a kind; `auto` disables adapters that start at zero and swaps otherwise, which costs the least.
 
     Raises ValueError for `disable_adapter` without such adapters.
     """
     if kind is AnchorKind.AUTO:
         has_fresh_adapters = adapter_layers(unwrap(module)) and adapters_start_at_zero(unwrap(module))
-        kind = AnchorKind.DISABLE_ADAPTER if has_fresh_adapters else AnchorKind.FUNCTIONAL
+        kind = AnchorKind.DISABLE_ADAPTER if has_fresh_adapters else AnchorKind.ONLINE_SWAP
     return ANCHORS[kind](module, keep)
 
 

@@ -177,8 +177,8 @@ class TestChoice:
         ("lora", "fresh", "expected"),
         [
             (True, True, AnchorKind.DISABLE_ADAPTER),
-            (True, False, AnchorKind.FUNCTIONAL),
-            (False, False, AnchorKind.FUNCTIONAL),
+            (True, False, AnchorKind.ONLINE_SWAP),
+            (False, False, AnchorKind.ONLINE_SWAP),
         ],
     )
     def test_auto(self, lora, fresh, expected):
