@@ -20,5 +20,8 @@ def echo(line: bytes) -> None:
     """Bytes as they are."""
     with _terminal, contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-        sys.stdout.buffer.write(line)
-        sys.stdout.buffer.flush()
+        if hasattr(sys.stdout, "buffer"):
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+        else:  # a program that took its place
+            sys.stdout.write(line.decode(errors="replace"))

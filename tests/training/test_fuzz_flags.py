@@ -1,6 +1,5 @@
 """Any value of any number or text flag of `finetune.py` ends in a run or in one line: never in a traceback."""
 
-import importlib.util
 import shutil
 import typing
 from dataclasses import fields
@@ -11,9 +10,9 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from prismatic.models.presets import PRESETS
+from prismatic.programs import finetune
 from prismatic.training.config import FinetuneConfig
 
-SCRIPT = Path(__file__).parents[2] / "vla-scripts" / "finetune.py"
 SHIPPED = Path(__file__).parents[2] / "datasets" / "rlds"
 OLD = str(SHIPPED / "libero_object_scripted_no_noops")
 NUMBERS = ("0", "-1", "0.5", "nan", "-inf", "inf", "1e30", "1e-300", "99999999999999999999", "", "abc", "None", "0x1")
@@ -40,15 +39,7 @@ def flags_of(kind: type) -> list[str]:
     return [f.name for f in fields(FinetuneConfig) if kind in (typing.get_args(hints[f.name]) or (hints[f.name],))]
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("finetune_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def ends_well(script, name: str, value: str, folder: Path, capsys) -> None:
+def ends_well(name: str, value: str, folder: Path, capsys) -> None:
     """Run the program in this process and judge how it ends."""
     base = {"config_file_path": "tiny", "data_root_dir": micro.DATA, "dataset_name": "libero_mini_no_noops"}
     base |= {
@@ -68,7 +59,7 @@ def ends_well(script, name: str, value: str, folder: Path, capsys) -> None:
         patch.setitem(PRESETS, "tiny", micro.MICRO)
         patch.chdir(folder)
         try:
-            script.finetune()
+            finetune.main()
             code = 0
         except SystemExit as end:
             code = end.code
@@ -80,13 +71,13 @@ def ends_well(script, name: str, value: str, folder: Path, capsys) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*flags_of(int), *flags_of(float)}))
-def test_numbers(script, name, tmp_path, capsys):
+def test_numbers(name, tmp_path, capsys):
     for value in NUMBERS:
-        ends_well(script, name, value, tmp_path, capsys)
+        ends_well(name, value, tmp_path, capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", flags_of(str))
-def test_texts(script, name, tmp_path, capsys):
+def test_texts(name, tmp_path, capsys):
     for value in TEXTS:
-        ends_well(script, name, value, tmp_path, capsys)
+        ends_well(name, value, tmp_path, capsys)
