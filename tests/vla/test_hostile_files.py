@@ -24,7 +24,7 @@ from format_writers import LEROBOT_KEYS, LOSSLESS, make_smooth_episode, write_hd
 from PIL import Image
 
 from prismatic.vla.action_spec import ActionSpec
-from prismatic.vla.datasets import hdf5_source, index, lerobot_index, lerobot_tables
+from prismatic.vla.datasets import hdf5_source, index_writer, lerobot_index, lerobot_tables
 from prismatic.vla.datasets.example_proto import build_example, parse_example
 from prismatic.vla.datasets.formats import open_source
 from prismatic.vla.datasets.registry import get_data_set_config
@@ -323,8 +323,8 @@ def test_metadata_texts_that_blow_up(tmp_path, monkeypatch):
 
 
 def test_the_index_does_not_fill_the_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "_ALWAYS_ALLOWED", 1000)
-    monkeypatch.setattr(index, "_ALLOWED_RATIO", 2)
+    monkeypatch.setattr(index_writer, "_ALWAYS_ALLOWED", 1000)
+    monkeypatch.setattr(index_writer, "_ALLOWED_RATIO", 2)
     folder = write(tmp_path, "hdf5")
     assert len(read("hdf5", folder)) == 2
     shutil.rmtree(folder / ".craft_index")

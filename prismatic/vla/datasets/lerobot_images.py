@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from prismatic.vla.datasets.index import EpisodeIndex
+from prismatic.vla.datasets.index_reader import EpisodeIndex
 from prismatic.vla.datasets.lerobot_tables import parquet
 from prismatic.vla.datasets.source import DataSetError
 from prismatic.vla.datasets.source_files import check_image

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prismatic.vla.datasets.index import MAX_STEPS, IndexWriter
+from prismatic.vla.datasets.index_writer import MAX_STEPS, IndexWriter
 from prismatic.vla.datasets.lerobot_episodes import Place
 from prismatic.vla.datasets.lerobot_images import Blob, embedded_images
 from prismatic.vla.datasets.lerobot_info import Info

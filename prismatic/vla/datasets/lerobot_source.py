@@ -19,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from prismatic.vla.datasets.index import IndexedSource, IndexWriter, first_lines, open_index
+from prismatic.vla.datasets.index import open_index
+from prismatic.vla.datasets.index_writer import IndexWriter, first_lines
+from prismatic.vla.datasets.indexed_source import IndexedSource
 from prismatic.vla.datasets.lerobot_episodes import places_v2, places_v30, tasks_v2, tasks_v30
 from prismatic.vla.datasets.lerobot_images import blobs_are_whole
 from prismatic.vla.datasets.lerobot_index import Builder

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from prismatic.vla.datasets.index import IndexedSource, IndexWriter, open_index
+from prismatic.vla.datasets.index import open_index
+from prismatic.vla.datasets.index_writer import IndexWriter
+from prismatic.vla.datasets.indexed_source import IndexedSource
 from prismatic.vla.datasets.rlds import EpisodeRecord, RLDSReader, flat_name
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
 from prismatic.vla.datasets.source_files import check_image, flat_rows, index_label, turned_frame
