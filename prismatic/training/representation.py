@@ -35,8 +35,9 @@ from prismatic.training.retention.memory import to_device
 from prismatic.training.retention.signals import craft_request
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.collator import VLACollator
-from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset, select_validation
+from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.registry import alternative_name, expand_data_set_names
+from prismatic.vla.datasets.selection import select_validation
 from prismatic.vla.images import ImageSpec, center_crop
 from prismatic.vla.normalization import STATISTICS_FILE, Normalizer, StatisticsError, resolve_statistics_key
 
