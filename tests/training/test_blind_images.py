@@ -16,7 +16,8 @@ from prismatic.training.retention.methods import observations
 from prismatic.vla.datasets import dataset_part
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
-from prismatic.vla.datasets.rlds import RLDSReader, find_version_directory, write_rlds
+from prismatic.vla.datasets.rlds import RLDSReader, write_rlds
+from prismatic.vla.datasets.rlds_versions import find_version_directory
 from prismatic.vla.images import ImageSpec, decode_jpeg, encode_jpeg, prepare_eval_image
 
 SIDE = 32

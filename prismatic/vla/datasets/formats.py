@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from prismatic.vla.datasets.registry import DataSetConfig
-from prismatic.vla.datasets.rlds import version_directories
 from prismatic.vla.datasets.rlds_source import RLDSSource
+from prismatic.vla.datasets.rlds_versions import version_directories
 from prismatic.vla.datasets.source import EpisodeSource, MissingFeatureError, SourceKeys
 
 

@@ -22,8 +22,9 @@ from prismatic.vla.datasets.inspect_checks import find_problems
 from prismatic.vla.datasets.inspect_measures import QUANTILES, measure
 from prismatic.vla.datasets.inspect_strip import draw_strip
 from prismatic.vla.datasets.registry import DataSetConfig, get_data_set_config, load_data_set_file
-from prismatic.vla.datasets.rlds import RLDSReader, version_directories
+from prismatic.vla.datasets.rlds import RLDSReader
 from prismatic.vla.datasets.rlds_source import RLDSSource
+from prismatic.vla.datasets.rlds_versions import version_directories
 from prismatic.vla.datasets.source import EpisodeSource, MissingFeatureError, SourceKeys
 
 _MAX_INSTRUCTIONS = 20

@@ -11,7 +11,8 @@ import numpy as np
 from prismatic.vla.datasets.index import open_index
 from prismatic.vla.datasets.index_writer import IndexWriter
 from prismatic.vla.datasets.indexed_source import IndexedSource
-from prismatic.vla.datasets.rlds import EpisodeRecord, RLDSReader, flat_name
+from prismatic.vla.datasets.rlds import RLDSReader
+from prismatic.vla.datasets.rlds_record import EpisodeRecord, flat_name
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
 from prismatic.vla.datasets.source_files import check_image, flat_rows, index_label, turned_frame
 from prismatic.vla.datasets.tfrecord import HEADER_BYTES, CorruptRecordError
