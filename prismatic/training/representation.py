@@ -36,7 +36,8 @@ from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.registry import expand_data_set_names
 from prismatic.vla.datasets.selection import select_validation
-from prismatic.vla.images import ImageSpec, center_crop
+from prismatic.vla.image_resampling import center_crop
+from prismatic.vla.images import ImageSpec
 from prismatic.vla.normalization import Normalizer
 
 

@@ -24,7 +24,8 @@ from prismatic.vla.datasets.registry import (
 )
 from prismatic.vla.datasets.selection import select_few_shot, select_validation
 from prismatic.vla.datasets.source import DataSetError, EpisodeSource, MissingFeatureError
-from prismatic.vla.images import AugmentSettings, ImageSpec, grey_images, prepare_train_images
+from prismatic.vla.image_augmentation import AugmentSettings
+from prismatic.vla.images import ImageSpec, grey_images, prepare_train_images
 from prismatic.vla.normalization import Normalizer
 
 PARTS = ("train", "val")
