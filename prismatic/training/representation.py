@@ -16,43 +16,29 @@ crop where the start model has one), without augmentation.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from prismatic.craft import BridgeFeatures, CRaFTConfig, CRaFTFeatureExtractor, retention_loss
 from prismatic.craft.reference import quiet_pass
-from prismatic.craft.settings import FeatureSource, RetentionMetric
 from prismatic.evidence.files import write_json
-from prismatic.models.vla_policy import VLAPolicyModel
-from prismatic.training.checkpoint_files import LoadedCheckpoint, package_versions, tensors_hash
+from prismatic.training.checkpoint_files import LoadedCheckpoint, package_versions
+from prismatic.training.compared_policies import check_comparable, describe_checkpoint, find_key, start_key
+from prismatic.training.linear_cka import cka_of_parts
+from prismatic.training.linear_probe import ProbeTargets, probe_features
+from prismatic.training.representation_passes import Pooled, Record
 from prismatic.training.retention.memory import to_device
-from prismatic.training.retention.signals import craft_request
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.collator import VLACollator
-from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset, select_validation
-from prismatic.vla.datasets.registry import alternative_name, expand_data_set_names
-from prismatic.vla.images import ImageSpec, center_crop
-from prismatic.vla.normalization import STATISTICS_FILE, Normalizer, StatisticsError, resolve_statistics_key
-
-# Weight of |W|^2 beside the mean squared error, for features of unit variance. Fixed, so that probes of two models
-# differ by their features only; large enough that a few hundred samples do not fit the noise of as many features.
-RIDGE_PENALTY = 0.1
-_AXES = ("x", "y", "z")
-_METRICS = (RetentionMetric.REL_MSE, RetentionMetric.MSE, RetentionMetric.TOKEN_REL_MSE)
-_PART_WEIGHTS = {"total": (1.0, 1.0), "raw": (1.0, 0.0), "aq": (0.0, 1.0)}
-# With this metric the extractor returns pooled features and tokens, which serve all metrics.
-_SOURCES = {
-    source.value: CRaFTConfig(feature_source=source, retention_metric=RetentionMetric.TOKEN_REL_MSE)
-    for source in (FeatureSource.ORIGINAL, FeatureSource.BRIDGE)
-}
-# Share of the mean square below which a spread is rounding of fp32 features: they are constant.
-_CONSTANT = 1e-12
+from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
+from prismatic.vla.datasets.registry import expand_data_set_names
+from prismatic.vla.datasets.selection import select_validation
+from prismatic.vla.image_resampling import center_crop
+from prismatic.vla.images import ImageSpec
+from prismatic.vla.normalization import Normalizer
 
 
 @dataclass(frozen=True)
@@ -88,13 +74,13 @@ def measure_retention(
     """
     check_comparable(start, trained)
     samples = MeasuredSamples(start, trained, data_root_dir, dataset_name, settings)
-    record = _Record()
+    record = Record()
     device = torch.device(settings.device)
     models = [loaded.model.to(device).requires_grad_(False) for loaded in (start, trained)]
     with quiet_pass(models[0]), quiet_pass(models[1]):
         for batches in samples.batches(settings.batch_size):
             record.add(models, [to_device(batch, device) for batch in batches])
-    features = {name: _Pooled.joined(chunks) for name, chunks in record.pooled.items()}
+    features = {name: Pooled.joined(chunks) for name, chunks in record.pooled.items()}
     return {
         "data": samples.describe(),
         "checkpoints": {
@@ -104,65 +90,10 @@ def measure_retention(
         },
         "versions": package_versions(),
         "drift": record.drift(),
-        "cka": _cka_of_parts(features["start"], features["trained"]),
+        "cka": cka_of_parts(features["start"], features["trained"]),
         "probe": probe_features(features["start"].f, features["trained"].f, samples.targets(), settings.seed),
         "action_l1": record.action_l1(),
     }
-
-
-def check_comparable(start: LoadedCheckpoint, trained: LoadedCheckpoint) -> None:
-    """ValueError unless both read the same samples in the same way, naming what differs."""
-    found, expected = _conventions(trained), _conventions(start)
-    for name, value in expected.items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"{trained.path}: {name} is {found.get(name)!r}, expected {value!r} as in the start model {start.path}"
-            )
-    if extra := sorted(found.keys() - expected.keys()):
-        raise ValueError(f"{trained.path}: {extra[:3]} are not in the start model {start.path}")
-
-
-def _conventions(loaded: LoadedCheckpoint) -> dict:
-    shapes = {f"shape of vla.{name}": tuple(p.shape) for name, p in loaded.model.vla.named_parameters()}
-    image = loaded.manifest["image_spec"]
-    return {
-        "action_spec": loaded.manifest["action_spec"],
-        "image size": image["size"],
-        "num_images": loaded.model.num_images,
-        "legacy_slices": loaded.model.legacy_slices,
-        **shapes,
-    }
-
-
-def describe_checkpoint(loaded: LoadedCheckpoint) -> dict:
-    """Which policy it is: path, step, sha256 over all its weights (adapters merged) and how it was trained."""
-    training = loaded.manifest.get("training", {})
-    names = ("config_file_path", "dataset_name", "retention_method", "image_aug", "blind_images", "seed")
-    return {
-        "path": str(loaded.path),
-        "step": loaded.manifest.get("step"),
-        "policy_sha256": tensors_hash(loaded.model.state_dict()),
-        "tuning": loaded.manifest["tuning"],
-        "interpolation": loaded.manifest.get("interpolation"),
-        "training": {name: training.get(name) for name in names},
-    }
-
-
-# ------------------------------------------------------------------------------------------------ samples
-
-
-@dataclass(frozen=True)
-class ProbeTargets:
-    """What a probe reads off N samples.
-
-    position: (N, 3) float64, the first three numbers of the recorded robot state, in LIBERO's conventions the
-    end-effector position in metres. instruction: (N,) index of the instruction. held_out:
-    (N,) bool, whether the sample's episode is one of those the probe is tested on.
-    """
-
-    position: np.ndarray
-    instruction: np.ndarray
-    held_out: np.ndarray
 
 
 class MeasuredSamples:
@@ -184,8 +115,8 @@ class MeasuredSamples:
         names = list(expand_data_set_names(dataset_name))
         if len(names) != 1:
             raise ValueError(f"--dataset_name {dataset_name}: names {len(names)} data sets, expected one")
-        self.start_key = _start_key(start, settings.unnorm_key or names[0])
-        own_key = _find_key(trained.statistics, names[0]) or _find_key(trained.statistics, self.start_key)
+        self.start_key = start_key(start, settings.unnorm_key or names[0])
+        own_key = find_key(trained.statistics, names[0]) or find_key(trained.statistics, self.start_key)
         self.trained_key = own_key or self.start_key
         statistics = start.statistics[self.start_key]
         own = trained.statistics[own_key] if own_key else statistics
@@ -254,27 +185,6 @@ class MeasuredSamples:
         }
 
 
-def _find_key(statistics: dict, name: str) -> str | None:
-    """Key of a data set under either spelling of its name, None without one."""
-    for candidate in (name, alternative_name(name)):
-        if candidate in statistics:
-            return candidate
-    return None
-
-
-def _start_key(start: LoadedCheckpoint, name: str) -> str:
-    key = _find_key(start.statistics, name)
-    if key is not None:
-        return key
-    try:
-        return resolve_statistics_key(start.statistics, name)
-    except KeyError as error:
-        raise StatisticsError(
-            f"{start.path / STATISTICS_FILE}: {error.args[0]}; choose one with --unnorm_key, which has to fit the "
-            "robot and the units of the data set"
-        ) from None
-
-
 def evenly_spread(counts: Sequence[int], limit: int, seed: int) -> list[int]:
     """Numbers of at most `limit` samples (0 = all), sorted, as evenly spread over episodes and their steps as possible.
 
@@ -291,209 +201,6 @@ def evenly_spread(counts: Sequence[int], limit: int, seed: int) -> list[int]:
         left -= share
         chosen.extend(int(starts[episode] + (2 * i + 1) * counts[episode] // (2 * share)) for i in range(share))
     return sorted(chosen)
-
-
-# ------------------------------------------------------------------------------------------------ passes
-
-
-@dataclass(frozen=True)
-class _Pooled:
-    """Pooled features of samples, float32 on the CPU: f (N, 2D), and per hidden state (N, layers + 1, D)."""
-
-    f: np.ndarray
-    patches: np.ndarray
-    queries: np.ndarray
-
-    @classmethod
-    def of(cls, features: dict[str, BridgeFeatures]) -> _Pooled:
-        bridge = features[FeatureSource.BRIDGE.value]
-        values = features[FeatureSource.ORIGINAL.value].f, bridge.raw.pooled, bridge.aq.pooled
-        return cls(*(value.cpu().numpy() for value in values))
-
-    @classmethod
-    def joined(cls, chunks: list[_Pooled]) -> _Pooled:
-        return cls(*(np.concatenate([getattr(c, name) for c in chunks]) for name in ("f", "patches", "queries")))
-
-
-class _Record:
-    """What is kept of the passes over all batches."""
-
-    def __init__(self) -> None:
-        self.pooled: dict[str, list[_Pooled]] = {"start": [], "trained": []}
-        self._drift: dict[tuple[str, str, str], float] = defaultdict(float)
-        self._l1: dict[str, float] = defaultdict(float)
-        self._count = 0
-
-    def add(self, models: Sequence[VLAPolicyModel], batches: Sequence[dict]) -> None:
-        """Run both models, start first, each on its batch of the same samples."""
-        (first, states), (last, trained_states) = map(_run, models, batches)
-        self._count += len(batches[0]["actions"])
-        self.pooled["start"].append(_Pooled.of(first))
-        self.pooled["trained"].append(_Pooled.of(last))
-        self._add_drift(last, first, len(batches[0]["actions"]))
-        for name, head, own, batch in (
-            ("start", models[0], states, batches[0]),
-            ("trained", models[1], trained_states, batches[1]),
-            ("start_head", models[0], trained_states, batches[0]),
-        ):
-            error = (head.actions_of(own, batch).float() - batch["actions"]).abs()
-            self._l1[name] += float(error.mean(dim=(1, 2)).double().sum())
-
-    def _add_drift(self, features: dict, anchor: dict, samples: int) -> None:
-        for source, config in _SOURCES.items():
-            for metric in _METRICS:
-                for part, (w_raw, w_aq) in _PART_WEIGHTS.items():
-                    settings = replace(config, retention_metric=metric, w_raw=w_raw, w_aq=w_aq)
-                    loss = retention_loss(features[source], anchor[source], settings)
-                    self._drift[source, metric.value, part] += float(loss) * samples
-
-    def drift(self) -> dict:
-        """{feature source: {metric: {total, raw, aq}}}, means over samples."""
-        result: dict = {}
-        for (source, metric, part), value in self._drift.items():
-            result.setdefault(source, {}).setdefault(metric, {})[part] = value / self._count
-        return result
-
-    def action_l1(self) -> dict[str, float]:
-        """Mean |predicted - true| of the normalised chunk by policy."""
-        return {name: value / self._count for name, value in self._l1.items()}
-
-
-def _run(model: VLAPolicyModel, batch: dict) -> tuple[dict[str, BridgeFeatures], tuple[Tensor, Tensor]]:
-    """Features by source, and the bridge states that the head reads."""
-    batch = model.share_vision(batch)
-    outputs = {name: model.anchor_features(batch, craft_request(config)) for name, config in _SOURCES.items()}
-    features = {name: CRaFTFeatureExtractor(_SOURCES[name]).parts(*output) for name, output in outputs.items()}
-    return features, outputs[FeatureSource.BRIDGE.value][:2]
-
-
-# ------------------------------------------------------------------------------------------------ CKA
-
-
-def linear_cka(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Linear CKA of two feature sets of the same samples, in [0, 1] (Kornblith et al. 2019, arXiv 1905.00414).
-
-    |Y^T X|_F^2 / (|X^T X|_F |Y^T Y|_F) with centred columns, in float64. x: (N, F), y: (N, G). None when one of the
-    two is constant over the samples, as the action queries are at the input of the language model.
-    """
-    if len(x) != len(y):
-        raise ValueError(f"features of {len(x)} and {len(y)} samples, expected the same samples")
-    centred = [_centred(values) for values in (x, y)]
-    if any(values is None for values in centred):
-        return None
-    x, y = centred
-    if len(x) < x.shape[1] + y.shape[1]:  # the same numbers from (N, N) matrices, which are smaller
-        x, y = x @ x.T, y @ y.T
-        value = (x * y).sum() / (np.linalg.norm(x) * np.linalg.norm(y))
-    else:
-        value = np.square(y.T @ x).sum() / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
-    return min(float(value), 1.0)  # rounding may exceed 1
-
-
-def _centred(values: np.ndarray) -> np.ndarray | None:
-    values = values.astype(np.float64)
-    centred = values - values.mean(axis=0)
-    return None if np.square(centred).sum() <= _CONSTANT * np.square(values).sum() else centred
-
-
-def _cka_of_parts(start: _Pooled, trained: _Pooled) -> dict:
-    width = start.f.shape[1] // 2
-    result = {
-        "raw": linear_cka(start.f[:, :width], trained.f[:, :width]),
-        "aq": linear_cka(start.f[:, width:], trained.f[:, width:]),
-    }
-    for name in ("patches", "queries"):
-        pairs = (np.moveaxis(getattr(pooled, name), 1, 0) for pooled in (start, trained))
-        result[f"{name}_by_layer"] = [linear_cka(x, y) for x, y in zip(*pairs, strict=True)]
-    return result
-
-
-# ------------------------------------------------------------------------------------------------ probes
-
-
-class LinearProbe:
-    """Ridge regression in closed form: minimises mean_n |y_n - b - W z_n|^2 + penalty |W|_F^2, z standardised.
-
-    b is the mean of the targets. Features that are constant over the fitted samples are not used.
-
-    Args:
-        features: (N, F), N >= 1.
-        targets: (N, T).
-        penalty: > 0.
-    """
-
-    def __init__(self, features: np.ndarray, targets: np.ndarray, penalty: float = RIDGE_PENALTY) -> None:
-        features = features.astype(np.float64)
-        self._mean, spread = features.mean(axis=0), features.std(axis=0)
-        constant = np.square(spread) <= _CONSTANT * np.square(features).mean(axis=0)
-        self._scale = np.where(constant, np.inf, spread)
-        self._offset = targets.mean(axis=0)
-        z, y = self._standardised(features), targets - self._offset
-        count, width = z.shape
-        if count < width:  # the dual form, of the same solution: an (N, N) system
-            self._weights = z.T @ np.linalg.solve(z @ z.T + count * penalty * np.eye(count), y)
-        else:
-            self._weights = np.linalg.solve(z.T @ z + count * penalty * np.eye(width), z.T @ y)
-
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        """(N, F) -> (N, T) float64."""
-        return self._standardised(features.astype(np.float64)) @ self._weights + self._offset
-
-    def _standardised(self, features: np.ndarray) -> np.ndarray:
-        return (features - self._mean) / self._scale
-
-
-def r_squared(targets: np.ndarray, predicted: np.ndarray) -> list[float | None]:
-    """1 - residual / total sum of squares per column of (N, T), at most 1; None for a constant target."""
-    residual = np.square(targets - predicted).sum(axis=0)
-    total = np.square(targets - targets.mean(axis=0)).sum(axis=0)
-    columns = zip(residual, total, np.ptp(targets, axis=0), strict=True)
-    return [float(1 - r / t) if spread > 0 else None for r, t, spread in columns]
-
-
-def probe_features(start: np.ndarray, trained: np.ndarray, targets: ProbeTargets, seed: int) -> dict | None:
-    """Linear probes from features (N, F) to the position in metres and to the instruction (one-hot least squares).
-
-    Fitted on the episodes that are not held out, tested on those that are: `start`, `trained` (fitted anew) and `stale`
-    (the start model's probes on the trained features). None when no episode is held out: every instruction has one.
-    """
-    tested = targets.held_out
-    if not tested.any():
-        return None
-    one_hot = np.eye(targets.instruction.max() + 1)[targets.instruction]
-    values = np.concatenate([targets.position, one_hot], axis=1)
-    probes = {name: LinearProbe(f[~tested], values[~tested]) for name, f in (("start", start), ("trained", trained))}
-    predictions = {
-        "start": probes["start"].predict(start[tested]),
-        "trained": probes["trained"].predict(trained[tested]),
-        "stale": probes["start"].predict(trained[tested]),
-    }
-    instruction = targets.instruction[tested]
-    return {
-        "penalty": RIDGE_PENALTY,
-        "seed": seed,
-        "fitted_samples": int((~tested).sum()),
-        "tested_samples": int(tested.sum()),
-        "chance_accuracy": float(np.bincount(instruction).max() / len(instruction)),
-        **{name: _scores(targets.position[tested], instruction, values) for name, values in predictions.items()},
-    }
-
-
-def _scores(position: np.ndarray, instruction: np.ndarray, predicted: np.ndarray) -> dict:
-    found = r_squared(position, predicted[:, :3])
-    defined = [value for value in found if value is not None]
-    error = np.sqrt(np.square(position - predicted[:, :3]).mean(axis=0))
-    return {
-        "position_r2": {
-            **dict(zip(_AXES, found, strict=True)),
-            "mean": float(np.mean(defined)) if defined else None,
-        },
-        "position_rmse_m": dict(zip(_AXES, error.tolist(), strict=True)),
-        "instruction_accuracy": float((predicted[:, 3:].argmax(axis=1) == instruction).mean()),
-    }
-
-
-# ------------------------------------------------------------------------------------------------ writing
 
 
 def write_report(report: dict, path: str | Path) -> None:

@@ -13,7 +13,8 @@ from experiments.robot.libero.simulator import quat_to_axis_angle
 from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.action_tokenizer import ActionTokenizer
-from prismatic.vla.images import ImageSpec, center_crop, decode_jpeg, encode_jpeg, prepare_eval_image, resize_lanczos3
+from prismatic.vla.image_resampling import center_crop, resize_lanczos3
+from prismatic.vla.images import ImageSpec, decode_jpeg, encode_jpeg, prepare_eval_image
 from prismatic.vla.normalization import Normalizer, load_statistics
 
 TABLE = 1e-12

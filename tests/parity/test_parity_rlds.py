@@ -12,8 +12,10 @@ from parity_fixtures import OTHER_DCT, assert_levels, read_json
 from prismatic.vla.action_spec import ActionSpec, NormalizationType
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.registry import get_data_set_config, register_data_set
-from prismatic.vla.datasets.rlds import RLDSReader, find_version_directory, list_data_sets, write_rlds
-from prismatic.vla.images import ImageSpec, center_crop, decode_jpeg, resize_lanczos3
+from prismatic.vla.datasets.rlds import RLDSReader, write_rlds
+from prismatic.vla.datasets.rlds_versions import find_version_directory, list_data_sets
+from prismatic.vla.image_resampling import center_crop, resize_lanczos3
+from prismatic.vla.images import ImageSpec, decode_jpeg
 from prismatic.vla.prompts import build_prompt
 
 TOLERANCE = 1e-6

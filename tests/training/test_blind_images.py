@@ -13,10 +13,11 @@ from experiments.robot.libero.controls import Control, PolicyActor
 from prismatic.models.presets import PRESETS, build_processor
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.retention.methods import observations
-from prismatic.vla.datasets import dataset as dataset_module
+from prismatic.vla.datasets import dataset_part
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
-from prismatic.vla.datasets.rlds import RLDSReader, find_version_directory, write_rlds
+from prismatic.vla.datasets.rlds import RLDSReader, write_rlds
+from prismatic.vla.datasets.rlds_versions import find_version_directory
 from prismatic.vla.images import ImageSpec, decode_jpeg, encode_jpeg, prepare_eval_image
 
 SIDE = 32
@@ -96,7 +97,7 @@ def test_no_frame_is_read(two_data_sets, monkeypatch):
     def refuse(*_):
         raise AssertionError("a frame was decoded")
 
-    monkeypatch.setattr(dataset_module, "frame_pixels", refuse)
+    monkeypatch.setattr(dataset_part, "frame_pixels", refuse)
     settings = DatasetSettings(image_spec=ImageSpec(size=SIDE), blind_images=True)
     data = VLADataset(two_data_sets[0], "libero_a", settings)
     monkeypatch.setattr(type(data._parts[0].source), "frame", refuse)

@@ -14,25 +14,22 @@ from accelerate import Accelerator
 
 from prismatic.command_line import parse
 from prismatic.models.presets import PRESETS
-from prismatic.training import representation
+from prismatic.training import representation_passes
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.interpolation import save_policy
+from prismatic.training.linear_cka import linear_cka
+from prismatic.training.linear_probe import LinearProbe, ProbeTargets, probe_features, r_squared
 from prismatic.training.loop import Trainer
 from prismatic.training.representation import (
-    LinearProbe,
     MeasuredSamples,
     MeasureSettings,
-    ProbeTargets,
     evenly_spread,
-    linear_cka,
     measure_retention,
-    probe_features,
-    r_squared,
     write_report,
 )
 from prismatic.training.setup import build_setup
-from prismatic.vla.datasets.formats import open_data_set
+from prismatic.vla.datasets.opening import open_data_set
 from prismatic.vla.datasets.registry import get_data_set_config
 
 NAME = "libero_mini_no_noops"
@@ -190,8 +187,8 @@ def test_features_do_not_depend_on_proprioception(start):
     with pytest.raises(KeyError, match="proprio"):
         start.model({name: value for name, value in batch.items() if name != "proprio"})
     with torch.no_grad():
-        features, _ = representation._run(start.model, {n: v for n, v in batch.items() if n != "proprio"})
-        expected, _ = representation._run(start.model, batch)
+        features, _ = representation_passes._run(start.model, {n: v for n, v in batch.items() if n != "proprio"})
+        expected, _ = representation_passes._run(start.model, batch)
     assert all(torch.equal(features[name].f, expected[name].f) for name in expected)
 
 

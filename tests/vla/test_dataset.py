@@ -8,11 +8,13 @@ from data_fixtures import make_episode, write_data_set
 from torch.utils.data import DataLoader
 
 from prismatic.vla.action_spec import ActionSpec
-from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset, select_few_shot, select_validation
+from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.registry import get_data_set_config, register_data_set
-from prismatic.vla.datasets.rlds import MissingFeatureError, RLDSReader, find_version_directory
+from prismatic.vla.datasets.rlds import RLDSReader
+from prismatic.vla.datasets.rlds_versions import find_version_directory
 from prismatic.vla.datasets.sampler import EpochSampler
-from prismatic.vla.datasets.source import DataSetError
+from prismatic.vla.datasets.selection import select_few_shot, select_validation
+from prismatic.vla.datasets.source import DataSetError, MissingFeatureError
 from prismatic.vla.images import ImageSpec, decode_jpeg
 from prismatic.vla.normalization import Normalizer
 

@@ -165,7 +165,7 @@ def test_forked_worker_gives_the_same(name, folders):
 @pytest.mark.parametrize("name", WRITERS)
 def test_index_is_built_once(name, folders, monkeypatch):
     first = open_source(name, folders[name])
-    for module in ("hdf5_source._add_file", "lerobot_source._Builder.build"):
+    for module in ("hdf5_source._add_file", "lerobot_index.Builder.build"):
         monkeypatch.setattr(f"prismatic.vla.datasets.{module}", lambda *_: pytest.fail("built again"))
     assert open_source(name, folders[name]).fingerprint == first.fingerprint
 

@@ -24,9 +24,9 @@ from format_writers import LEROBOT_KEYS, LOSSLESS, make_smooth_episode, write_hd
 from PIL import Image
 
 from prismatic.vla.action_spec import ActionSpec
-from prismatic.vla.datasets import hdf5_source, index, lerobot_source
+from prismatic.vla.datasets import hdf5_source, index_writer, lerobot_index, lerobot_tables
 from prismatic.vla.datasets.example_proto import build_example, parse_example
-from prismatic.vla.datasets.formats import open_source
+from prismatic.vla.datasets.opening import open_source
 from prismatic.vla.datasets.registry import get_data_set_config
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
 from prismatic.vla.datasets.source_files import regular_file
@@ -289,7 +289,7 @@ def test_a_parquet_row_with_millions_of_values(tmp_path):
 
 
 def test_parquet_pages_that_blow_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(lerobot_source, "_MOST_COLUMN_BYTES", 1 << 20)
+    monkeypatch.setattr(lerobot_tables, "_MOST_COLUMN_BYTES", 1 << 20)
     episodes = [make_smooth_episode(i, 3, side=16) for i in range(2)]
     folder = write_lerobot_v21(tmp_path / "libero_set", episodes)
     path = folder / FILES["v21"][3]
@@ -301,8 +301,8 @@ def test_parquet_pages_that_blow_up(tmp_path, monkeypatch):
 
 
 def test_parquet_rows_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(lerobot_source, "MAX_STEPS", 1000)
-    monkeypatch.setattr(lerobot_source, "_MOST_EPISODES", 1000)
+    monkeypatch.setattr(lerobot_index, "MAX_STEPS", 1000)
+    monkeypatch.setattr(lerobot_tables, "_MOST_EPISODES", 1000)
     v21, v30 = write(tmp_path / "a", "v21"), write(tmp_path / "b", "v30")
     for path in (v21 / FILES["v21"][3], v30 / FILES["v30"][1], v30 / FILES["v30"][2]):
         table, whole = pq.read_table(path), path.read_bytes()
@@ -313,7 +313,7 @@ def test_parquet_rows_without_end(tmp_path, monkeypatch):
 
 
 def test_metadata_texts_that_blow_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(lerobot_source, "_MOST_TABLE_BYTES", 1 << 20)
+    monkeypatch.setattr(lerobot_tables, "_MOST_TABLE_BYTES", 1 << 20)
     folder = write(tmp_path, "v30")
     path = folder / FILES["v30"][2]
     pq.write_table(pa.table({"task_index": range(40), "task": ["x" * 100_000] * 40}), path)
@@ -323,8 +323,8 @@ def test_metadata_texts_that_blow_up(tmp_path, monkeypatch):
 
 
 def test_the_index_does_not_fill_the_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "_ALWAYS_ALLOWED", 1000)
-    monkeypatch.setattr(index, "_ALLOWED_RATIO", 2)
+    monkeypatch.setattr(index_writer, "_ALWAYS_ALLOWED", 1000)
+    monkeypatch.setattr(index_writer, "_ALLOWED_RATIO", 2)
     folder = write(tmp_path, "hdf5")
     assert len(read("hdf5", folder)) == 2
     shutil.rmtree(folder / ".craft_index")

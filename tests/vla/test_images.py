@@ -4,17 +4,15 @@ import json
 import numpy as np
 import pytest
 
+from prismatic.vla.image_augmentation import AugmentSettings, augment_images
+from prismatic.vla.image_resampling import crop_and_resize, resize_lanczos3
 from prismatic.vla.images import (
-    AugmentSettings,
     ImageSpec,
-    augment_images,
-    crop_and_resize,
     decode_jpeg,
     encode_jpeg,
     prepare_eval_image,
     prepare_train_image,
     prepare_train_images,
-    resize_lanczos3,
 )
 
 IDENTITY = AugmentSettings(crop_area=1.0, brightness=0.0, contrast=(1.0, 1.0), saturation=(1.0, 1.0), hue=0.0)

@@ -20,7 +20,7 @@ from format_writers import (
     write_video,
 )
 
-from prismatic.vla.datasets import lerobot_source
+from prismatic.vla.datasets import lerobot_index, lerobot_source, lerobot_video
 from prismatic.vla.datasets.lerobot_source import LeRobotSource
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
 from prismatic.vla.images import decode_image, decode_jpeg, encode_jpeg
@@ -474,7 +474,7 @@ def test_too_short_video(video, episodes):
 
 def test_video_without_displayed_frames(video, monkeypatch):
     """Damaged edit lists can hide all frames."""
-    monkeypatch.setattr(lerobot_source, "_packets", lambda *_: ([], [(0, 0)]))
+    monkeypatch.setattr(lerobot_video, "_packets", lambda *_: ([], [(0, 0)]))
     open_fails(video, "file-000.mp4: no frames that are displayed")
 
 
@@ -532,7 +532,7 @@ def test_few_videos_stay_open_and_are_not_opened_per_frame(tmp_path, episodes, m
     source._videos.limit = 2
     opened = []
     monkeypatch.setattr(
-        lerobot_source, "_VideoFile", lambda path, kind=lerobot_source._VideoFile: opened.append(path) or kind(path)
+        lerobot_source, "VideoFile", lambda path, kind=lerobot_source.VideoFile: opened.append(path) or kind(path)
     )
     for step in range(6):
         source.frame(FIRST, 0, step)
@@ -566,13 +566,13 @@ def test_rows_are_read_a_few_at_a_time(tmp_path, monkeypatch):
     episode = make_smooth_episode(0, 40, side=16)
     folder = write_lerobot_v30(tmp_path, [episode], "png")
     sizes = []
-    real = lerobot_source._embedded_images
+    real = lerobot_index.embedded_images
 
     def counting(column, where):
         sizes.append(len(column))
         return real(column, where)
 
-    monkeypatch.setattr(lerobot_source, "_embedded_images", counting)
+    monkeypatch.setattr(lerobot_index, "embedded_images", counting)
     source = LeRobotSource(folder, LEROBOT_KEYS)
     assert max(sizes) <= 32 and sum(sizes) == 80
     np.testing.assert_array_equal(decode_image(source.frame(FIRST, 0, 39)), decode_jpeg(episode.images["image"][39]))

@@ -15,8 +15,9 @@ from test_collator import FakeImageProcessor, make_tokenizer
 
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.collator import VLACollator
-from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset, _outside
+from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.example_proto import build_example, parse_example
+from prismatic.vla.datasets.known_statistics import outside
 from prismatic.vla.datasets.registry import get_data_set_config, register_data_set
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError
 from prismatic.vla.datasets.source_files import content_of
@@ -262,7 +263,7 @@ outliers = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(-1e4, 1e4, widt
 @settings(max_examples=150, deadline=None)
 def test_no_values_contradict_the_statistics_computed_from_them(values):
     statistics = json.loads(json.dumps(compute_statistics([values], [values], [True, True])))
-    assert _outside("state", values, statistics["proprio"]) == []
+    assert outside("state", values, statistics["proprio"]) == []
 
 
 @given(st.floats(-5, 5, width=32), st.floats(0.125, 10, width=32), st.booleans())
@@ -271,7 +272,7 @@ def test_another_range_and_another_constant_are_found(centre, width, constant):
     values = np.linspace(0, 0 if constant else width, 50, dtype=np.float32)[:, None] + np.float32(centre)
     known = compute_statistics([values], [values], [True])["proprio"]
     other = values + np.float32(2 * width + 0.1 * abs(centre))
-    assert len(_outside("state", other, known)) == 1
+    assert len(outside("state", other, known)) == 1
 
 
 @pytest.mark.parametrize(("beyond", "share", "found"), [(0.4, 1.0, 0), (0.6, 1.0, 1), (0.6, 0.04, 0), (0.6, 0.06, 1)])
@@ -280,7 +281,7 @@ def test_how_far_and_how_many_values_contradict(beyond, share, found, side):
     known = {"q01": [-1.0], "q99": [1.0]}
     values = np.zeros((100, 1), np.float32)
     values[: round(100 * share)] = side * (1 + 2 * beyond)
-    assert len(_outside("state", values, known)) == found
+    assert len(outside("state", values, known)) == found
 
 
 # Folders that do not fit

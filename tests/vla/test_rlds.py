@@ -4,15 +4,10 @@ import numpy as np
 import pytest
 from data_fixtures import make_episode, write_data_set
 
-from prismatic.vla.datasets.rlds import (
-    CorruptRecordError,
-    MissingFeatureError,
-    RLDSReader,
-    find_version_directory,
-    write_rlds,
-)
-from prismatic.vla.datasets.source import DataSetError
-from prismatic.vla.datasets.tfrecord import index_records
+from prismatic.vla.datasets.rlds import RLDSReader, write_rlds
+from prismatic.vla.datasets.rlds_versions import find_version_directory
+from prismatic.vla.datasets.source import DataSetError, MissingFeatureError
+from prismatic.vla.datasets.tfrecord import CorruptRecordError, index_records
 
 
 def edit_json(path, edit):

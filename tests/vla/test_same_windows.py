@@ -8,7 +8,8 @@ from format_writers import LOSSLESS, write_hdf5, write_lerobot_v21, write_lerobo
 
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.inspect import inspect
-from prismatic.vla.datasets.rlds import RLDSReader, find_version_directory
+from prismatic.vla.datasets.rlds import RLDSReader
+from prismatic.vla.datasets.rlds_versions import find_version_directory
 from prismatic.vla.images import ImageSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rlds_mini"

@@ -13,7 +13,7 @@ from PIL import Image
 from experiments.robot.libero.collect_demos import Start, episode_start
 from experiments.robot.libero.suite_names import split_suite
 from prismatic.vla.action_spec import ActionSpec, NormalizationType
-from prismatic.vla.datasets.formats import find_format
+from prismatic.vla.datasets.formats import expected_files, find_format
 from prismatic.vla.datasets.inspect import open_folder
 from prismatic.vla.datasets.inspect_measures import read_pixels
 from prismatic.vla.datasets.registry import DataSetConfig, standardize_libero
@@ -67,10 +67,8 @@ def open_data_set(path: str | Path) -> DataSet:
     """
     folder = Path(path)
     if find_format(folder) is None and not (folder / "dataset_info.json").is_file():
-        raise FileNotFoundError(
-            f"--data {path}: expected a folder with dataset_info.json (RLDS), meta/info.json (LeRobot) or *.hdf5, "
-            "found none of them"
-        )
+        files = expected_files().removeprefix("<x.y.z>/")  # a single version will do here
+        raise FileNotFoundError(f"--data {path}: expected a folder with {files}, found none of them")
     name, source, config = open_folder(folder)
     reader = RLDSReader(source.directory) if source.keys.format == "rlds" else None
     metadata = source.metadata or {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prismatic.training.tracking import say
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
-from prismatic.vla.datasets.formats import find_format
+from prismatic.vla.datasets.formats import expected_files, find_format
 
 
 def open_old_data(flag: str, folder: str, settings: DatasetSettings) -> VLADataset:
@@ -20,8 +20,8 @@ def open_old_data(flag: str, folder: str, settings: DatasetSettings) -> VLADatas
     if find_format(path) is None:
         found = sorted(child.name for child in path.iterdir())[:5]
         raise ValueError(
-            f"{given}: not a data set, found {found or 'an empty folder'}, expected <x.y.z>/dataset_info.json (RLDS), "
-            "meta/info.json (LeRobot) or *.hdf5 in it; name the data set's own folder"
+            f"{given}: not a data set, found {found or 'an empty folder'}, expected {expected_files()} in it; "
+            "name the data set's own folder"
         )
     try:
         dataset = VLADataset(path.parent, path.name, settings)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,17 +12,21 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from prismatic.vla.action_spec import ActionSpec
-from prismatic.vla.datasets.formats import open_data_set
+from prismatic.vla.datasets.dataset_part import Part, check_size, numbers
 from prismatic.vla.datasets.inspect_checks import check_for_training
+from prismatic.vla.datasets.known_statistics import known_key
+from prismatic.vla.datasets.opening import open_data_set
 from prismatic.vla.datasets.registry import (
     DataSetConfig,
     alternative_name,
     expand_data_set_names,
     get_data_set_config,
 )
+from prismatic.vla.datasets.selection import select_few_shot, select_validation
 from prismatic.vla.datasets.source import DataSetError, EpisodeSource, MissingFeatureError
-from prismatic.vla.images import AugmentSettings, ImageSpec, frame_pixels, grey_images, prepare_train_images
-from prismatic.vla.normalization import Normalizer, compute_statistics
+from prismatic.vla.image_augmentation import AugmentSettings
+from prismatic.vla.images import ImageSpec, grey_images, prepare_train_images
+from prismatic.vla.normalization import Normalizer
 
 PARTS = ("train", "val")
 
@@ -85,63 +87,6 @@ class DatasetSettings:
                 f"DatasetSettings.part is {self.part!r} with val_fraction {self.val_fraction}, expected one of "
                 f"{', '.join(PARTS)} and a positive fraction for val"
             )
-
-
-class _Part:
-    """The kept episodes of one data set: where their frames are, and their numbers, ready for the model.
-
-    actions (F, A), None without, and proprio (F, P) float32, normalised, of the kept episodes one after another: 60
-    bytes per frame for LIBERO, shared by forked workers. Images stay on disk. left_out: {episode or file: reason}.
-    """
-
-    def __init__(
-        self, name: str, source: EpisodeSource, kept: list[int], config: DataSetConfig, spec: ActionSpec
-    ) -> None:
-        self.name, self.source, self.kept = name, source, kept
-        self.left_out: dict[str, str] = {}
-        self.lengths = source.lengths[kept]
-        self.starts = np.cumsum(self.lengths) - self.lengths
-        episodes = [_numbers(source, episode, config, name) for episode in kept]
-        self.actions = None if source.keys.action is None else np.concatenate([actions for actions, _ in episodes])
-        self.proprio = np.concatenate([proprio for _, proprio in episodes])
-        # Actions that are not read have the size that the data set is registered with.
-        action_shape = (config.action_spec.action_dim,) if self.actions is None else self.actions.shape[1:]
-        _check_size(name, "state", self.proprio.shape[1:], spec.proprio_dim)
-        _check_size(name, "actions", action_shape, spec.action_dim)
-
-    def split(self, values: np.ndarray) -> list[np.ndarray]:
-        """Rows per episode."""
-        return np.split(values, self.starts[1:])
-
-    def contradiction(self, statistics: Mapping) -> list[str]:
-        """One line when the values do not look like those the statistics were computed from, none otherwise."""
-        groups = {"state": (self.proprio, statistics["proprio"])}
-        if self.actions is not None:
-            groups["action"] = (self.actions, statistics["action"])
-        found = [entry for what, (values, known) in groups.items() for entry in _outside(what, values, known)]
-        if not found:
-            return []
-        _, worst = max(found)
-        others = f" (and {len(found) - 1} more dimensions)" if len(found) > 1 else ""
-        return [f"{self.name}: {worst}{others}: check units and conventions, data of others need a name of their own"]
-
-    def own_normalizer(self, config: DataSetConfig, spec: ActionSpec) -> Normalizer:
-        """With the statistics of these values. Without actions it is good for the state alone: zeros stand for them."""
-        actions = np.zeros((len(self.proprio), spec.action_dim)) if self.actions is None else self.actions
-        statistics = compute_statistics(self.split(actions), self.split(self.proprio), config.action_mask)
-        return Normalizer(statistics, spec, self.name)
-
-    def normalize(self, normalizer: Normalizer) -> None:
-        self.actions = None if self.actions is None else normalizer.normalize_action(self.actions)
-        self.proprio = normalizer.normalize_proprio(self.proprio)
-
-    def frame(self, position: int, camera: int, step: int) -> np.ndarray:
-        """One decoded frame, uint8 (H, W, 3), of the episode at `position` of the kept ones."""
-        key, episode = self.source.keys.cameras[camera], self.kept[position]
-        try:
-            return frame_pixels(self.source.frame(key, episode, step))
-        except ValueError as error:
-            raise DataSetError(f"{self.name}: episode {episode}, camera {key}, step {step}: {error}") from error
 
 
 class VLADataset(Dataset):
@@ -221,7 +166,7 @@ class VLADataset(Dataset):
         `episode` is its number in the data set. Raises KeyError for a data set that is not open.
         """
         part = {part.name: part for part in self._parts}[data_set]
-        return _numbers(part.source, episode, get_data_set_config(data_set), data_set)[1]
+        return numbers(part.source, episode, get_data_set_config(data_set), data_set)[1]
 
     @property
     def group_sizes(self) -> list[int]:
@@ -273,7 +218,7 @@ class VLADataset(Dataset):
         # A stream of its own: images are augmented as without dropout.
         return share > 0 and np.random.default_rng((self.settings.seed, *key, 1)).random() < share
 
-    def _images(self, part: _Part, position: int, step: int, key: tuple[int, int]) -> np.ndarray:
+    def _images(self, part: Part, position: int, step: int, key: tuple[int, int]) -> np.ndarray:
         settings = self.settings
         if settings.blind_images:
             return grey_images(settings.num_images, settings.image_spec)
@@ -281,7 +226,7 @@ class VLADataset(Dataset):
         rng = np.random.default_rng((settings.seed, *key)) if self._augment else None
         return prepare_train_images(frames, settings.image_spec, self._augment, rng)
 
-    def _locate(self, index: int) -> tuple[_Part, int, int]:
+    def _locate(self, index: int) -> tuple[Part, int, int]:
         """Data set, position among its kept episodes and first step of a window."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index}: expected 0 <= index < {len(self)}")
@@ -291,7 +236,7 @@ class VLADataset(Dataset):
         before = 0 if position == 0 else int(ends[position - 1])
         return self._parts[group], position, (inside - before) * self.settings.frame_stride
 
-    def _load(self, data_root: str | os.PathLike, name: str, normalizer: Normalizer | None) -> _Part:
+    def _load(self, data_root: str | os.PathLike, name: str, normalizer: Normalizer | None) -> Part:
         settings, config = self.settings, get_data_set_config(name)
         source = self._open(data_root, name, config)
         part = self._make_part(name, source, config)
@@ -330,7 +275,7 @@ class VLADataset(Dataset):
         self.warnings += [f"{name}: {line}" for line in lines]
         return source
 
-    def _make_part(self, name: str, source: EpisodeSource, config: DataSetConfig) -> _Part:
+    def _make_part(self, name: str, source: EpisodeSource, config: DataSetConfig) -> Part:
         """The kept episodes; what was left out is said."""
         settings = self.settings
         left_out = dict(source.problems)
@@ -347,7 +292,7 @@ class VLADataset(Dataset):
                 )
             self.warnings.append(f"{name}: {len(left_out)} of {len(source)} episodes are left out: {first}")
         chosen = _kept_episodes([source.instructions[episode] for episode in usable], settings, name)
-        part = _Part(name, source, [usable[place] for place in chosen], config, settings.action_spec)
+        part = Part(name, source, [usable[place] for place in chosen], config, settings.action_spec)
         part.left_out = left_out
         return part
 
@@ -358,7 +303,7 @@ class VLADataset(Dataset):
             actions, _ = config.standardize(source.actions(first), source.state(first))
         except ValueError as error:
             raise DataSetError(f"{name}: episode {first}: {error}") from error
-        _check_size(name, "actions", actions.shape[1:], self.settings.action_spec.action_dim)
+        check_size(name, "actions", actions.shape[1:], self.settings.action_spec.action_dim)
 
 
 def _why_unusable(source: EpisodeSource, episode: int, settings: DatasetSettings, config: DataSetConfig) -> str | None:
@@ -370,18 +315,10 @@ def _why_unusable(source: EpisodeSource, episode: int, settings: DatasetSettings
         return f"episode {episode}: the language instruction is empty"
     if settings.skip_bad_episodes:
         try:
-            _numbers(source, episode, config, "")
+            numbers(source, episode, config, "")
         except DataSetError as error:
             return str(error).removeprefix(": ")
     return None
-
-
-def _check_size(name: str, what: str, found: tuple[int, ...], expected: int) -> None:
-    if found != (expected,):
-        raise DataSetError(
-            f"{name}: {what} of {math.prod(found)} numbers per step, expected {expected} as the policy has; "
-            "register the data set with a standardisation that gives them (docs/datasets.md)"
-        )
 
 
 def _subset_seed(settings: DatasetSettings) -> int:
@@ -398,45 +335,6 @@ def _kept_episodes(instructions: Sequence[str], settings: DatasetSettings, name:
     rest = sorted(set(range(len(instructions))) - set(held_out))
     chosen = select_few_shot([instructions[i] for i in rest], settings.n_shot_episodes, seed, name)
     return [rest[i] for i in chosen]
-
-
-def select_validation(instructions: Sequence[str], fraction: float, seed: int) -> list[int]:
-    """Sorted numbers of the held-out episodes: of each instruction `fraction`, at least one and not all.
-
-    An instruction with a single demonstration keeps it for training. Seeded by (seed, text).
-    """
-    held_out: list[int] = []
-    for instruction, members in _by_instruction(instructions).items():
-        count = min(len(members) - 1, max(1, round(fraction * len(members)))) if fraction else 0
-        order = np.random.default_rng((seed, zlib.crc32(instruction.encode()), 1)).permutation(len(members))
-        held_out.extend(members[position] for position in order[:count])
-    return sorted(held_out)
-
-
-def select_few_shot(instructions: Sequence[str], n_shot: int | None, seed: int, data_set: str) -> list[int]:
-    """Sorted episode numbers: `n_shot` per distinct instruction, all for None.
-
-    The order of preference within an instruction is a permutation seeded by (seed, text), so that subsets are nested
-    and the same for every process and method. Raises ValueError naming the instruction with too few demonstrations.
-    """
-    if n_shot is None:
-        return list(range(len(instructions)))
-    kept: list[int] = []
-    for instruction, members in _by_instruction(instructions).items():
-        if len(members) < n_shot:
-            raise ValueError(
-                f"{data_set}: n_shot_episodes is {n_shot}, but {instruction!r} has {len(members)} demonstrations"
-            )
-        order = np.random.default_rng((seed, zlib.crc32(instruction.encode()))).permutation(len(members))
-        kept.extend(members[position] for position in order[:n_shot])
-    return sorted(kept)
-
-
-def _by_instruction(instructions: Sequence[str]) -> dict[str, list[int]]:
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, instruction in enumerate(instructions):
-        groups[instruction].append(index)
-    return groups
 
 
 def _existing_name(data_root: str | os.PathLike, name: str) -> str:
@@ -459,55 +357,7 @@ def _given_normalizers(settings: DatasetSettings, names: list[str]) -> dict[str,
     return {name: given[name] for name in names}
 
 
-def _numbers(source: EpisodeSource, episode: int, config: DataSetConfig, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Standardised actions (T, A) and proprio (T, P) of one episode."""
-    where = f"{name}: episode {episode}"
-    state = source.state(episode)
-    # Of observations: the standardisation wants actions, whatever they are.
-    actions = source.actions(episode) if source.keys.action else _no_actions(len(state), config)
-    for group, values in (("action", actions), ("state", state)):
-        bad = np.argwhere(~np.isfinite(values))
-        if bad.size:
-            raise DataSetError(
-                f"{where}: {group} is not finite at (step, dim) {tuple(bad[0].tolist())}; "
-                "--skip_bad_episodes True leaves such episodes out"
-            )
-    try:
-        return config.standardize(actions, state)
-    except ValueError as error:
-        raise DataSetError(f"{where}: {error}") from error
-
-
-def _no_actions(length: int, config: DataSetConfig) -> np.ndarray:
-    return np.zeros((length, config.action_spec.action_dim), dtype=np.float32)
-
-
-def known_key(statistics: Mapping[str, dict], name: str) -> str | None:
-    """The key of a data set under either spelling of its name, None without one."""
-    return next((key for key in (name, alternative_name(name)) if key in statistics), None)
-
-
-def _outside(what: str, values: np.ndarray, known: Mapping) -> list[tuple[float, str]]:
-    """(share, text) of the dimensions with more than 5 % of their values beyond [q01, q99] widened by half its width.
-
-    Of the data that the quantiles come from no more are: 2 % lie beyond them at all, or one value at each end of fewer
-    than 100, and of fewer than 40 values not both are that far out. Other scenes of the same robot move the values by
-    parts of the range; another unit or convention moves them out of it. A constant has no width: it may be off by 1 %.
-    """
-    low, high = np.asarray(known["q01"]), np.asarray(known["q99"])
-    slack = np.maximum(0.5 * (high - low), 1e-6 + 0.01 * np.abs(high))
-    share = ((values < low - slack) | (values > high + slack)).mean(axis=0)
-    return [
-        (
-            float(share[d]),
-            f"{what} dimension {d} has values from {values[:, d].min():.3g} to {values[:, d].max():.3g}, "
-            f"{share[d]:.0%} of them far from the {low[d]:.3g} to {high[d]:.3g} (q01 to q99) of its known statistics",
-        )
-        for d in np.flatnonzero(share > 0.05)
-    ]
-
-
-def _window_counts(part: _Part, settings: DatasetSettings) -> np.ndarray:
+def _window_counts(part: Part, settings: DatasetSettings) -> np.ndarray:
     """(E,) int64: number of windows up to and including each kept episode."""
     counts = (part.lengths - settings.window_length) // settings.frame_stride + 1
     return np.cumsum(counts)

@@ -24,7 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from prismatic.vla.datasets.index import MAX_STEPS, IndexedSource, IndexWriter, open_index
+from prismatic.vla.datasets.index import open_index
+from prismatic.vla.datasets.index_writer import MAX_STEPS, IndexWriter
+from prismatic.vla.datasets.indexed_source import IndexedSource
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
 from prismatic.vla.datasets.source_files import (
     OpenFiles,

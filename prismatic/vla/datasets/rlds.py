@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,31 +18,16 @@ import numpy as np
 from PIL import Image
 
 from prismatic.evidence.files import write_json
-from prismatic.vla.datasets.example_proto import build_example, parse_example
-from prismatic.vla.datasets.rlds_features import FeatureSpec, MissingFeatureError, libero_features, read_features
-from prismatic.vla.datasets.source import DataSetError
+from prismatic.vla.datasets.example_proto import build_example
+from prismatic.vla.datasets.rlds_features import FeatureSpec, libero_features, read_features
+from prismatic.vla.datasets.rlds_record import EpisodeRecord, flat_name, get, step_array, text
+from prismatic.vla.datasets.rlds_shards import DEFAULT_TEMPLATE, dataset_info, shard_name, write_shards
+from prismatic.vla.datasets.rlds_versions import VERSION
+from prismatic.vla.datasets.source import DataSetError, MissingFeatureError
 from prismatic.vla.datasets.source_files import choose_split, regular_file
-from prismatic.vla.datasets.tfrecord import (
-    CorruptRecordError,
-    RecordSpan,
-    iter_spans,
-    read_record,
-    write_records,
-)
-
-__all__ = [
-    "CorruptRecordError",
-    "Episode",
-    "MissingFeatureError",
-    "RLDSReader",
-    "find_version_directory",
-    "list_data_sets",
-    "write_rlds",
-]
+from prismatic.vla.datasets.tfrecord import CorruptRecordError, RecordSpan, iter_spans, read_record, write_records
 
 METADATA_FILE = "craft_metadata.json"
-_DEFAULT_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
 _IMAGE_PREFIX = "steps/observation/"
 _ACTION, _STATE, _JOINTS = "steps/action", "steps/observation/state", "steps/observation/joint_state"
 _INSTRUCTION, _FILE_PATH = "steps/language_instruction", "episode_metadata/file_path"
@@ -79,54 +62,6 @@ class Episode:
 
     def __len__(self) -> int:
         return len(self.actions)
-
-
-def list_data_sets(data_root: str | os.PathLike) -> list[str]:
-    """Names of the folders below `data_root` that hold a version directory, sorted."""
-    root = Path(data_root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"data root {root} is not a directory")
-    return sorted(child.name for child in root.iterdir() if child.is_dir() and version_directories(child))
-
-
-def find_version_directory(data_root: str | os.PathLike, name: str) -> Path:
-    """`<data_root>/<name>/<highest version>`; FileNotFoundError lists the data sets that are there."""
-    root = Path(data_root)
-    available = list_data_sets(root)
-    versions = version_directories(root / name)
-    if not versions:
-        raise FileNotFoundError(
-            f"data set {name!r} not found below {root}: expected {root / name}/<x.y.z>/dataset_info.json, "
-            f"found data sets {available or 'none'}"
-        )
-    return versions[-1]
-
-
-def version_directories(folder: Path) -> list[Path]:
-    """The `x.y.z` directories with a `dataset_info.json`, lowest version first."""
-    try:
-        children = list(folder.iterdir()) if folder.is_dir() else []
-    except OSError:  # another user's
-        children = []
-    found = [child for child in children if _VERSION.fullmatch(child.name) and (child / "dataset_info.json").is_file()]
-    return sorted(found, key=lambda path: tuple(int(part) for part in path.name.split(".")))
-
-
-@dataclass(frozen=True)
-class EpisodeRecord:
-    """One record: number of its shard, byte offset of the record there, payload, and its place in words."""
-
-    shard: int
-    offset: int
-    payload: bytes
-    where: str
-
-    def values(self, names: Iterable[str] | None = None) -> dict[str, list[bytes] | np.ndarray]:
-        """Flat features, of all or of these names; CorruptRecordError when the payload is no Example."""
-        try:
-            return parse_example(self.payload, names)
-        except ValueError as error:
-            raise CorruptRecordError(f"{self.where}: {error}") from error
 
 
 class RLDSReader:
@@ -238,13 +173,13 @@ class RLDSReader:
             ) from error
         if kind != "tfrecord":
             raise DataSetError(f"{path}: fileFormat is {kind!r}, expected 'tfrecord': prepare it again in that format")
-        template = splits[split].get("filepathTemplate", _DEFAULT_TEMPLATE)
+        template = splits[split].get("filepathTemplate", DEFAULT_TEMPLATE)
         fields = {"DATASET": name, "SPLIT": split, "FILEFORMAT": kind, "NUM_SHARDS": f"{len(lengths):05d}"}
         paths = []
         for shard in range(len(lengths)):
             fields["SHARD_INDEX"] = f"{shard:05d}"
             fields["SHARD_X_OF_Y"] = f"{shard:05d}-of-{len(lengths):05d}"
-            paths.append(self.directory / _shard_name(template, fields, path))
+            paths.append(self.directory / shard_name(template, fields, path))
         missing = [path.name for path in paths if not os.path.isfile(path)]  # False for names no file can have
         if missing and not self._skip_bad:
             present = sorted(path.name for path in self.directory.glob("*tfrecord*"))
@@ -280,15 +215,15 @@ class RLDSReader:
 
     def instruction(self, values: Mapping, where: str, name: str = _INSTRUCTION) -> list[str]:
         """Text of every step of an episode, or the only one of the episode; `where` is for messages."""
-        return [_text(value, name, where) for value in _get(values, name, where)]
+        return [text(value, name, where) for value in get(values, name, where)]
 
     def numbers(self, values: Mapping, name: str, length: int, where: str) -> np.ndarray:
         """Declared feature `name` of an episode of `length` steps, (T, ...)."""
-        return _step_array(_get(values, name, where), self.require(name), length, where)
+        return step_array(get(values, name, where), self.require(name), length, where)
 
     def images(self, values: Mapping, name: str, length: int, where: str) -> list[bytes]:
         """T encoded images of a flat feature."""
-        frames = _get(values, name, where)
+        frames = get(values, name, where)
         if len(frames) != length or not isinstance(frames, list):
             raise CorruptRecordError(
                 f"{where}: {name} has {len(frames)} {type(frames).__name__} entries, expected {length} byte strings"
@@ -306,7 +241,7 @@ class RLDSReader:
                 return None
             return self.numbers(values, name, length, where)
 
-        file_path = _get(values, _FILE_PATH, where) if _FILE_PATH in values else []
+        file_path = get(values, _FILE_PATH, where) if _FILE_PATH in values else []
         return Episode(
             index=index,
             instruction=texts[0],
@@ -314,56 +249,11 @@ class RLDSReader:
             state=self.numbers(values, _STATE, length, where),
             joint_state=optional(_JOINTS),
             images={key: self.images(values, f"{_IMAGE_PREFIX}{key}", length, where) for key in self.camera_keys},
-            file_path=_text(file_path[0], _FILE_PATH, where) if len(file_path) else "",
+            file_path=text(file_path[0], _FILE_PATH, where) if len(file_path) else "",
             **{
                 name: optional(f"steps/{name}") for name in ("reward", "discount", "is_first", "is_last", "is_terminal")
             },
         )
-
-
-def flat_name(prefix: str, key: str) -> str:
-    """Name in the Example of a key of `SourceKeys`: below `prefix`, unless it is a whole one."""
-    return key if key.startswith(("steps/", "episode_metadata/")) else prefix + key
-
-
-def _shard_name(template: object, fields: Mapping[str, object], info_path: Path) -> str:
-    # Plain replacement: str.format would run the widths and attributes a damaged template asks for.
-    parts = re.split(r"\{(\w+)\}", template) if isinstance(template, str) else ["", ""]
-    unknown = set(parts[1::2]) - set(fields)
-    file_name = "".join(str(fields.get(part)) if number % 2 else part for number, part in enumerate(parts))
-    if unknown or Path(file_name).name != file_name:
-        raise DataSetError(
-            f"{info_path}: filepathTemplate is {template!r} (file name {file_name!r}), expected the name of a file in "
-            f"this folder made from {sorted(fields)}"
-        )
-    return file_name
-
-
-def _get(values: Mapping, name: str, where: str):
-    if name not in values:
-        raise MissingFeatureError(f"{where}: no feature {name!r}, found {sorted(values)}")
-    return values[name]
-
-
-def _text(value: bytes, name: str, where: str) -> str:
-    try:
-        return value.decode("utf-8")
-    except (UnicodeDecodeError, AttributeError) as error:
-        raise CorruptRecordError(f"{where}: {name} is not text: {error}") from error
-
-
-def _step_array(value, spec: FeatureSpec, length: int, where: str) -> np.ndarray:
-    if spec.number_type is None:
-        raise DataSetError(f"{where}: {spec.name} is declared as {spec.kind} of {spec.dtype!r}, expected numbers")
-    expected = (length, *spec.shape)
-    # Not np.prod, which overflows to a size that may fit.
-    if not isinstance(value, np.ndarray) or value.size != math.prod(expected) or min(expected) < 0:
-        found = value.size if isinstance(value, np.ndarray) else f"{len(value)} byte strings"
-        raise CorruptRecordError(f"{where}: {spec.name} holds {found} values, expected shape {expected}")
-    try:
-        return value.reshape(expected).astype(spec.number_type, copy=False)
-    except (ValueError, OverflowError) as error:  # shapes that numpy does not have, e.g. (0, 10**30)
-        raise DataSetError(f"{where}: {spec.name} is declared with shape {spec.shape}: {error}") from error
 
 
 def write_rlds(
@@ -384,7 +274,7 @@ def write_rlds(
     do not have the LIBERO layout (actions (T,7), state (T,8), joint_state (T,7), cameras image and wrist_image).
     """
     directory = Path(directory)
-    if not _VERSION.fullmatch(directory.name):
+    if not VERSION.fullmatch(directory.name):
         raise ValueError(f"{directory}: the last part must be a version x.y.z")
     if directory.exists():
         raise FileExistsError(f"{directory} exists already")
@@ -394,9 +284,9 @@ def write_rlds(
     try:
         spool = temporary / "spool"
         spans = write_records(spool, (_episode_payload(episode, image_shape) for episode in episodes))
-        lengths = _write_shards(temporary, name, spool, spans, shards)
+        lengths = write_shards(temporary, name, spool, spans, shards)
         write_json(temporary / "features.json", libero_features(image_shape))
-        info = _dataset_info(name, directory.name, lengths, sum(span.length for span in spans))
+        info = dataset_info(name, directory.name, lengths, sum(span.length for span in spans))
         write_json(temporary / "dataset_info.json", info)
         if metadata is not None:
             write_json(temporary / METADATA_FILE, metadata)
@@ -404,17 +294,6 @@ def write_rlds(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return directory
-
-
-def _write_shards(directory: Path, name: str, spool: Path, spans: list[RecordSpan], shards: int) -> list[int]:
-    if not 1 <= shards <= len(spans):
-        raise ValueError(f"{shards} shards for {len(spans)} episodes: every shard needs at least one episode")
-    bounds = [round(len(spans) * shard / shards) for shard in range(shards + 1)]
-    for shard in range(shards):
-        path = directory / f"{name}-train.tfrecord-{shard:05d}-of-{shards:05d}"
-        write_records(path, (read_record(spool, span) for span in spans[bounds[shard] : bounds[shard + 1]]))
-    spool.unlink()
-    return [bounds[shard + 1] - bounds[shard] for shard in range(shards)]
 
 
 def _episode_payload(episode: Episode, image_shape: tuple[int, int, int]) -> bytes:
@@ -465,21 +344,3 @@ def _image_features(episode: Episode, image_shape: tuple[int, int, int], where: 
                 raise ValueError(f"{where}: {key} at step {step} is {found}, expected {('JPEG', *image_shape)}")
         features[f"{_IMAGE_PREFIX}{key}"] = frames
     return features
-
-
-def _dataset_info(name: str, version: str, shard_lengths: list[int], num_bytes: int) -> dict:
-    split = {
-        "filepathTemplate": _DEFAULT_TEMPLATE,
-        "name": "train",
-        "numBytes": str(num_bytes),
-        "shardLengths": [str(length) for length in shard_lengths],
-    }
-    return {
-        "description": "Robot demonstrations in the LIBERO RLDS layout.",
-        "fileFormat": "tfrecord",
-        "moduleName": "prismatic.vla.datasets.rlds",
-        "name": name,
-        "releaseNotes": {version: "Initial release."},
-        "splits": [split],
-        "version": version,
-    }

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from prismatic.vla.datasets.index import IndexedSource, IndexWriter, open_index
-from prismatic.vla.datasets.rlds import EpisodeRecord, RLDSReader, flat_name
+from prismatic.vla.datasets.index import open_index
+from prismatic.vla.datasets.index_writer import IndexWriter
+from prismatic.vla.datasets.indexed_source import IndexedSource
+from prismatic.vla.datasets.rlds import RLDSReader
+from prismatic.vla.datasets.rlds_record import EpisodeRecord, flat_name
+from prismatic.vla.datasets.rlds_versions import version_directories
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
 from prismatic.vla.datasets.source_files import check_image, flat_rows, index_label, turned_frame
 from prismatic.vla.datasets.tfrecord import HEADER_BYTES, CorruptRecordError
@@ -87,6 +91,14 @@ class RLDSSource(IndexedSource):
         if getattr(self, "_owner", None) == os.getpid():
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
+
+
+def open_highest_version(
+    folder: Path, keys: SourceKeys, split: str | None = None, skip_bad: bool = False
+) -> RLDSSource:
+    """Open a folder, of several versions the highest, or one version."""
+    versions = version_directories(folder)
+    return RLDSSource(versions[-1] if versions else folder, keys, split, skip_bad)
 
 
 def _features_of(keys: SourceKeys) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-FORMATS = ("rlds", "lerobot", "hdf5")
+from prismatic.vla.datasets.formats import FORMATS
 
 
 class DataSetError(ValueError):
@@ -27,7 +27,7 @@ class MissingFeatureError(KeyError):
 class SourceKeys:
     """Where one storage format keeps what a policy needs.
 
-    format: `rlds`, `lerobot` or `hdf5`. cameras: keys of the images in model order, primary first. state: keys whose
+    format: a name in `formats.FORMATS`. cameras: keys of the images in model order, primary first. state: keys whose
     values are concatenated along the last axis. action: key of the actions, None where only observations are read.
     rotated: frames are stored as the simulator gives them, upside down, and are turned by 180 degrees on reading.
     instruction: key of the text, None for the format's own place. Keys are those of the format: RLDS below `steps/`
