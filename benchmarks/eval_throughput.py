@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.robot.libero.eval_config import EvalConfig  # noqa: E402
 from experiments.robot.libero.evaluation import LiberoBackend, evaluate  # noqa: E402
-from experiments.robot.libero.simulator import RenderMode, ResetMode  # noqa: E402
+from experiments.robot.libero.modes import RenderMode, ResetMode  # noqa: E402
 from experiments.robot.libero.video import SaveVideos  # noqa: E402
 
 ROWS = {

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.robot.libero import collect_demos
+from experiments.robot.libero.action_noise import NoiseProcess
 from experiments.robot.libero.collect_demos import (
     REPORT_FILE,
     CollectionError,
@@ -28,7 +29,7 @@ from experiments.robot.libero.collect_demos import (
     run_shares,
     standard_states,
 )
-from experiments.robot.libero.expert import Command, ExpertFailedError, NoiseProcess
+from experiments.robot.libero.expert import Command, ExpertFailedError
 from prismatic.vla.datasets.rlds import RLDSReader
 from prismatic.vla.images import decode_jpeg, encode_jpeg
 

@@ -18,8 +18,8 @@ from experiments.robot.libero.controls import Control
 from experiments.robot.libero.episode import with_policy_protocol
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 from experiments.robot.libero.evaluation import checkpoint_fingerprint, evaluate, run_fingerprint
+from experiments.robot.libero.modes import RenderMode
 from experiments.robot.libero.scheduler import WorkerFailedError
-from experiments.robot.libero.simulator import RenderMode
 from experiments.robot.libero.surroundings import SimulatorUnavailableError
 from experiments.robot.libero.video import SaveVideos
 from prismatic.evidence.episodes import protocol_differences, read_run

@@ -25,30 +25,16 @@ from typing import Any
 
 import numpy as np
 
+from experiments.robot.libero.action_noise import NoiseProcess
 from experiments.robot.libero.eval_config import task_numbers
-from experiments.robot.libero.expert import (
-    Command,
-    ExpertFailedError,
-    NoiseProcess,
-    UnsupportedGoalError,
-    describe_expert,
-    expert_commands,
-    is_noop,
-)
+from experiments.robot.libero.expert import Command, ExpertFailedError, UnsupportedGoalError, expert_commands, is_noop
+from experiments.robot.libero.expert_settings import describe_expert
 from experiments.robot.libero.init_noise import InitNoiseError, displace_objects
 from experiments.robot.libero.kernels import fixed_kernels, kernels_for_children
-from experiments.robot.libero.simulator import (
-    LiberoEnv,
-    LiberoTask,
-    RenderMode,
-    ResetMode,
-    load_task,
-    max_episode_steps,
-    require,
-    simulator_versions,
-    task_count,
-)
+from experiments.robot.libero.modes import RenderMode, ResetMode
+from experiments.robot.libero.simulator import LiberoEnv, require, simulator_versions
 from experiments.robot.libero.surroundings import SimulatorUnavailableError
+from experiments.robot.libero.tasks import LiberoTask, load_task, max_episode_steps, task_count
 from prismatic.command_line import (
     MISTAKES,
     UsageError,
