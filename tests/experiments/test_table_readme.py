@@ -7,8 +7,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from craft_experiments.presets import QWEN, SUITES, TINY, Preset
 from craft_experiments.settings import RunConfig
-from craft_experiments.tables import QWEN, SUITES, TINY, Preset
 
 EXPERIMENTS = Path(__file__).parents[2] / "craft_experiments"
 README = EXPERIMENTS / "01_main_results" / "README.md"
