@@ -21,11 +21,13 @@ PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def report_module():
+    sys.path.insert(0, str(SCRIPT.parent))  # as for a program
     spec = importlib.util.spec_from_file_location("demo_make_report", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     yield module
+    sys.path.remove(str(SCRIPT.parent))
     del sys.modules[spec.name]
 
 
