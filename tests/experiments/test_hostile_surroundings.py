@@ -104,11 +104,11 @@ def test_a_terminal_without_the_letters_or_closed_ends_nothing(monkeypatch):
     say(ODD)
     assert b"\\U0001f916" in raw.getvalue()
 
-    class Closed(io.StringIO):
-        def write(self, text):
+    class Closed(io.BytesIO):
+        def write(self, data):
             raise BrokenPipeError
 
-    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Closed()))
     say("anything")
 
 
