@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 from benchmark_page import write, write_section
-from craft_overhead import mid_config
+from overhead_model import mid_config
 from torch.utils.data import DataLoader
 
 from prismatic.command_line import flag, parse_or_exit

@@ -33,9 +33,10 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "results" / "eval_throughput"
 sys.path.insert(0, str(ROOT))
 
+from experiments.robot.libero.eval_backend import LiberoBackend  # noqa: E402
 from experiments.robot.libero.eval_config import EvalConfig  # noqa: E402
-from experiments.robot.libero.evaluation import LiberoBackend, evaluate  # noqa: E402
-from experiments.robot.libero.simulator import RenderMode, ResetMode  # noqa: E402
+from experiments.robot.libero.evaluation import evaluate  # noqa: E402
+from experiments.robot.libero.modes import RenderMode, ResetMode  # noqa: E402
 from experiments.robot.libero.video import SaveVideos  # noqa: E402
 
 ROWS = {

@@ -3,7 +3,7 @@
     python benchmarks/gpu_check.py
     python benchmarks/gpu_check.py --device cpu --size tiny
 
-The parts, each in a process of its own, so that none takes another one down (`gpu_parts.py` says what each does):
+The parts, each in a process of its own, so that none takes another one down (`gpu_parts.py` names their files):
 
 - paths: every kind of run ends with finite numbers, all tensors on the device, and in their dtype
 - agreement: CPU against device in float32: losses, features, actions
@@ -29,7 +29,8 @@ from pathlib import Path
 
 import torch
 from benchmark_page import write
-from gpu_parts import PARTS, Check, PartConfig, run_part
+from gpu_findings import Check, PartConfig
+from gpu_parts import PARTS, run_part
 
 from prismatic.command_line import flag, parse_or_exit
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from benchmark_page import write, write_section
-from craft_overhead import mid_config, paired_ratio
+from overhead_model import mid_config
+from paired_times import paired_ratio
 from torch import Tensor
 
 from prismatic.command_line import flag, parse_or_exit

@@ -24,7 +24,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from benchmark_page import write, write_section
-from craft_overhead import ROWS, memory_of, paired_ratio, require_plan
+from overhead_bench import require_plan
+from overhead_memory import memory_of
+from overhead_rows import ROWS
+from paired_times import paired_ratio
 from torch.utils.data import DataLoader
 
 from prismatic.command_line import parse_or_exit

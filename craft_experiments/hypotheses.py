@@ -12,7 +12,8 @@ from statistics import fmean, median
 
 from scipy import stats
 
-from craft_experiments.table_data import ALPHA, TableData, Training, achieved, budgeted
+from craft_experiments.table_comparisons import ALPHA
+from craft_experiments.table_data import TableData, Training, achieved, budgeted
 from prismatic.evidence.statistics import holm_adjusted, mean_and_half_width
 
 CONTROL_LIMIT = 0.15  # H1: median relative deviation from the budget

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from math import fsum
 from pathlib import Path
 
+from craft_experiments.cells import Evaluation, Kind, Method
 from craft_experiments.common_utils.log_parser import format_comparison_table, format_results_table
 from craft_experiments.records import read_manifest, read_record, record_path
-from craft_experiments.tables import Evaluation, Kind, Method, Table
+from craft_experiments.tables import Table
 from prismatic.evidence.failure_codes import FailureCode
 from prismatic.evidence.files import write_text
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from craft_experiments.tables import PRESETS, Preset
+from craft_experiments.presets import PRESETS, Preset
 from prismatic.command_line import check_values, flag
 
 _ABOVE = Path(__file__).resolve().parents[1]

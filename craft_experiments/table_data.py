@@ -1,7 +1,7 @@
-"""From records to numbers: success rates with intervals, paired comparisons, measures of training and retention.
+"""All numbers of a table, from the records of its jobs and the codes of failed cells.
 
-Everything a table or figure shows is computed here, from the records of the table's jobs and the codes of failed cells.
-Rates, differences and intervals are shares in [0, 1] (differences in [-1, 1]); the formats make percent of them.
+Everything a table or figure shows comes from here. Rates, differences and intervals are shares in [0, 1] (differences
+in [-1, 1]); the formats make percent of them.
 """
 
 from __future__ import annotations
@@ -9,286 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import fsum
 from typing import Any
 
+from craft_experiments.cells import Cell, Evaluation, Kind, Method
 from craft_experiments.jobs.base import Job
 from craft_experiments.jobs.evaluate import Evaluate
 from craft_experiments.jobs.plan import plan
 from craft_experiments.records import RETENTION, RecordError, check_settings, read_manifest, read_record
 from craft_experiments.settings import Settings
-from craft_experiments.tables import Cell, Evaluation, Kind, Method, Table
-from prismatic.evidence.pairing import PairedCounts, paired
+from craft_experiments.table_comparisons import Comparison, best_of, compare, with_holm
+from craft_experiments.table_entries import Column, Entry
+from craft_experiments.table_measures import retention_values, target_values, training_metrics, training_values
+from craft_experiments.tables import Table
 from prismatic.evidence.results import TrainingMetrics
-from prismatic.evidence.statistics import (
-    holm_adjusted,
-    mean_and_half_width,
-    stratified_bootstrap_interval,
-    wilson_interval,
-)
 
-TAIL = 0.25  # share of the logged values, at the end, that a final training metric is the mean of
-ALPHA = 0.05
 START_KINDS = (Kind.START_TASKS, Kind.START_TASKS_START_HEAD)
-Pair = tuple[int, int]  # task, initial state
-
-
-@dataclass(frozen=True)
-class Column:
-    """One question of a table. shots: demonstrations per task, in the table of few demonstrations only."""
-
-    kind: Kind
-    suite: str
-    shots: int | None = None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What is known of one method in one column.
-
-    Attributes:
-        wanted: seeds the table asks for.
-        rates: seed -> success rate in [0, 1].
-        outcomes: seed -> (task, initial state) -> success; empty for a rate without recorded episodes.
-        codes: seed -> failure code, where there is no rate.
-    """
-
-    wanted: tuple[int, ...]
-    rates: Mapping[int, float]
-    outcomes: Mapping[int, Mapping[Pair, bool]]
-    codes: Mapping[int, str]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every seed has a rate."""
-        return len(self.rates) == len(self.wanted)
-
-    @property
-    def successes(self) -> int:
-        """Successful episodes of all seeds."""
-        return sum(sum(episodes.values()) for episodes in self.outcomes.values())
-
-    @property
-    def trials(self) -> int:
-        """Episodes of all seeds."""
-        return sum(len(episodes) for episodes in self.outcomes.values())
-
-    @property
-    def mean(self) -> float | None:
-        """Mean of the seeds' rates; None without any."""
-        return fsum(self.rates.values()) / len(self.rates) if self.rates else None
-
-    @property
-    def half_width(self) -> float | None:
-        """Half width of the 95 % Student t interval over the seeds' rates; None with fewer than two seeds."""
-        return mean_and_half_width(list(self.rates.values()))[1] if self.rates else None
-
-    @property
-    def wilson(self) -> tuple[float, float] | None:
-        """95 % Wilson interval of all episodes together; None without episodes."""
-        return wilson_interval(self.successes, self.trials) if self.trials else None
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Over the seeds (Student t, cut at 0 and 1); with one seed over its episodes (Wilson)."""
-        if self.half_width is None:
-            return self.wilson
-        return max(0.0, self.mean - self.half_width), min(1.0, self.mean + self.half_width)
-
-    @property
-    def episodes(self) -> dict[tuple[int, int, int], bool]:
-        """Success by (seed, task, initial state)."""
-        return {(seed, *pair): done for seed, episodes in self.outcomes.items() for pair, done in episodes.items()}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two entries on the episodes (seed, task, initial state) that both have; `difference` is first minus second.
-
-    Attributes:
-        interval: 95 % bootstrap interval of the difference; pairs are drawn again within each seed and task.
-        only_first, only_second: pairs where only one of the two succeeded. p: exact McNemar test of these.
-        p_holm: p adjusted for the other comparisons of the same column; None where it belongs to no family.
-        by_seed: seed -> difference of that seed.
-        same_pairs: whether neither entry has further episodes.
-    """
-
-    pairs: int
-    difference: float
-    interval: tuple[float, float]
-    only_first: int
-    only_second: int
-    p: float
-    by_seed: Mapping[int, float]
-    same_pairs: bool
-    p_holm: float | None = None
-
-
-def compare(first: Entry, second: Entry) -> Comparison | None:
-    """Compare on the common episodes; None when there are none."""
-    pairs = paired(first.episodes, second.episodes, lambda key: key[:2])
-    if not pairs:
-        return None
-    clusters = {key: [one - two for one, two in found] for key, found in pairs.items()}
-    every = [change for changes in clusters.values() for change in changes]
-    by_seed = {}
-    for seed in sorted({seed for seed, _ in clusters}):
-        of_seed = [change for (s, _), changes in clusters.items() if s == seed for change in changes]
-        by_seed[seed] = fsum(of_seed) / len(of_seed)
-    counts = sum(map(PairedCounts.of, pairs.values()), PairedCounts())
-    return Comparison(
-        pairs=len(every),
-        difference=fsum(every) / len(every),
-        interval=stratified_bootstrap_interval(list(clusters.values())),
-        only_first=counts.only_a,
-        only_second=counts.only_b,
-        p=counts.p_value,
-        by_seed=by_seed,
-        same_pairs=first.episodes.keys() == second.episodes.keys(),
-    )
-
-
-def with_holm(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:
-    """The comparisons as one family."""
-    adjusted = holm_adjusted([comparison.p for comparison in comparisons.values()])
-    return {k: replace(c, p_holm=p) for (k, c), p in zip(comparisons.items(), adjusted, strict=True)}
-
-
-def best_of(entries: Mapping[str, Entry]) -> str | None:
-    """Key of the entry that a test shows to be the best of all, for bold print; None when there is no such entry.
-
-    It has the highest mean, and against each other entry, on the same pairs, the difference is positive in every seed
-    and Holm's adjusted p of the exact McNemar test is below 0.05. An incomplete entry leaves the question open.
-    """
-    if len(entries) < 2 or not all(entry.complete and entry.trials for entry in entries.values()):
-        return None
-    best = max(entries, key=lambda key: entries[key].mean)
-    found = {key: compare(entries[best], entry) for key, entry in entries.items() if key != best}
-    if not all(comparison and comparison.same_pairs for comparison in found.values()):
-        return None
-    tested = with_holm(found).values()
-    clear = all(c.p_holm < ALPHA and min(c.by_seed.values()) > 0 for c in tested)
-    return best if clear else None
-
-
-# --- Measures -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A number per training, beside the success rates."""
-
-    key: str
-    label: str
-    unit: str
-
-
-TRAINING_MEASURES = (
-    Measure("achieved_drift", "drift in training", "L_ret, unit of the method's metric"),
-    Measure("final_lambda", "final λ", ""),
-    Measure("action_loss", "action loss", "L1, normalised actions"),
-    Measure("action_l1_now", "L1 of the next action", "L1, normalised actions"),
-    Measure("seconds", "training", "s"),
-)
-RETENTION_MEASURES = (
-    Measure("lost", "success lost, own head", "percentage points"),
-    Measure("lost_start_head", "success lost, start's head", "percentage points"),
-    Measure("forgetting", "forgetting", "L1, start's head, after minus before"),
-    Measure("drift", "held-out drift", "relative squared"),
-    Measure("cka_raw", "CKA, patches", "0 to 1"),
-    Measure("cka_aq", "CKA, action queries", "0 to 1"),
-    Measure("probe_r2", "probe R²", "position, refitted"),
-    Measure("probe_r2_stale", "probe R², start's probe", "position"),
-    Measure("probe_accuracy", "probe accuracy", "instruction, refitted"),
-    Measure("probe_accuracy_stale", "probe accuracy, start's probe", "instruction"),
-    Measure("l1_target", "L1 on the target", "normalised actions, held-out"),
-    Measure("drift_target", "drift on the target", "relative squared, held-out"),
-    Measure("l1_own_head", "L1, own head", "normalised actions, held-out"),
-    Measure("l1_start_head", "L1, start's head", "normalised actions, held-out"),
-)
-START_MEASURES = (
-    Measure("probe_r2_start", "probe R²", "start checkpoint"),
-    Measure("probe_accuracy_start", "probe accuracy", "start checkpoint"),
-    Measure("l1_start", "L1", "start checkpoint"),
-)
-"""Of the start checkpoint itself, as every measurement states them again."""
-_WHERE = {
-    "probe_r2_start": ("probe", "start", "position_r2", "mean"),
-    "probe_accuracy_start": ("probe", "start", "instruction_accuracy"),
-    "drift": ("drift", "original", "rel_mse", "total"),
-    "cka_raw": ("cka", "raw"),
-    "cka_aq": ("cka", "aq"),
-    "probe_r2": ("probe", "trained", "position_r2", "mean"),
-    "probe_r2_stale": ("probe", "stale", "position_r2", "mean"),
-    "probe_accuracy": ("probe", "trained", "instruction_accuracy"),
-    "probe_accuracy_stale": ("probe", "stale", "instruction_accuracy"),
-    "l1_start": ("action_l1", "start"),
-    "l1_own_head": ("action_l1", "trained"),
-    "l1_start_head": ("action_l1", "start_head"),
-}
-"""Where `measure_retention.py` puts each number. A number it could not compute is null there, at any level."""
-
-
-def retention_values(measured: Mapping[str, Any], where: str) -> dict[str, float]:
-    """Measures of a retention record, by key; numbers that are null there are left out.
-
-    Raises:
-        RecordError: a field is missing or no number; names the record (`where`) and the field.
-    """
-    found = {}
-    for key, path in _WHERE.items():
-        value: Any = measured
-        for depth, name in enumerate(path):
-            if value is None:
-                break
-            if not isinstance(value, Mapping) or name not in value:
-                place = ".".join((RETENTION, *path[: depth + 1]))
-                raise RecordError(f"{where}: {place}: found nothing, expected a field of that name")
-            value = value[name]
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise RecordError(f"{where}: {RETENTION}.{'.'.join(path)}: found {value!r}, expected a number")
-        found[key] = float(value)
-    if found.keys() >= {"l1_start_head", "l1_start"}:
-        found["forgetting"] = found["l1_start_head"] - found["l1_start"]
-    return found
-
-
-def target_values(values: Mapping[str, float]) -> dict[str, float]:
-    """Of held-out demonstrations of the target: the policy's own error, and how far its features moved."""
-    names = {"l1_own_head": "l1_target", "drift": "drift_target"}
-    return {new: values[old] for old, new in names.items() if old in values}
-
-
-def training_metrics(record: Mapping[str, Any], where: str) -> TrainingMetrics:
-    """The logged values of a training record as a series.
-
-    Raises:
-        RecordError: columns of different length; names the record (`where`) and the column.
-    """
-    columns = record["metrics"]
-    steps = columns.get("step", [])
-    for name, values in columns.items():
-        if len(values) != len(steps):
-            raise RecordError(f"{where}: metrics.{name}: found {len(values)} values, expected {len(steps)}")
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return TrainingMetrics(str(record["cell"]), rows)
-
-
-def _training_values(metrics: TrainingMetrics, seconds: float) -> dict[str, float]:
-    _, multipliers = metrics.series("CRaFT/Lambda")
-    found = {
-        "achieved_drift": metrics.tail_mean("CRaFT/Retention Loss", TAIL),
-        "final_lambda": multipliers[-1] if multipliers else None,
-        "action_loss": metrics.tail_mean("VLA Train/Loss", TAIL),
-        "action_l1_now": metrics.tail_mean("VLA Train/Curr Action L1 Loss", TAIL),
-        "seconds": seconds,
-    }
-    return {key: value for key, value in found.items() if value is not None}
-
-
-# --- The table ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -484,7 +219,7 @@ def _values(
         job = jobs[name]
         if job.kind == "train":
             metrics = training_metrics(record, str(job.record(s)))
-            values = _training_values(metrics, float(record["seconds"]))
+            values = training_values(metrics, float(record["seconds"]))
         elif job.kind == "measure":
             values = retention_values(record[RETENTION], str(job.record(s)))
             if job.data.dataset != s.preset.start_dataset:

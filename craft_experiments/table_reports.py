@@ -18,35 +18,28 @@ from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 
-from craft_experiments.figures import write_figures
+from craft_experiments.cells import Method, Role
+from craft_experiments.figures.write import write_figures
 from craft_experiments.hypotheses import page as hypotheses_page
 from craft_experiments.hypotheses import verdicts
 from craft_experiments.jobs.base import as_words
+from craft_experiments.presets import PRESETS, Preset
 from craft_experiments.settings import RunConfig, Settings
-from craft_experiments.table_data import (
-    RETENTION_MEASURES,
-    START_MEASURES,
-    TRAINING_MEASURES,
-    TableData,
-    load,
-    training_of,
-)
-from craft_experiments.table_formats import (
+from craft_experiments.table_csv import measures_csv, pairs_csv, success_csv
+from craft_experiments.table_data import TableData, load, training_of
+from craft_experiments.table_formats import latex, markdown
+from craft_experiments.table_grids import (
     NOTES,
     budget_grid,
     comparison_grid,
     has_start_kinds,
-    latex,
-    markdown,
     measure_grid,
-    measures_csv,
     ordered,
-    pairs_csv,
-    success_csv,
     success_grid,
     trade_off_grid,
 )
-from craft_experiments.tables import PRESETS, Method, Preset, Role, Table
+from craft_experiments.table_measures import RETENTION_MEASURES, START_MEASURES, TRAINING_MEASURES
+from craft_experiments.tables import Table
 from prismatic.evidence.files import write_text
 
 FIGURES = "figures"

@@ -1,43 +1,36 @@
 """The benchmarks: statistics, floors and pages; short runs."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
+import craft_overhead
 import pytest
 import torch
 import train_step
 from benchmark_page import put_section
+from overhead_config import OverheadConfig
+from overhead_flops import floor_flops
+from overhead_memory import RandomPrompts, memory_of
+from overhead_page import DERIVED, report
+from overhead_rows import ROWS
+from paired_times import paired_ratio, per_step
 
 from prismatic.craft import Plan
-
-
-@pytest.fixture(scope="module")
-def overhead():
-    path = Path(__file__).parent.parent / "benchmarks" / "craft_overhead.py"
-    spec = importlib.util.spec_from_file_location("craft_overhead", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 PARTS = {"shared": 5, "forward": 10, "backward": 20, "anchor": 9, "retention": 18, "fused": 21}
 MEMORY_PARTS = {"reference": 3, "memory_forward": 4, "memory_backward": 8}
 
 
-def test_ratio_is_paired_by_round(overhead):
+def test_ratio_is_paired_by_round():
     machine = [1.0, 3.0, 1.0, 2.0, 10.0]
-    median, low, high = overhead.paired_ratio([1.5 * m for m in machine], machine)
+    median, low, high = paired_ratio([1.5 * m for m in machine], machine)
     assert (median, low, high) == pytest.approx((1.5, 1.5, 1.5))
 
 
-def test_interval_encloses_the_median_and_depends_on_the_spread(overhead):
-    median, low, high = overhead.paired_ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
+def test_interval_encloses_the_median_and_depends_on_the_spread():
+    median, low, high = paired_ratio([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
     assert low <= median <= high and low < high
 
 
-def test_time_of_several_steps_is_averaged(overhead):
-    assert overhead.per_step([[3.0, 1.0], [1.0, 1.0]]) == [2.0, 1.0]
+def test_time_of_several_steps_is_averaged():
+    assert per_step([[3.0, 1.0], [1.0, 1.0]]) == [2.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -57,74 +50,74 @@ def test_time_of_several_steps_is_averaged(overhead):
         ("frozen_keep_quarter_every2", 35 + 15 / 2),
     ],
 )
-def test_floor_counts_what_the_plan_needs(overhead, name, expected):
-    assert overhead.floor_flops(overhead.ROWS[name], PARTS | MEMORY_PARTS) == pytest.approx(expected)
+def test_floor_counts_what_the_plan_needs(name, expected):
+    assert floor_flops(ROWS[name], PARTS | MEMORY_PARTS) == pytest.approx(expected)
 
 
-def test_rows_are_valid_settings_and_have_a_baseline(overhead):
-    for row in overhead.ROWS.values():
-        assert overhead.ROWS[row.baseline].method == "plain"
+def test_rows_are_valid_settings_and_have_a_baseline():
+    for row in ROWS.values():
+        assert ROWS[row.baseline].method == "plain"
         if row.method == "craft":
             assert row.plan in Plan
             assert row.config.signal.value == ("actions" if row.holds_actions else "features")
         if row.instructions:
             assert row.holds_actions
-    assert set(overhead.DERIVED) <= set(overhead.ROWS)
+    assert set(DERIVED) <= set(ROWS)
 
 
-def test_unknown_row_is_refused(overhead):
+def test_unknown_row_is_refused():
     with pytest.raises(ValueError, match="unknown rows"):
-        overhead._selected("plain,fast", list(overhead.ROWS))
+        craft_overhead._selected("plain,fast", list(ROWS))
 
 
-def test_memory_of_a_row_has_its_share_of_the_batch_under_prompts_of_the_same_length(overhead):
+def test_memory_of_a_row_has_its_share_of_the_batch_under_prompts_of_the_same_length():
     batch = {name: torch.ones(4, 6, dtype=torch.bool) for name in ("attention_mask", "action_mask")}
     batch |= {"input_ids": torch.zeros(4, 6, dtype=torch.int64), "keys": [(0, i) for i in range(4)]}
-    prompts = overhead.RandomPrompts(batch, vocab_size=50)
+    prompts = RandomPrompts(batch, vocab_size=50)
     for name, rows in {"keep_quarter": 1, "keep_half_every2": 2, "keep_whole": 4, "keep_batch": 4, "open": 4}.items():
-        row = overhead.ROWS[name]
-        held = overhead.memory_of(row, 4, prompts).batch(batch)
+        row = ROWS[name]
+        held = memory_of(row, 4, prompts).batch(batch)
         assert held["input_ids"].shape == held["action_mask"].shape == (rows, 6)
         assert ("instructions" in held) == bool(row.instructions)
 
 
-def test_batch_that_cannot_be_divided_is_refused(overhead):
+def test_batch_that_cannot_be_divided_is_refused():
     with pytest.raises(ValueError, match="--batch_size 6: row .*a multiple of 4"):
-        overhead.memory_of(overhead.ROWS["keep_quarter"], 6, None)
+        memory_of(ROWS["keep_quarter"], 6, None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_holding_the_actions_executes_no_more_than_its_floor(overhead, tuning):
+def test_holding_the_actions_executes_no_more_than_its_floor(tuning):
     names = ["keep_quarter_every2", "keep_batch", "frozen_keep_quarter"]
-    cfg = overhead.OverheadConfig(
+    cfg = OverheadConfig(
         tuning=tuning, rounds=0, threads=1, lora_rank=4, rows=",".join(["plain", *names]), memory_rows="none"
     )
-    result = overhead.run_all(cfg)
+    result = craft_overhead.run_all(cfg)
     for name in names:
         flops = result["flops"][name]
         assert flops["floor"] <= flops["executed"] <= 1.05 * flops["floor"], name
     parts = result["flops"]["parts"]
     assert parts["all_memory_0"]["memory_forward"] == 0 < parts["all_memory_0.25"]["memory_forward"]
-    page = overhead.report([result])
+    page = report([result])
     assert "FLOPs only" in page and "--rounds 0" in page
-    assert all(f"| {overhead.ROWS[name].label} |" in page for name in names)
+    assert all(f"| {ROWS[name].label} |" in page for name in names)
 
 
 @pytest.mark.slow
-def test_short_run_makes_a_page(overhead):
+def test_short_run_makes_a_page():
     names = ["plain", "procedure", "open", "frozen_plain", "frozen_raw_closed"]
-    cfg = overhead.OverheadConfig(
+    cfg = OverheadConfig(
         rounds=1, warmup=0, batch_size=1, threads=1, lora_rank=4, rows=",".join(names), memory_rows="none"
     )
-    result = overhead.run_all(cfg)
+    result = craft_overhead.run_all(cfg)
     assert list(result["seconds"]) == names
     flops = result["flops"]
     assert flops["plain"]["executed"] == flops["plain"]["floor"]
     assert flops["open"]["executed"] == flops["open"]["floor"]
     assert flops["procedure"]["executed"] > flops["procedure"]["floor"]
-    page = overhead.report([result])
-    assert all(overhead.ROWS[name].label in page for name in names)
+    page = report([result])
+    assert all(ROWS[name].label in page for name in names)
     assert "--rows plain,procedure,open,frozen_plain,frozen_raw_closed" in page
 
 

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import gpu_check
 import gpu_parts
+import gpu_paths
+import gpu_runs
 import inference
 import pytest
 import torch
-from gpu_parts import Check
+from gpu_findings import Check, PartConfig, tried
 
 from prismatic.training.memory.ledger import Ledger
 
 ROOT = Path(__file__).parents[1]
-CPU = gpu_parts.PartConfig(torch.device("cpu"), "tiny")
+CPU = PartConfig(torch.device("cpu"), "tiny")
 
 
 def test_all_parts_pass_on_a_cpu_and_the_page_says_that_there_was_no_gpu(tmp_path):
@@ -26,7 +28,7 @@ def test_all_parts_pass_on_a_cpu_and_the_page_says_that_there_was_no_gpu(tmp_pat
     parts = json.loads(record.read_text())["parts"]
     assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(gpu_parts.PARTS, "passed")
     named = {check["what"] for check in parts["paths"]["checks"]}
-    assert named >= {*gpu_parts.METHODS, *gpu_parts.WAYS, "resume", "merge", "evaluation"}
+    assert named >= {*gpu_runs.METHODS, *gpu_runs.WAYS, "resume", "merge", "evaluation"}
     assert "no GPU was available" in page.read_text()
 
 
@@ -56,18 +58,18 @@ def test_the_outcome_of_a_part_follows_from_its_checks(checks, ended, status, wh
 
 
 def test_what_is_misplaced_is_named(tmp_path):
-    trainer = gpu_parts.prepared(CPU, str(tmp_path), "run", mixed_precision="bf16", use_lora=True, lora_rank=2)
-    assert gpu_parts.misplaced(trainer, CPU.device, torch.bfloat16) == []
+    trainer = gpu_runs.prepared(CPU, str(tmp_path), "run", mixed_precision="bf16", use_lora=True, lora_rank=2)
+    assert gpu_paths.misplaced(trainer, CPU.device, torch.bfloat16) == []
     trainer.bare_model.action_head.double()
-    assert any("in torch.float64" in wrong for wrong in gpu_parts.misplaced(trainer, CPU.device, torch.bfloat16))
-    assert all("on cpu" in wrong for wrong in gpu_parts.misplaced(trainer, torch.device("cuda"), None)[:5])
+    assert any("in torch.float64" in wrong for wrong in gpu_paths.misplaced(trainer, CPU.device, torch.bfloat16))
+    assert all("on cpu" in wrong for wrong in gpu_paths.misplaced(trainer, torch.device("cuda"), None)[:5])
 
 
 def test_a_fault_of_one_path_is_its_outcome():
     def fault():
         raise RuntimeError("illegal memory access")
 
-    check = gpu_parts._tried("plain", fault)
+    check = tried("plain", fault)
     assert (check.passed, check.found) == (False, "RuntimeError: illegal memory access")
 
 

@@ -17,7 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from make_report import COLUMN_LABELS, OUT_OF_REACH, ROW_LABELS, TRAINED, DemoResults, load_results, number, row_label
+from demo_results import COLUMN_LABELS, ROW_LABELS, TRAINED, DemoResults, load_results, row_label
+from make_report import OUT_OF_REACH, number
 from run_demo import DemoConfig
 
 from craft_experiments.common_utils.plots import DRIFT

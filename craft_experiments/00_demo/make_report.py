@@ -2,53 +2,27 @@
 
     python craft_experiments/00_demo/make_report.py results/demo
 
-`results/demo/manifest.json` names the files; paths in it are relative to its folder::
-
-    {"runs": [{"name": "keep", "metrics": "metrics/keep.jsonl", "checkpoint": "metrics/keep.json"}, ...],
-     "evaluations": [{"row": "keep", "column": "target", "results_dir": "evaluations/keep-target"}, ...],
-     "settings": {...}, "commands": {"train-plain": "python ..."}, "seconds": {"train-plain": 310.2}}
-
-Only `runs` and `evaluations` are required; `title` replaces the demo's. A run's `checkpoint` is the description in its
-last checkpoint (`craft_checkpoint.json`). Every number of the report is computed here from the raw files.
+Every number of the report is computed here from the raw files that the manifest names (`demo_results.py`).
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
+
+from demo_results import COLUMN_LABELS, OLD, TRAINED, DemoResults, load_results, row_label
 
 from craft_experiments.common_utils.job_slots import duration
 from craft_experiments.common_utils.plots import COLOURS, DRIFT, plot_drift, plot_success_bars
 from prismatic.command_line import bad_input_in_one_line
-from prismatic.evidence.checks import check_fields, parse_object, read_text
 from prismatic.evidence.files import write_text
 from prismatic.evidence.pairing import PairedCounts, paired
-from prismatic.evidence.results import (
-    Evaluation,
-    TrainingMetrics,
-    read_evaluation,
-    read_metrics,
-)
+from prismatic.evidence.results import Evaluation, TrainingMetrics
 from prismatic.evidence.statistics import intervals_overlap
 
-ROW_LABELS = {
-    "start": "start",
-    "plain": "plain",
-    "replay": "replay",
-    "keep": "CRaFT keep, no old data",
-    "keep_data": "CRaFT keep, with old observations",
-    "features": "CRaFT on features",
-    "playback": "control: playback of a demonstration",
-    "grey": "control: plain, grey images",
-}
-TRAINED = ("plain", "replay", "keep", "keep_data", "features")
-COLUMN_LABELS = {"target": "new task", "memory": "old task in memory", "sentence": "old task known by its sentence"}
-OLD = ("memory", "sentence")
 COMPARISONS = {
     "target": [("start", "plain"), *(("plain", row) for row in (*TRAINED[1:], "grey", "playback"))],
     **dict.fromkeys(
@@ -66,97 +40,6 @@ MET = 1.1
 """A budget is met when the drift at the end is at most this multiple of it."""
 SMALLEST_TRIALS, SMALLEST_STEPS = 10, 400
 """Below these the figures say that the stages work, and nothing about the methods."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """One run: its row, metrics, and the flags its checkpoint records ({} where the manifest names no checkpoint)."""
-
-    row: str
-    metrics: TrainingMetrics
-    flags: dict[str, Any]
-
-    @property
-    def budget(self) -> float | None:
-        """eps in the unit of the logged drift; None for a run without a constraint."""
-        return self.flags.get("craft_retention_budget") if self.flags.get("use_craft") else None
-
-    @property
-    def unit(self) -> str:
-        """Unit of drift and budget."""
-        if self.flags.get("craft_signal") == "actions":
-            return "RMS of normalised actions"
-        return f"{self.flags.get('craft_retention_metric', 'mse')} of features"
-
-
-@dataclass(frozen=True)
-class DemoResults:
-    """All inputs of the report. ``table[column][row]`` in manifest order."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    runs: list[Training]
-    table: dict[str, dict[str, Evaluation]]
-
-    def seconds(self, job: str) -> float | None:
-        """Wall time of a job of the manifest; None when it is not recorded."""
-        value = self.manifest.get("seconds", {}).get(job)
-        return None if value is None else float(value)
-
-
-def load_results(folder: str | os.PathLike) -> DemoResults:
-    """Read the manifest and everything it names.
-
-    Raises:
-        FileNotFoundError: the manifest or a file it names does not exist.
-        KeyError: a required entry of the manifest is missing; names it.
-        ValueError: an unreadable result file, or a (row, column) listed twice.
-    """
-    folder = Path(folder)
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"manifest not found: {path}")
-    manifest = parse_object(read_text(path), str(path))
-    for entries, names in (("runs", ("name", "metrics")), ("evaluations", ("row", "column", "results_dir"))):
-        if entries not in manifest:
-            raise KeyError(f"{path}: {entries}: missing")
-        check_fields(manifest, {entries: list}, str(path))
-        for index, entry in enumerate(manifest[entries]):
-            where = f"{path}: {entries}[{index}]"
-            missing = [name for name in names if name not in entry]
-            if missing:
-                raise KeyError(f"{where}: missing {missing}")
-            for name in {"metrics", "checkpoint", "results_dir"} & entry.keys():
-                _inside(folder, entry[name], f"{where}: {name}")
-    runs = [read_training(folder, entry) for entry in manifest["runs"]]
-    table: dict[str, dict[str, Evaluation]] = {}
-    for entry in manifest["evaluations"]:
-        cells = table.setdefault(entry["column"], {})
-        if entry["row"] in cells:
-            raise ValueError(f"{path}: evaluations: ({entry['row']}, {entry['column']}) is listed twice")
-        cells[entry["row"]] = read_evaluation(folder / entry["results_dir"])
-    return DemoResults(folder, manifest, runs, table)
-
-
-def _inside(folder: Path, name: object, where: str) -> None:
-    if not isinstance(name, str) or not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{where}: found {name!r:.80}, expected a path below {folder}")
-
-
-def read_training(folder: Path, entry: dict[str, Any]) -> Training:
-    """The run of a manifest entry. Raises what `read_metrics` raises, and KeyError for a checkpoint without flags."""
-    flags = {}
-    if "checkpoint" in entry:
-        record = parse_object(read_text(folder / entry["checkpoint"]), str(folder / entry["checkpoint"]))
-        if "training" not in record:
-            raise KeyError(f"{folder / entry['checkpoint']}: training: missing, expected the flags of the run")
-        flags = record["training"]
-    return Training(entry["name"], read_metrics(row_label(entry["name"]), folder / entry["metrics"]), flags)
-
-
-def row_label(row: str) -> str:
-    """Reader's name of a row of the table or of its run."""
-    return ROW_LABELS.get(row, row)
 
 
 def column_label(column: str, cells: dict[str, Evaluation]) -> str:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from craft_experiments.cells import Cell
+from craft_experiments.presets import Demonstrations
 from craft_experiments.records import check_settings, flags_in, read_record, write_record
 from craft_experiments.settings import ROOT, Settings
-from craft_experiments.tables import Cell, Demonstrations
 from prismatic.evidence.failure_codes import FailureCode
 
 

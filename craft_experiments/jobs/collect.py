@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from craft_experiments.jobs.base import Job, as_words, data_root
+from craft_experiments.presets import Demonstrations
 from craft_experiments.settings import Settings
-from craft_experiments.tables import Demonstrations
 from prismatic.evidence.failure_codes import FailureCode
 
 

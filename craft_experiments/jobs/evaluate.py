@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from craft_experiments.cells import PRO_SUFFIX, Cell, Evaluation, Kind, Role
 from craft_experiments.jobs.base import Job, JobFailed, as_words, data_root, program
 from craft_experiments.jobs.interpolate import interpolation
 from craft_experiments.jobs.policies import expected_checkpoint
+from craft_experiments.presets import Demonstrations, Preset
 from craft_experiments.records import record_path
 from craft_experiments.settings import Settings
-from craft_experiments.tables import PRO_SUFFIX, Cell, Demonstrations, Evaluation, Kind, Preset, Role
 from prismatic.evidence.episodes import RecordsError, read_run
 from prismatic.evidence.failure_codes import FailureCode
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from craft_experiments.cells import Cell
 from craft_experiments.jobs.base import Job, as_words, program
 from craft_experiments.jobs.policies import checkpoint_of, expected_checkpoint, parent_of
 from craft_experiments.settings import Settings
-from craft_experiments.tables import Cell
 from prismatic.evidence.failure_codes import FailureCode
 
 

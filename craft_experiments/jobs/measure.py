@@ -6,11 +6,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from craft_experiments.cells import Cell
 from craft_experiments.jobs.base import Job, as_words, data_root, program
 from craft_experiments.jobs.policies import expected_checkpoint
+from craft_experiments.presets import Demonstrations
 from craft_experiments.records import RETENTION, record_path
 from craft_experiments.settings import Settings
-from craft_experiments.tables import Cell, Demonstrations
 from prismatic.evidence.failure_codes import FailureCode
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from craft_experiments.cells import Cell, Request, Role
 from craft_experiments.jobs.base import Job
 from craft_experiments.jobs.collect import Collect
 from craft_experiments.jobs.evaluate import Evaluate, replayed
@@ -11,8 +12,9 @@ from craft_experiments.jobs.interpolate import Interpolate
 from craft_experiments.jobs.measure import Measure
 from craft_experiments.jobs.policies import parent_of
 from craft_experiments.jobs.train import Train
+from craft_experiments.presets import Demonstrations
 from craft_experiments.settings import Settings
-from craft_experiments.tables import Cell, Demonstrations, Request, Role, Table, table
+from craft_experiments.tables import Table, table
 
 
 def wanted_table(s: Settings, name: str) -> Table:

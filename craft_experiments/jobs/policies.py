@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from craft_experiments.cells import Cell, Role
 from craft_experiments.common_utils.log_parser import extract_checkpoint_path
 from craft_experiments.settings import Settings
-from craft_experiments.tables import Cell, Role, methods_of
+from craft_experiments.tables import methods_of
 
 
 def parent_of(s: Settings, cell: Cell) -> Cell:

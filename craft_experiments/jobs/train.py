@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from craft_experiments.cells import Cell
 from craft_experiments.common_utils.terminal import say
 from craft_experiments.jobs.base import Job, JobFailed, as_words, program
 from craft_experiments.jobs.policies import checkpoint_of
 from craft_experiments.records import METRICS, TRAINING, State, read_record, record_path, set_states, write_record
 from craft_experiments.settings import Settings
-from craft_experiments.tables import Cell
 from prismatic.evidence.failure_codes import FailureCode
 from prismatic.evidence.results import read_jsonl
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from craft_experiments.common_utils.plots import moving_average, plot_drift
+from prismatic.evidence.pairing import PairedCounts, paired
 from prismatic.evidence.results import (
     ResultFormatError,
     TrainingMetrics,
-    compare_paired,
     read_evaluation,
     read_metrics,
 )
@@ -21,11 +21,13 @@ PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def report_module():
+    sys.path.insert(0, str(SCRIPT.parent))  # as for a program
     spec = importlib.util.spec_from_file_location("demo_make_report", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     yield module
+    sys.path.remove(str(SCRIPT.parent))
     del sys.modules[spec.name]
 
 
@@ -259,9 +261,10 @@ def test_series_and_tail_mean_skip_rows_without_the_key():
 def test_paired_comparison_uses_common_episodes_only(tmp_path):
     first = read_evaluation(write_evaluation(tmp_path / "a", [1, 1, 1, 0, 1]))
     second = read_evaluation(write_evaluation(tmp_path / "b", [0, 1, 0, 1]))
-    paired = compare_paired(first, second)
-    assert (paired.pairs, paired.only_first, paired.only_second, paired.p_value) == (4, 2, 1, 1.0)
-    assert compare_paired(first, read_evaluation(write_evaluation(tmp_path / "c", [1], suite="other"))) is None
+    counts = PairedCounts.of(paired(first.outcomes, second.outcomes, lambda key: key[:2])["libero_spatial", 0])
+    assert (counts.pairs, counts.only_a, counts.only_b, counts.p_value) == (4, 2, 1, 1.0)
+    other = read_evaluation(write_evaluation(tmp_path / "c", [1], suite="other"))
+    assert paired(first.outcomes, other.outcomes, lambda key: key[:2]) == {}
 
 
 def test_moving_average():

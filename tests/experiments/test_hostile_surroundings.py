@@ -21,7 +21,9 @@ from craft_experiments.common_utils.terminal import say
 from craft_experiments.jobs.base import JobFailed
 from craft_experiments.jobs.evaluate import _outcome
 from craft_experiments.settings import RunConfig, resolve
-from craft_experiments.table_formats import Grid, GridRow, _csv, latex, latex_text, markdown
+from craft_experiments.table_csv import _csv
+from craft_experiments.table_formats import latex, latex_text, markdown
+from craft_experiments.table_grids import Grid, GridRow
 from prismatic.evidence.cells import csv_cell, markdown_cell, one_line
 
 ROOT = Path(__file__).parents[2]
@@ -102,11 +104,11 @@ def test_a_terminal_without_the_letters_or_closed_ends_nothing(monkeypatch):
     say(ODD)
     assert b"\\U0001f916" in raw.getvalue()
 
-    class Closed(io.StringIO):
-        def write(self, text):
+    class Closed(io.BytesIO):
+        def write(self, data):
             raise BrokenPipeError
 
-    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Closed()))
     say("anything")
 
 

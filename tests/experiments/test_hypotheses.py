@@ -6,7 +6,7 @@ import pytest
 from craft_experiments.hypotheses import PairedTest, closest, page, verdicts
 from craft_experiments.jobs.plan import plan
 from craft_experiments.table_data import load, training_of
-from craft_experiments.table_formats import trade_off_grid
+from craft_experiments.table_grids import trade_off_grid
 from craft_experiments.tables import table
 
 SEEDS = (0, 1, 2)

@@ -15,15 +15,20 @@ import pytest
 from PIL import Image
 
 from craft_experiments.__main__ import main
+from craft_experiments.cells import Kind
 from craft_experiments.common_utils.log_parser import FailureCode
-from craft_experiments.figures import cost_ratios
+from craft_experiments.figures.cost import cost_ratios
 from craft_experiments.jobs.plan import plan
 from craft_experiments.records import RecordError, read_record, set_states, write_record
 from craft_experiments.settings import RunConfig, resolve
-from craft_experiments.table_data import Column, load, retention_values
-from craft_experiments.table_formats import budget_grid, latex, latex_text, markdown, success_csv, success_grid
+from craft_experiments.table_csv import success_csv
+from craft_experiments.table_data import load
+from craft_experiments.table_entries import Column
+from craft_experiments.table_formats import latex, latex_text, markdown
+from craft_experiments.table_grids import budget_grid, success_grid
+from craft_experiments.table_measures import retention_values
 from craft_experiments.table_reports import run_command, write_table_reports
-from craft_experiments.tables import TABLES, Kind, table
+from craft_experiments.tables import TABLES, table
 from prismatic.command_line import parse
 from prismatic.evidence.statistics import holm_adjusted, mean_and_half_width
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from craft_experiments.cells import Kind, Role
 from craft_experiments.jobs.evaluate import Evaluate
 from craft_experiments.jobs.train import Train
+from craft_experiments.presets import PRESETS
 from craft_experiments.records import settings_of
 from craft_experiments.settings import RunConfig, resolve
-from craft_experiments.tables import PRESETS, TABLES, Kind, Role, methods_of, table
+from craft_experiments.tables import TABLES, methods_of, table
 
 BOTH = pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
 

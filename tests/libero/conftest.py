@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from experiments.robot.libero.eval_config import EvalConfig
-from experiments.robot.libero.simulator import RenderMode
+from experiments.robot.libero.modes import RenderMode
 from experiments.robot.libero.video import SaveVideos
 
 

@@ -10,25 +10,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments.robot.libero import collect_demos
-from experiments.robot.libero.collect_demos import (
-    REPORT_FILE,
-    CollectionError,
-    CollectSettings,
-    ExpertLimits,
-    collect,
+from experiments.robot.libero import collect_demos, collect_workers
+from experiments.robot.libero.action_noise import NoiseProcess
+from experiments.robot.libero.collect_demos import REPORT_FILE, collect, parse_arguments
+from experiments.robot.libero.collect_episode import ExpertLimits, run_expert
+from experiments.robot.libero.collect_scratch import (
     collection_report,
     episode_path,
-    episode_start,
     finished_episodes,
-    is_noisy,
     load_episode,
-    parse_arguments,
-    run_expert,
-    run_shares,
-    standard_states,
+    write_npz,
 )
-from experiments.robot.libero.expert import Command, ExpertFailedError, NoiseProcess
+from experiments.robot.libero.collect_settings import CollectSettings, standard_states
+from experiments.robot.libero.collect_starts import episode_start, is_noisy
+from experiments.robot.libero.collect_workers import CollectionError, run_shares
+from experiments.robot.libero.expert import Command, ExpertFailedError
+from prismatic.evidence.files import write_text
 from prismatic.vla.datasets.rlds import RLDSReader
 from prismatic.vla.images import decode_jpeg, encode_jpeg
 
@@ -50,7 +47,7 @@ def write_scratch(cfg: CollectSettings, task: int, number: int, steps: int = 5, 
         **{"image": joined, "image_lengths": lengths, "wrist_image": joined, "wrist_image_lengths": lengths},
         "header": np.array(json.dumps(header | {"standard_state": None, "noise_std": 0.1 * number})),
     }
-    collect_demos._write_npz(episode_path(cfg.scratch, task, number), arrays)
+    write_npz(episode_path(cfg.scratch, task, number), arrays)
 
 
 @pytest.fixture
@@ -59,7 +56,7 @@ def without_simulator(monkeypatch):
     ran = []
     monkeypatch.setattr(collect_demos, "task_count", lambda suite: 10)
     monkeypatch.setattr(collect_demos, "simulator_versions", lambda: {"mujoco": "0"})
-    monkeypatch.setattr(collect_demos, "_run_processes", ran.append)
+    monkeypatch.setattr(collect_demos, "run_processes", ran.append)
     monkeypatch.setattr(collect_demos, "require", lambda render: None)
     monkeypatch.setattr(collect_demos, "load_task", lambda suite, task: SimpleNamespace(init_states=np.zeros((50, 3))))
     return ran
@@ -214,7 +211,7 @@ def test_collect_writes_a_readable_data_set_and_a_report(tmp_path, without_simul
     cfg = settings(tmp_path)
     for task, number in ((0, 0), (0, 1), (3, 0)):
         write_scratch(cfg, task, number, steps=4 + number, attempts=1 + number)
-    collect_demos._write_text(episode_path(cfg.scratch, 3, 1).with_suffix(".failed.json"), '{"attempts": 4}')
+    write_text(episode_path(cfg.scratch, 3, 1).with_suffix(".failed.json"), '{"attempts": 4}')
     target = collect(cfg)
     reader = RLDSReader(target)
     assert [reader.episode(i).instruction for i in range(reader.num_episodes)] == ["do 0", "do 0", "do 3"]
@@ -269,11 +266,11 @@ def test_a_worker_stops_when_its_run_was_killed(tmp_path, monkeypatch):
     collected = []
     alive = iter([True, False, False])
     parent = SimpleNamespace(is_alive=lambda: next(alive))
-    monkeypatch.setattr(collect_demos.multiprocessing, "parent_process", lambda: parent)
-    monkeypatch.setattr(collect_demos, "load_task", lambda suite, task: SimpleNamespace(name="t", task_id=task))
-    monkeypatch.setattr(collect_demos, "LiberoEnv", FakeTaskEnv)
-    monkeypatch.setattr(collect_demos, "_collect_number", lambda env, cfg, number: collected.append(number))
-    collect_demos.collect_share(settings(tmp_path, episodes_per_task=5), collect_demos.Share(0, 0, 1))
+    monkeypatch.setattr(collect_workers.multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr(collect_workers, "load_task", lambda suite, task: SimpleNamespace(name="t", task_id=task))
+    monkeypatch.setattr(collect_workers, "LiberoEnv", FakeTaskEnv)
+    monkeypatch.setattr(collect_workers, "_collect_number", lambda env, cfg, number: collected.append(number))
+    collect_workers.collect_share(settings(tmp_path, episodes_per_task=5), collect_workers.Share(0, 0, 1))
     assert collected == [0]
 
 
@@ -342,5 +339,5 @@ def test_collecting_one_episode_end_to_end_and_resuming(tmp_path):
     assert decode_jpeg(episode.images["wrist_image"][0]).shape == (32, 32, 3)
     scratch = finished_episodes(cfg)[0]
     stamp = scratch.stat().st_mtime_ns
-    collect_demos.collect_share(cfg, run_shares(cfg)[0])  # nothing is missing: returns at once
+    collect_workers.collect_share(cfg, run_shares(cfg)[0])  # nothing is missing: returns at once
     assert scratch.stat().st_mtime_ns == stamp

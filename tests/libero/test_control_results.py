@@ -12,7 +12,7 @@ from experiments.robot.libero.control_results import control_lines
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 from experiments.robot.libero.evaluation import evaluate
-from experiments.robot.libero.simulator import RenderMode
+from experiments.robot.libero.modes import RenderMode
 from experiments.robot.libero.video import SaveVideos
 
 

@@ -10,6 +10,7 @@ from fake_libero_world import FakePolicy
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError, parse_flags
 from experiments.robot.libero.initial_states import read_initial_states
+from experiments.robot.libero.modes import RenderMode
 from experiments.robot.libero.policy_facts import (
     PolicyFacts,
     check_flags,
@@ -17,8 +18,8 @@ from experiments.robot.libero.policy_facts import (
     resolve_image_size,
     resolve_render_mode,
 )
-from experiments.robot.libero.simulator import RenderMode, UnknownSuiteError, max_episode_steps
 from experiments.robot.libero.suite_names import BASE_SUITES, nearest_suite
+from experiments.robot.libero.tasks import UnknownSuiteError, max_episode_steps
 
 PUBLISHED_COMMAND = (
     "--use_proprio True --num_images_in_input 2 --use_film False --pretrained_checkpoint runs/x--20000_chkpt "

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from fake_libero_world import LANGUAGES, FakeBackend, RaiseAt, comparable, lines_of, text_log
 
-from experiments.robot.libero import evaluation, run_libero_eval, scheduler
+from experiments.robot.libero import eval_backend, evaluation, run_libero_eval, scheduler
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.episode import with_policy_protocol
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
-from experiments.robot.libero.evaluation import checkpoint_fingerprint, evaluate, run_fingerprint
+from experiments.robot.libero.eval_fingerprint import checkpoint_fingerprint, run_fingerprint
+from experiments.robot.libero.evaluation import evaluate
+from experiments.robot.libero.modes import RenderMode
 from experiments.robot.libero.scheduler import WorkerFailedError
-from experiments.robot.libero.simulator import RenderMode
 from experiments.robot.libero.surroundings import SimulatorUnavailableError
 from experiments.robot.libero.video import SaveVideos
 from prismatic.evidence.episodes import protocol_differences, read_run
@@ -280,9 +281,9 @@ def test_an_unusable_simulator_is_no_outcome_of_an_episode(cfg, workers):
 def test_a_device_that_does_not_exist_is_named(cfg, device):
     with pytest.raises(EvalInputError, match="--device.*expected cpu, cuda or cuda:N") as caught:
         replace(cfg, device=device).validate()
-        evaluation.usable_device(device)
+        eval_backend.usable_device(device)
     assert "\n" not in str(caught.value)
-    assert evaluation.usable_device("cpu") == "cpu"
+    assert eval_backend.usable_device("cpu") == "cpu"
 
 
 @pytest.mark.slow
@@ -374,7 +375,7 @@ def test_a_suite_without_statistics_names_the_flag_and_the_keys():
     checkpoint = str(Path(__file__).parents[2] / "pretrained_models" / "tiny-libero-object")
     cfg = EvalConfig(pretrained_checkpoint=checkpoint, task_suite_name="libero_goal", device="cpu")
     with pytest.raises(EvalInputError, match=r"--unnorm_key: .*'libero_goal'.*libero_object_scripted_no_noops"):
-        evaluation.LiberoBackend().load_policy(cfg)
+        eval_backend.LiberoBackend().load_policy(cfg)
 
 
 def states_file(path: Path, state=(0.0, 0.5)) -> str:

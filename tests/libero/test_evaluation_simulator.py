@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.robot.libero.eval_backend import LiberoBackend
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
-from experiments.robot.libero.evaluation import LiberoBackend, evaluate, plan_tasks
-from experiments.robot.libero.simulator import RenderMode, ResetMode
+from experiments.robot.libero.eval_plan import plan_tasks
+from experiments.robot.libero.evaluation import evaluate
+from experiments.robot.libero.modes import RenderMode, ResetMode
 from experiments.robot.libero.video import SaveVideos
 
 pytestmark = [pytest.mark.simulator, pytest.mark.slow]

@@ -7,12 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from experiments.robot.libero.action_noise import NoiseProcess
 from experiments.robot.libero.expert import (
     MAX_ACTION,
-    ExpertSettings,
-    GraspKind,
-    GraspPlanner,
-    NoiseProcess,
     UnsupportedGoalError,
     _pointing_down,
     _rotation_vector,
@@ -21,6 +18,8 @@ from experiments.robot.libero.expert import (
     is_noop,
     pick_place_goals,
 )
+from experiments.robot.libero.expert_settings import ExpertSettings
+from experiments.robot.libero.grasps import GraspKind, GraspPlanner
 
 Y_AXIS = np.array([0.0, 1.0])
 
@@ -154,7 +153,9 @@ def test_other_goals_are_refused_with_the_task_name(goal):
 
 @pytest.fixture(scope="module")
 def env():
-    from experiments.robot.libero.simulator import LiberoEnv, RenderMode, ResetMode, load_task
+    from experiments.robot.libero.modes import RenderMode, ResetMode
+    from experiments.robot.libero.simulator import LiberoEnv
+    from experiments.robot.libero.tasks import load_task
 
     built = LiberoEnv(
         load_task("libero_object", 3), render=False, render_mode=RenderMode.LAZY, reset_mode=ResetMode.SOFT

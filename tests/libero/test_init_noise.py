@@ -110,7 +110,9 @@ def test_displacing_by_less_changes_nothing_where_there_is_room(monkeypatch):
 @pytest.mark.slow
 def test_displaced_bowl_still_rests_on_the_ramekin():
     pytest.importorskip("libero")
-    from experiments.robot.libero.simulator import LiberoEnv, RenderMode, ResetMode, load_task
+    from experiments.robot.libero.modes import RenderMode, ResetMode
+    from experiments.robot.libero.simulator import LiberoEnv
+    from experiments.robot.libero.tasks import load_task
 
     task = load_task("libero_spatial", 5)
     env = LiberoEnv(task, render=False, render_mode=RenderMode.LAZY, reset_mode=ResetMode.SOFT)

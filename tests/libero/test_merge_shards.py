@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from fake_libero_world import FakeBackend, RaiseAt, comparable, lines_of, text_log
 
-from experiments.robot.libero.evaluation import evaluate, plan_tasks, shard_plans
+from experiments.robot.libero.eval_plan import plan_tasks, shard_plans
+from experiments.robot.libero.evaluation import evaluate
 from experiments.robot.libero.merge_shards import MergeError, main, merge
 
 

@@ -165,7 +165,7 @@ import sys, threading
 from fake_libero_world import FakeBackend, FakePolicy
 from experiments.robot.libero.eval_config import EvalConfig
 from experiments.robot.libero.evaluation import evaluate
-from experiments.robot.libero.simulator import RenderMode
+from experiments.robot.libero.modes import RenderMode
 from experiments.robot.libero.video import SaveVideos
 
 class Slow(FakePolicy):

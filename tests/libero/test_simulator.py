@@ -10,17 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.robot.libero.simulator import (
-    SUITE_MAX_STEPS,
-    LiberoEnv,
-    RenderMode,
-    ResetMode,
-    UnknownSuiteError,
-    idle_action,
-    load_task,
-    max_episode_steps,
-    quat_to_axis_angle,
-)
+from experiments.robot.libero.modes import RenderMode, ResetMode
+from experiments.robot.libero.simulator import LiberoEnv, idle_action, quat_to_axis_angle
+from experiments.robot.libero.tasks import SUITE_MAX_STEPS, UnknownSuiteError, load_task, max_episode_steps
 
 ROOT = Path(__file__).parents[2]
 CAMERA_FIELDS = ("image", "wrist_image")
@@ -110,7 +102,7 @@ def _rollout(task, mode):
 @pytest.mark.slow
 def test_loading_writes_nothing_and_prints_nothing(tmp_path):
     code = (
-        "import os; from experiments.robot.libero.simulator import load_task\n"
+        "import os; from experiments.robot.libero.tasks import load_task\n"
         "task = load_task('libero_spatial', 0)\n"
         "assert task.init_states.shape == (50, 92), task.init_states.shape\n"
         "open(os.environ['OUT'], 'w').write(os.environ['LIBERO_CONFIG_PATH'])"

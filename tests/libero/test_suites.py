@@ -13,13 +13,13 @@ from experiments.robot.libero.suite_names import (
     PRO_PERTURBATIONS,
     LanguageSource,
     bddl_language,
-    describe_suite,
     language_warnings,
     perturbation,
     resolve_language_source,
     split_suite,
     with_language,
 )
+from experiments.robot.libero.suites import describe_suite
 
 
 @dataclass(frozen=True)

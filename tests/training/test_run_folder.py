@@ -35,7 +35,10 @@ def test_the_ways_out(make_trainer, tmp_path):
 
 @pytest.mark.parametrize(
     "mistake",
-    [{"dataset_name": "libero_absent"}, {"use_craft": True, "craft_preset": "keep", "craft_memory_instructions": "absent"}],
+    [
+        {"dataset_name": "libero_absent"},
+        {"use_craft": True, "craft_preset": "keep", "craft_memory_instructions": "absent"},
+    ],
 )
 def test_a_run_that_cannot_begin_replaces_nothing(make_trainer, tmp_path, mistake):
     make_trainer("run", max_steps=1).fit()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.robot.doctor.findings import Check, Finding, exit_code
-from experiments.robot.libero.simulator import RenderMode
+from experiments.robot.libero.modes import RenderMode
 from experiments.robot.libero.suite_names import BASE_SUITES, nearest_suite, split_suite
 from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
 from prismatic.evidence.files import write_json

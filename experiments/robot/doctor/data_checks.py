@@ -19,7 +19,8 @@ from experiments.robot.doctor.findings import Check, Status, judge
 from experiments.robot.libero import simulator
 from experiments.robot.libero.controls import PolicyActor
 from experiments.robot.libero.episode import EpisodeLimits, run_episode
-from experiments.robot.libero.simulator import RenderMode, ResetMode
+from experiments.robot.libero.modes import RenderMode, ResetMode
+from experiments.robot.libero.tasks import load_task, task_count
 from prismatic.vla.datasets.inspect_checks import check_for_training
 from prismatic.vla.datasets.registry import LiberoStandardization
 from prismatic.vla.datasets.source import DataSetError
@@ -101,7 +102,7 @@ def _conventions(data: DataSet) -> tuple[Status, str]:
 
 def _first_frames(data: DataSet) -> tuple[Any, dict[str, list[np.ndarray]]]:
     """Task with the most usual first instruction, and thumbnails of its first recorded frames per camera."""
-    tasks = [simulator.load_task(data.suite, number) for number in range(simulator.task_count(data.suite))]
+    tasks = [load_task(data.suite, number) for number in range(task_count(data.suite))]
     by_language = {task.language.lower(): task for task in tasks}
     task, frames = None, {camera: [] for camera in CAMERAS}
     for index in np.flatnonzero(data.source.lengths).tolist():
@@ -185,7 +186,7 @@ def _replay(data: DataSet) -> tuple[Status, str]:
 
 def replay_env(data: DataSet, start: RecordedStart) -> simulator.LiberoEnv:
     """The environment a demonstration was recorded in."""
-    task = simulator.load_task(data.metadata["task_suite_name"], start.task_id)
+    task = load_task(data.metadata["task_suite_name"], start.task_id)
     mode = RenderMode(data.metadata["render_mode"])
     reset_mode = ResetMode(data.metadata.get("reset_mode", ResetMode.HARD.value))
     return simulator.LiberoEnv(task, data.metadata["image_size"], mode, reset_mode=reset_mode)

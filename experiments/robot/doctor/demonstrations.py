@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from experiments.robot.libero.collect_demos import Start, episode_start
+from experiments.robot.libero.collect_starts import Start, episode_start
 from experiments.robot.libero.suite_names import split_suite
 from prismatic.vla.action_spec import ActionSpec, NormalizationType
 from prismatic.vla.datasets.formats import expected_files, find_format

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from experiments.robot.libero import simulator
-from experiments.robot.libero.simulator import RenderMode, ResetMode
+from experiments.robot.libero.modes import RenderMode, ResetMode
 from experiments.robot.libero.surroundings import SimulatorUnavailableError
+from experiments.robot.libero.tasks import load_task
 from prismatic.command_line import MISTAKES, OneLineParser, bad_input_in_one_line
 
 _PROGRAM = "python -m experiments.robot.doctor.render_reference"
@@ -35,7 +36,7 @@ MODES = (RenderMode.PUBLISHED, RenderMode.LAZY)  # EVERY_STEP gives the images o
 
 def mean_colours(suite: str, mode: RenderMode) -> dict[str, list[float]]:
     """Camera field -> mean red, green, blue (grey levels) of task 0 at initial state 0, before any step."""
-    task = simulator.load_task(suite, 0)
+    task = load_task(suite, 0)
     env = simulator.LiberoEnv(task, IMAGE_SIZE, mode, reset_mode=ResetMode.SOFT)
     try:
         env.reset(task.init_states[0], seed=0)

@@ -9,7 +9,8 @@ import numpy as np
 from experiments.robot.doctor import render_reference
 from experiments.robot.doctor.findings import Check, Status, judge
 from experiments.robot.libero import controls, simulator
-from experiments.robot.libero.simulator import RenderMode, ResetMode
+from experiments.robot.libero.modes import RenderMode, ResetMode
+from experiments.robot.libero.tasks import load_task
 
 BOWL, RAMEKIN = "akita_black_bowl_1", "glazed_rim_porcelain_ramekin_1"
 BOWL_OFFSET_M = (0.0145, 0.0351)
@@ -48,7 +49,7 @@ class _PhysicsProbe:
 
     def _settled(self) -> simulator.LiberoEnv:
         if self._env is None:
-            task = simulator.load_task("libero_spatial", 5)
+            task = load_task("libero_spatial", 5)
             self._env = simulator.LiberoEnv(task, render=False, render_mode=RenderMode.LAZY, reset_mode=ResetMode.SOFT)
         self._env.reset(self._env.task.init_states[0], seed=0)
         self._env.settle()

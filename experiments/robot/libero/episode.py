@@ -19,13 +19,13 @@ from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 from experiments.robot.libero.eval_log import EpisodeRecord, EpisodeStatus, PlannedEpisode
 from experiments.robot.libero.init_noise import displace_objects
 from experiments.robot.libero.initial_states import read_initial_states
+from experiments.robot.libero.modes import RenderMode, ResetMode
 from experiments.robot.libero.policy_facts import (
     check_flags,
     read_policy_facts,
     resolve_image_size,
     resolve_render_mode,
 )
-from experiments.robot.libero.simulator import RenderMode, ResetMode
 from experiments.robot.libero.suite_names import perturbation, with_language
 from experiments.robot.libero.surroundings import SimulatorUnavailableError
 from experiments.robot.libero.video import PUBLISHED_FPS, keeps_video, rollout_path, write_video

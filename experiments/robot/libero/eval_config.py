@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.robot.libero.controls import Control
-from experiments.robot.libero.simulator import RenderMode, ResetMode
+from experiments.robot.libero.modes import RenderMode, ResetMode
 from experiments.robot.libero.suite_names import LanguageSource, resolve_language_source, split_suite
 from experiments.robot.libero.video import SaveVideos
 from prismatic.command_line import ForeignFlag, UsageError, check_values, flag, parse, require_package

@@ -9,12 +9,13 @@ something is in the way, and no idle action is ever produced, so that behaviour 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
+from experiments.robot.libero.expert_settings import ExpertSettings
+from experiments.robot.libero.grasps import Grasp, GraspPlanner
+from experiments.robot.libero.scene_geometry import SceneGeometry
 from experiments.robot.libero.simulator import LiberoEnv
 
 OPEN, CLOSE = -1.0, 1.0
@@ -22,7 +23,6 @@ MAX_ACTION = 0.9375  # largest component in the published data
 NOOP_NORM = 1e-4  # actions below this with an unchanged gripper are idle (published filter)
 POSITION_SCALE = 0.05  # metres per unit of action (operational-space controller)
 ROTATION_SCALE = 0.5  # radians per unit of action
-FINGER_OPENING = 0.078  # clear width between opened fingers, m
 FINGERS_AT_REST = 0.001  # closing by less than this in a control step, m: they hold something, or are closed
 
 
@@ -34,62 +34,6 @@ class ExpertFailedError(RuntimeError):
     """The expert could not bring the scene to the goal from this start."""
 
 
-class GraspKind(str, Enum):
-    """TOP: fingers on both sides of the object.  RIM: fingers on both sides of the wall of an open container."""
-
-    TOP = "top"
-    RIM = "rim"
-
-
-@dataclass(frozen=True)
-class ExpertSettings:
-    """Gains and distances of the expert (metres, radians, control steps)."""
-
-    position_gain: float = 20.0  # action per metre: full speed beyond 4.7 cm
-    rotation_gain: float = 3.0
-    max_rotation: float = 0.45
-    hover: float = 0.09  # height above the grasp at which the gripper arrives from the side
-    funnel: float = 3.0  # how many metres of height one metre of sideways error buys while descending
-    clearance: float = 0.05  # between the carried object and what it passes over
-    release_height: float = 0.015  # above the support when the gripper opens
-    rim_depth: float = 0.028  # how far the finger tips go below the rim
-    rim_margin: float = 0.012
-    close_steps: int = 9  # the fingers need 8 steps from fully open to fully closed
-    phase_limit: int = 60
-    attempts: int = 1
-
-
-@dataclass(frozen=True)
-class Grasp:
-    """Where to grasp: finger-tip position (3,) in metres, wrist yaw relative to the start, kind, top of the object."""
-
-    position: np.ndarray
-    yaw: float
-    kind: GraspKind
-    top: float
-
-
-@dataclass
-class NoiseProcess:
-    """First-order autoregressive disturbance of the six arm components (DART: execute it, do not record it).
-
-    n[t] = rho n[t-1] + sqrt(1 - rho^2) std e[t], so that the stationary standard deviation is `std`.
-    """
-
-    std: float
-    rng: np.random.Generator
-    correlation: float = 0.8
-    _value: np.ndarray = field(default_factory=lambda: np.zeros(6))
-
-    def disturb(self, action: np.ndarray, scale: float = 1.0) -> np.ndarray:
-        """The action (7,) to execute instead of the clean one, clipped to [-1, 1]; the gripper is untouched."""
-        drive = np.sqrt(1.0 - self.correlation**2) * self.std
-        self._value = self.correlation * self._value + drive * self.rng.standard_normal(6)
-        executed = np.array(action, dtype=np.float64)
-        executed[:6] = np.clip(executed[:6] + scale * self._value, -1.0, 1.0)
-        return executed
-
-
 @dataclass(frozen=True)
 class Command:
     """One step of the expert: the clean action (7,), the phase it belongs to, how much disturbance it tolerates."""
@@ -97,154 +41,6 @@ class Command:
     action: np.ndarray
     phase: str
     noise_scale: float = 1.0
-
-
-class SceneGeometry:
-    """Vertices of the scene's bodies in world coordinates (visual meshes, boxes where a body has no mesh)."""
-
-    def __init__(self, env: LiberoEnv) -> None:
-        self._env = env
-        self._local: dict[str, list[tuple[int, np.ndarray]]] = {}
-        model = env.sim.model._model
-        children: dict[int, list[int]] = {}
-        for body in range(1, model.nbody):
-            children.setdefault(int(model.body_parentid[body]), []).append(body)
-        self._children = children
-        domain = env.domain
-        self.bodies = {
-            name: item.root_body
-            for name, item in {**domain.objects_dict, **domain.fixtures_dict}.items()
-            if self._parts(item.root_body)
-        }
-
-    def vertices(self, body: str) -> np.ndarray:
-        """(n, 3) float64 world positions; raises KeyError when the body has no shape."""
-        parts = self._parts(body)
-        if not parts:
-            raise KeyError(f"body {body!r} has no mesh and no box geometry")
-        data = self._env.sim.data
-        return np.concatenate([v @ data.geom_xmat[g].reshape(3, 3).T + data.geom_xpos[g] for g, v in parts])
-
-    def others(self, body: str) -> np.ndarray:
-        """(n, 3) vertices of all objects and fixtures except `body`."""
-        found = [self.vertices(other) for other in self.bodies.values() if other != body]
-        return np.concatenate(found) if found else np.zeros((0, 3))
-
-    def centre(self, body: str) -> np.ndarray:
-        """(3,) middle of the bounding box."""
-        points = self.vertices(body)
-        return (points.min(0) + points.max(0)) / 2
-
-    def _parts(self, body: str) -> list[tuple[int, np.ndarray]]:
-        if body not in self._local:
-            geoms = self._geoms(self._env.sim.model.body_name2id(body))
-            parts = [(g, v) for g in geoms if (v := self._mesh(g)) is not None]
-            self._local[body] = parts or [(g, v) for g in geoms if (v := self._box(g)) is not None]
-        return self._local[body]
-
-    def _geoms(self, root: int) -> list[int]:
-        model = self._env.sim.model._model
-        stack, geoms = [root], []
-        while stack:
-            body = stack.pop()
-            start = int(model.body_geomadr[body])
-            geoms += range(start, start + int(model.body_geomnum[body])) if start >= 0 else []
-            stack += self._children.get(body, [])
-        return sorted(geoms)
-
-    def _mesh(self, geom: int) -> np.ndarray | None:
-        model = self._env.sim.model._model
-        mesh = int(model.geom_dataid[geom])
-        if model.geom_type[geom] != 7 or mesh < 0:  # 7: mjGEOM_MESH
-            return None
-        start, count = int(model.mesh_vertadr[mesh]), int(model.mesh_vertnum[mesh])
-        points = np.array(model.mesh_vert[start : start + count], dtype=np.float64)
-        return points[:: max(1, count // 1500)]
-
-    def _box(self, geom: int) -> np.ndarray | None:
-        model = self._env.sim.model._model
-        if model.geom_type[geom] != 6:  # 6: mjGEOM_BOX
-            return None
-        signs = np.array([[i, j, k] for i in (-1, 1) for j in (-1, 1) for k in (-1, 1)], dtype=np.float64)
-        return signs * model.geom_size[geom]
-
-
-class GraspPlanner:
-    """Chooses one grasp per object, always in the same order of preference."""
-
-    def __init__(self, geometry: SceneGeometry, settings: ExpertSettings) -> None:
-        self._geometry = geometry
-        self._settings = settings
-
-    def plan(self, body: str, finger_axis: np.ndarray) -> Grasp:
-        """Grasp for `body`; finger_axis (2,) is the horizontal direction in which the fingers close at yaw 0."""
-        points = self._geometry.vertices(body)
-        base = float(np.arctan2(finger_axis[1], finger_axis[0]))
-        yaw, width = self._narrowest(points, base)
-        if width < FINGER_OPENING - 0.006:
-            return self._top(points, base, yaw)
-        return self._rim(body, points, base)
-
-    @staticmethod
-    def _narrowest(points: np.ndarray, base: float) -> tuple[float, float]:
-        """Yaw with the smallest width across the fingers; turning the wrist costs 2 cm per radian, which keeps round
-        objects at yaw 0."""
-        yaws = np.linspace(-np.pi / 2, np.pi / 2, 37)
-        directions = np.stack([np.cos(base + yaws), np.sin(base + yaws)])
-        spans = np.ptp(points[:, :2] @ directions, axis=0)
-        blocked = np.where(spans < FINGER_OPENING - 0.006, 0.0, 1.0)
-        best = int(np.argmin(spans + 0.02 * np.abs(yaws) + blocked))
-        return float(yaws[best]), float(spans[best])
-
-    @staticmethod
-    def _top(points: np.ndarray, base: float, yaw: float) -> Grasp:
-        low, high = points[:, 2].min(), points[:, 2].max()
-        across = np.array([np.cos(base + yaw), np.sin(base + yaw)])
-        along = np.array([-across[1], across[0]])
-        middle = sum((np.ptp(q) / 2 + q.min()) * d for d in (across, along) for q in [points[:, :2] @ d])
-        height = max(low + 0.012, high - min(0.035, 0.6 * (high - low)))
-        return Grasp(np.array([*middle, height]), yaw, GraspKind.TOP, float(high))
-
-    def _rim(self, body: str, points: np.ndarray, base: float) -> Grasp:
-        others = self._geometry.others(body)
-        candidates = []
-        for turn in (0.0, 0.35, -0.35, 0.7, -0.7, 1.05, -1.05, 1.4, -1.4):
-            for side in (0.0, np.pi):
-                grasp = self._rim_candidate(points, base + turn + side, turn)
-                penetration = self._penetration(grasp, base + turn + side, others)
-                if penetration <= 0.0:
-                    return grasp
-                candidates.append((penetration, len(candidates), grasp))
-        return min(candidates, key=lambda item: item[:2])[2]
-
-    def _rim_candidate(self, points: np.ndarray, angle: float, yaw: float) -> Grasp:
-        """Grasp of the wall in direction `angle` seen from the object's middle."""
-        low, high = points[:, 2].min(), points[:, 2].max()
-        rim = points[points[:, 2] > high - 0.15 * (high - low)]
-        middle = (points[:, :2].min(0) + points[:, :2].max(0)) / 2
-        outward = np.array([np.cos(angle), np.sin(angle)])
-        radius = ((rim[:, :2] - middle) @ outward).max()
-        spot = middle + outward * (radius - 0.005)
-        near = points[np.linalg.norm(points[:, :2] - spot, axis=1) < 0.015]
-        rim_height = near[:, 2].max() if len(near) else high
-        height = max(rim_height - self._settings.rim_depth, low + 0.01)
-        return Grasp(np.array([*spot, height]), yaw, GraspKind.RIM, float(high))
-
-    def _penetration(self, grasp: Grasp, angle: float, others: np.ndarray) -> float:
-        """How deep (m) the opened hand would sink into other objects; 0 or less when the grasp is free."""
-        if not len(others):
-            return 0.0
-        outward = np.array([np.cos(angle), np.sin(angle)])
-        offset = others[:, :2] - grasp.position[:2]
-        across, along = np.abs(offset @ outward), np.abs(offset @ np.array([-outward[1], outward[0]]))
-        fingers = others[(across < 0.055) & (along < 0.018), 2]
-        palm = others[(across < 0.115) & (along < 0.04), 2]
-        deep = [0.0]
-        if len(fingers):
-            deep.append(fingers.max() - grasp.position[2] + self._settings.rim_margin)
-        if len(palm):
-            deep.append(palm.max() - grasp.position[2] - 0.035)
-        return max(deep)
 
 
 class PickPlaceExpert:
@@ -462,8 +258,3 @@ def _rotation_vector(matrix: np.ndarray) -> np.ndarray:
 def expert_commands(env: LiberoEnv, settings: ExpertSettings | None = None) -> Iterator[Command]:
     """Commands of a fresh expert for the current episode of `env` (call after reset and settling)."""
     return PickPlaceExpert(env, settings).commands()
-
-
-def describe_expert(settings: ExpertSettings | None = None) -> dict[str, Any]:
-    """The expert's settings as plain numbers, for the record beside a data set."""
-    return dict(vars(settings or ExpertSettings()))

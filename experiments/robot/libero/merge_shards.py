@@ -24,7 +24,8 @@ from experiments.robot.libero.eval_log import (
     read_episode_lines,
     summarize_run,
 )
-from experiments.robot.libero.evaluation import PLAN_FILE, measured_facts, read_plan, write_plan
+from experiments.robot.libero.eval_plan import PLAN_FILE, read_plan, write_plan
+from experiments.robot.libero.evaluation import measured_facts
 from prismatic.command_line import OneLineParser, UsageError, bad_input_in_one_line
 from prismatic.evidence.checks import check_fields, parse_object, read_text
 from prismatic.evidence.files import write_json, write_text

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
-from experiments.robot.libero.simulator import RenderMode
+from experiments.robot.libero.modes import RenderMode
 from prismatic.vla.prompts import PromptKind
 
 DEFAULT_IMAGE_SIZE = 256

@@ -1,4 +1,4 @@
-"""LIBERO tasks and environments: loading, resetting, stepping and rendering.
+"""LIBERO environments: one simulated task, reset, stepped and rendered.
 
 Importing this module is cheap and silent: mujoco, robosuite and libero are imported when the first task is loaded.
 One process should hold one environment at a time (1.3 GB without, 1.8 GB with rendering; `close` does not give the
@@ -11,17 +11,18 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import Enum
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from experiments.robot.libero.libero_package import control_env_class, import_libero, initial_states, package_version
+from experiments.robot.libero.libero_package import control_env_class, package_version
+from experiments.robot.libero.modes import RenderMode, ResetMode
 from experiments.robot.libero.scene_sampling import SceneSampler
-from experiments.robot.libero.suite_names import nearest_suite, split_suite
+from experiments.robot.libero.shared_kinematics import shared_kinematics
+from experiments.robot.libero.snapshot import SimulationSnapshot
 from experiments.robot.libero.surroundings import quiet, require_renderer
+from experiments.robot.libero.tasks import LiberoTask
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 CONTROL_HZ = 20
@@ -30,69 +31,6 @@ SETTLE_STEPS = 10
 
 START_JOINT_STD = 0.02
 """Spread (rad) of each arm joint over the 50 standard initial states of a task (measured 0.019-0.023)."""
-
-SUITE_MAX_STEPS = {
-    "libero_spatial": 220,
-    "libero_object": 280,
-    "libero_goal": 300,
-    "libero_10": 520,
-    "libero_90": 400,
-}
-"""Policy steps after the settling phase before an episode counts as failed (published protocol)."""
-
-
-class UnknownSuiteError(ValueError):
-    """The named LIBERO suite does not exist."""
-
-
-class RenderMode(str, Enum):
-    """How camera images are produced.  Recorded with every data set and every evaluation.
-
-    PUBLISHED: the images of robosuite's own camera observables, multisampling and reflections on. The published LIBERO
-    numbers were produced with them. They are rendered only when `LiberoEnv.observe` is called (`scene_sampling.py`).
-    EVERY_STEP: the same images, bit for bit, rendered in every control step as robosuite does it: the reference for
-    tests and benchmarks, up to ten times slower.
-    LAZY: the cameras are rendered when `LiberoEnv.observe` is called, without multisampling and without reflections;
-    2.5 times faster per image, and images nobody looks at cost nothing.
-
-    The images are not equal.  Both show the same moment: robosuite samples its observables one or two physics
-    sub-steps (2-4 ms, 0.4 mm at full speed) before the end of the control step.  But smoothed edges and reflections
-    are missing in LAZY: over libero_spatial at 256 pixels the images differ by 2.4 (agentview) and 1.3 (wrist) grey
-    levels on average, and 5.5 % and 3.7 % of the pixels differ by more than 8.  Use one mode for demonstrations and
-    evaluation, and PUBLISHED for checkpoints trained on the published data.
-    """
-
-    PUBLISHED = "published"
-    EVERY_STEP = "every_step"
-    LAZY = "lazy"
-
-
-class ResetMode(str, Enum):
-    """How an episode starts.
-
-    HARD rebuilds the simulation model on every reset, as published. SOFT reuses it. With an initial state and a seed
-    SOFT builds the model once, as HARD would, keeps what the reset left in the simulation, and returns to that: the
-    episode is the same, bit for bit. Sampled starts differ (a soft reset leaves fixtures where they were built).
-    """
-
-    HARD = "hard"
-    SOFT = "soft"
-
-
-@dataclass(frozen=True)
-class LiberoTask:
-    """One task of one suite.
-
-    Fields: suite, task_id (position in the suite), name (file stem), language (instruction as in the published data),
-    bddl_file (existing path), init_states (n, d) float64: flattened [time, qpos, qvel] of the standard starts.
-    """
-
-    suite: str
-    task_id: int
-    name: str
-    language: str
-    bddl_file: Path
-    init_states: np.ndarray = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -103,20 +41,6 @@ class Observation:
     image: np.ndarray
     wrist_image: np.ndarray
     state: np.ndarray
-
-
-def max_episode_steps(suite: str) -> int:
-    """Policy steps allowed per episode of `suite`; perturbed suites (`libero_spatial_swap`) inherit from their base.
-
-    Raises UnknownSuiteError when no base suite matches.
-    """
-    base, _ = split_suite(suite)
-    if base is not None:
-        return SUITE_MAX_STEPS[base]
-    raise UnknownSuiteError(
-        f"no step limit for suite {suite!r}{nearest_suite(suite, SUITE_MAX_STEPS)}; known base suites: "
-        f"{', '.join(SUITE_MAX_STEPS)}"
-    )
 
 
 def quat_to_axis_angle(xyzw: np.ndarray) -> np.ndarray:
@@ -144,68 +68,6 @@ def require(render: bool) -> None:
     control_env_class()
     if render:
         require_renderer()
-
-
-def list_suites() -> list[str]:
-    """Names of the suites that have tasks, sorted."""
-    import_libero()
-    from libero.libero.benchmark.libero_suite_task_map import libero_task_map
-
-    return sorted(name for name, tasks in libero_task_map.items() if tasks)
-
-
-def task_count(suite: str) -> int:
-    """Number of tasks in `suite`.  Raises UnknownSuiteError."""
-    return _benchmark(suite).n_tasks
-
-
-def load_task(suite: str, task_id: int) -> LiberoTask:
-    """Load a task with its standard initial states.
-
-    Raises UnknownSuiteError (listing the suites), ValueError for a task id outside the suite, FileNotFoundError when
-    the task's BDDL or initial-state file is not installed.
-    """
-    benchmark = _benchmark(suite)
-    if not 0 <= task_id < benchmark.n_tasks:
-        raise ValueError(f"task_id: suite {suite!r} has tasks 0..{benchmark.n_tasks - 1}, found {task_id}")
-    task = benchmark.get_task(task_id)
-    bddl_file = Path(benchmark.get_task_bddl_file_path(task_id)).resolve()
-    if not bddl_file.is_file():
-        raise FileNotFoundError(f"task description of {suite} task {task_id} is not installed: {bddl_file}")
-    states = initial_states(benchmark, task_id)
-    return LiberoTask(suite, task_id, task.name, task.language, bddl_file, states)
-
-
-class SimulationSnapshot:
-    """Everything that decides how one simulation goes on: MuJoCo's integration state, which includes what its solver
-    starts from, and those arrays of the model that simulation code writes to."""
-
-    def __init__(self, sim: Any) -> None:
-        import mujoco
-
-        self._model, self._data = sim.model._model, sim.data._data
-        self._spec = mujoco.mjtState.mjSTATE_INTEGRATION
-        self._state = np.empty(mujoco.mj_stateSize(self._model, self._spec))
-        mujoco.mj_getState(self._model, self._data, self._state, self._spec)
-        self._arrays = {name: array.copy() for name, array in _small_arrays(self._model)}
-
-    def restore(self) -> None:
-        """Put the simulation back; computed quantities follow with the next forward pass."""
-        import mujoco
-
-        for name, array in _small_arrays(self._model):
-            if not np.array_equal(array, self._arrays[name]):
-                array[...] = self._arrays[name]
-        mujoco.mj_setState(self._model, self._data, self._state, self._spec)
-
-
-def _small_arrays(model: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Arrays of the model that simulation code changes: places, sizes, colours of bodies, geoms and sites."""
-    for name in dir(model):
-        if name.startswith(("body_", "geom_", "site_", "jnt_", "actuator_", "light_", "cam_")):
-            value = getattr(model, name)
-            if isinstance(value, np.ndarray):
-                yield name, value
 
 
 class LiberoEnv:
@@ -356,7 +218,7 @@ class LiberoEnv:
         command = np.asarray(action, dtype=np.float64)
         if command.shape != (7,) or not np.isfinite(command).all():
             raise ValueError(f"action: expected 7 finite numbers, found {command.shape} {command}")
-        with _shared_kinematics(self.sim):
+        with shared_kinematics(self.sim):
             self._last, _, done, _ = self._env.step(command)
         return bool(done)
 
@@ -478,37 +340,6 @@ class LiberoEnv:
             np.random.set_state(outside)  # noqa: NPY002
 
 
-@contextlib.contextmanager
-def _shared_kinematics(sim: Any) -> Iterator[None]:
-    """Within a control step, compute places, contacts and velocities once per physics sub-step.
-
-    robosuite asks for three forward passes per sub-step: before its controller, inside of it, and as part of MuJoCo's
-    step. Nothing moves between them, so the second and third need only what follows the velocities: the forces, solved
-    again from the last solution as the start, which the outcome depends on. The states are the same, bit for bit.
-    """
-    import mujoco
-
-    model, data = sim.model._model, sim.data._data
-    current = False  # whether places and velocities are those of the current state
-
-    def forward() -> None:
-        nonlocal current
-        skipped = mujoco.mjtStage.mjSTAGE_VEL if current else mujoco.mjtStage.mjSTAGE_NONE
-        mujoco.mj_forwardSkip(model, data, skipped, 0)
-        current = True
-
-    def step(with_udd: bool = True) -> None:
-        nonlocal current
-        (mujoco.mj_step2 if current else mujoco.mj_step)(model, data)
-        current = False
-
-    sim.forward, sim.step = forward, step
-    try:
-        yield
-    finally:
-        del sim.forward, sim.step
-
-
 def idle_action() -> np.ndarray:
     """The action (7,) that keeps the arm where it is with an open gripper."""
     return np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
@@ -529,14 +360,3 @@ def simulator_versions() -> dict[str, str]:
 
 def _rotate180(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image[::-1, ::-1])
-
-
-def _benchmark(suite: str) -> Any:
-    import_libero()
-    from libero.libero import benchmark
-
-    known, suites = benchmark.get_benchmark_dict(), list_suites()
-    if suite.lower() not in known or suite not in suites:
-        raise UnknownSuiteError(f"unknown LIBERO suite {suite!r}{nearest_suite(suite, suites)}")
-    with quiet():
-        return known[suite.lower()]()

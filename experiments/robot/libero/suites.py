@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from experiments.robot.libero import simulator
+from experiments.robot.libero.simulator import require
 from experiments.robot.libero.suite_names import bddl_language, split_suite
 from experiments.robot.libero.surroundings import SimulatorUnavailableError
+from experiments.robot.libero.tasks import SUITE_MAX_STEPS, list_suites, load_task, task_count
 from prismatic.command_line import MISTAKES, OneLineParser, bad_input_in_one_line
 
 _PROGRAM = "python -m experiments.robot.libero.suites"
@@ -34,17 +35,17 @@ class SuiteRow:
 def describe_suite(name: str) -> SuiteRow:
     """Facts about one suite of the installed simulator package. Raises UnknownSuiteError."""
     base, changed = split_suite(name)
-    count, states, differs = simulator.task_count(name), [], 0
+    count, states, differs = task_count(name), [], 0
     for task_id in range(count):
         try:
-            task = simulator.load_task(name, task_id)
+            task = load_task(name, task_id)
         except FileNotFoundError:
             continue
         states.append(len(task.init_states))
         differs += task.language.lower() != bddl_language(task.bddl_file).lower()
     span = sorted(set(states))
     text = "-" if not span else str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}"
-    limit = simulator.SUITE_MAX_STEPS.get(base)
+    limit = SUITE_MAX_STEPS.get(base)
     return SuiteRow(name, base, changed, count, len(states), text, limit, differs)
 
 
@@ -52,9 +53,9 @@ def main() -> int:
     """Print one line per suite that the package registers, base suites and their perturbations together."""
     OneLineParser(prog=_PROGRAM, description="List the LIBERO suites of the installed simulator package.").parse_args()
     with bad_input_in_one_line(_PROGRAM, (*MISTAKES, SimulatorUnavailableError)):
-        simulator.require(render=False)
+        require(render=False)
     print(f"{'suite':40} {'base':15} {'perturbation':25} tasks installed states steps  other language in BDDL")
-    names = sorted(simulator.list_suites(), key=lambda name: (split_suite(name)[0] or "~", name))
+    names = sorted(list_suites(), key=lambda name: (split_suite(name)[0] or "~", name))
     for row in map(describe_suite, names):
         print(
             f"{row.name:40} {row.base or '-':15} {row.perturbation or '-':25} {row.tasks:5} {row.installed:9} "

@@ -1,0 +1,80 @@
+"""Which runs may share a results folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from experiments.robot.libero.controls import Control
+from experiments.robot.libero.eval_config import DEFAULT_INITIAL_STATES, EvalConfig, EvalInputError
+from prismatic.evidence.hashes import file_hash, files_hash, folder_hash
+from prismatic.training.checkpoint_folder import MANIFEST
+
+
+def checkpoint_fingerprint(path: str) -> str:
+    """Hash of a checkpoint directory's files: names, sizes and contents.
+
+    The instructions that `craft_checkpoint.json` records do not count: they decide nothing that the policy does.
+
+    Raises:
+        EvalInputError: the directory does not exist or is empty.
+    """
+    root = Path(path)
+    files = sorted(item for item in root.rglob("*") if item.is_file()) if root.is_dir() else []
+    if not files:
+        found = "an empty directory" if root.is_dir() else "no such directory"
+        raise EvalInputError(f"--pretrained_checkpoint {path}: expected a checkpoint directory, found {found}")
+    manifest = root / MANIFEST
+    return files_hash(
+        root, files, {manifest: _without_instructions(manifest.read_bytes())} if manifest in files else {}
+    )
+
+
+def _without_instructions(manifest: bytes) -> bytes:
+    """The file as it was before the entry came: records of those checkpoints stay those of the same policy."""
+    try:
+        values = json.loads(manifest)
+    except ValueError:
+        return manifest
+    if not isinstance(values, dict) or "instructions" not in values:
+        return manifest
+    del values["instructions"]
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def run_fingerprint(cfg: EvalConfig) -> tuple[str, str]:
+    """(fingerprint of all that decides an episode's outcome besides task and initial state, checkpoint identity).
+
+    Two runs with the same fingerprint may share a results folder. Raises EvalInputError for a missing checkpoint.
+    """
+    if cfg.control is Control.REPLAY:
+        content = folder_hash(cfg.replay_dataset)  # None: opening it says what is wrong
+        data = f"{cfg.replay_dataset}@{content}" if content else cfg.replay_dataset
+        checkpoint = f"replay:{data}#{'auto' if cfg.replay_episode is None else cfg.replay_episode}"
+    else:
+        checkpoint = f"{cfg.pretrained_checkpoint}@{checkpoint_fingerprint(cfg.pretrained_checkpoint)}"
+    names = ("task_suite_name", "control", "seed", "num_open_loop_steps", "num_steps_wait", "env_img_res")
+    names += ("initial_states_path", "render_mode", "reset_mode", "unnorm_key", "init_noise_mm")
+    names += ("batch_inference",) if cfg.batch_inference else ()  # as the default, it changes nothing
+    names += ("robot_platform",) if cfg.robot_platform is not None else ()  # else the checkpoint says it
+    settings = {name: plain(getattr(cfg, name)) for name in names} | {"checkpoint": checkpoint.rpartition("@")[2]}
+    settings["initial_states_path"] = initial_states(cfg)
+    settings["language_source"] = cfg.resolved_language_source().value
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16], checkpoint
+
+
+def initial_states(cfg: EvalConfig) -> str:
+    """What `--initial_states_path` holds: DEFAULT, or the hash of the file."""
+    path = cfg.initial_states_path
+    return path if path == DEFAULT_INITIAL_STATES else file_hash(path)
+
+
+def plain(value: Any) -> Any:
+    """Enums to their values, recursively through dicts."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value.value if isinstance(value, Enum) else value
