@@ -54,7 +54,7 @@ FILES = {"predicted": True, "before": False}  # name of the record: whether the 
 class MemoryTableConfig:
     """Flags."""
 
-    rows: str = ",".join(ROWS)
+    rows: str = ""  # names with ; between; empty: all
     output: str = "results/memory"
     page: str = "docs/performance.md"
     readme: str = "README.md"
@@ -72,7 +72,7 @@ def main() -> None:
 def follow(cfg: MemoryTableConfig, file: Path, lean: bool) -> dict[str, Trace]:
     """The rows of a record; what is missing is traced."""
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for name in cfg.rows.split(","):
+    for name in cfg.rows.split(";") if cfg.rows else ROWS:
         if name not in record:
             record[name] = asdict(traced(ROWS[name], lean))
             print(f"{file.stem}, {name}: {record[name]['peak'] / GIB:.2f} GiB", flush=True)

@@ -25,6 +25,9 @@ from format_writers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from prismatic import command_line
+from prismatic.command_line import UsageError
+from prismatic.vla.datasets import opening
 from prismatic.vla.datasets.hdf5_source import HDF5Source
 from prismatic.vla.datasets.lerobot_source import LeRobotSource
 from prismatic.vla.datasets.rlds import RLDSReader
@@ -235,3 +238,10 @@ def test_damaged_files_give_the_documented_errors(name, small, tmp_path_factory,
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.parametrize(("name", "keys", "extra"), [("hdf5", HDF5_KEYS, "hdf5"), ("v30-png", LEROBOT_KEYS, "lerobot")])
+def test_a_format_without_its_packages_names_the_extra(folders, monkeypatch, name, keys, extra):
+    monkeypatch.setattr(command_line, "is_installed", lambda _: False)
+    with pytest.raises(UsageError, match=rf"{folders[name]} is a data set in .*pip install 'craft-vla\[{extra}\]'"):
+        opening.open_source(folders[name], keys)

@@ -15,20 +15,27 @@ class Format:
 
     files: those that it is recognised by, in words. is_there: whether a folder is a data set of this format. source:
     `module:name` of what opens one, called with (folder, keys, split, skip_bad) for an `IndexedSource`. The module, one
-    of this package, is imported when the first data set is opened: its libraries may be an extra.
+    of this package, is imported when the first data set is opened. packages, extra: what it needs beyond this one's own
+    dependencies, and the extra of this package that installs them.
     """
 
     files: str
     is_there: Callable[[Path], object]
     source: str
+    packages: tuple[str, ...] = ()
+    extra: str = ""
 
 
 FORMATS = {
     "rlds": Format("<x.y.z>/dataset_info.json (RLDS)", version_directories, "rlds_source:open_highest_version"),
     "lerobot": Format(
-        "meta/info.json (LeRobot)", lambda f: (f / "meta/info.json").is_file(), "lerobot_source:LeRobotSource"
+        "meta/info.json (LeRobot)",
+        lambda f: (f / "meta/info.json").is_file(),
+        "lerobot_source:LeRobotSource",
+        ("pyarrow", "av"),
+        "lerobot",
     ),
-    "hdf5": Format("*.hdf5", lambda f: any(f.glob("*.hdf5")), "hdf5_source:HDF5Source"),
+    "hdf5": Format("*.hdf5", lambda f: any(f.glob("*.hdf5")), "hdf5_source:HDF5Source", ("h5py",), "hdf5"),
 }
 """By the name in `SourceKeys`; a folder that could be several is the first."""
 

@@ -6,6 +6,7 @@ import os
 from importlib import import_module
 from pathlib import Path
 
+from prismatic.command_line import require_package
 from prismatic.vla.datasets.formats import FORMATS, expected_files, find_format
 from prismatic.vla.datasets.registry import DataSetConfig
 from prismatic.vla.datasets.source import EpisodeSource, MissingFeatureError, SourceKeys
@@ -83,6 +84,12 @@ def open_data_set(
 
 
 def open_source(folder: Path, keys: SourceKeys, split: str | None = None, skip_bad: bool = False) -> EpisodeSource:
-    """Open a folder, of several RLDS versions the highest, or one RLDS version, with these keys."""
-    module, name = FORMATS[keys.format].source.split(":")
+    """Open a folder, of several RLDS versions the highest, or one RLDS version, with these keys.
+
+    UsageError when the format needs a package that is not installed.
+    """
+    found = FORMATS[keys.format]
+    for package in found.packages:
+        require_package(f"{folder} is a data set in {keys.format} format, which", package, found.extra)
+    module, name = found.source.split(":")
     return getattr(import_module(f"{__package__}.{module}"), name)(folder, keys, split, skip_bad)
