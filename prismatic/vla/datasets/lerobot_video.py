@@ -36,6 +36,9 @@ def _open_video(path: Path):
         container.close()
         raise DataSetError(f"{path}: no video stream")
     context = container.streams.video[0].codec_context
+    if context is None:
+        container.close()
+        raise DataSetError(f"{path}: its video is damaged, or in a codec that cannot be decoded")
     context.options = context.options | {"max_pixels": str(MAX_PIXELS)}
     return container
 
