@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments.robot.libero import merge_shards
 from prismatic.command_line import UsageError
 from prismatic.output_folder import check_file, held, hold, release
+from prismatic.programs.interpolate_weights import InterpolateConfig, interpolate
+from prismatic.programs.measure_retention import MeasureConfig, measure
+from prismatic.vla.datasets.inspect import inspect
 
 
 def test_another_process_is_refused_and_named(tmp_path, held_elsewhere):
@@ -169,3 +173,21 @@ def test_programs_say_so_before_any_work(program, closed, tmp_path, run_unprivil
     assert done.stderr.count("\n") == 1 and f"{flag} {closed}" in done.stderr.replace("/--run_id_override", "")
     assert "cannot be written to; choose another folder" in done.stderr
     assert list(given.iterdir()) == []
+
+
+WRITERS = {
+    "interpolate": lambda out: interpolate(InterpolateConfig(checkpoint=str(START), output=str(out))),
+    "measure": lambda out: measure(
+        MeasureConfig(checkpoint=str(START), start=str(START), dataset_name=SPATIAL, output=str(out))
+    ),
+    "merge shards": lambda out: merge_shards.merge([out], out),
+    "inspect": lambda out: inspect(DATA / SPATIAL, out),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_program_is_the_only_writer_of_its_output(writer, tmp_path, held_elsewhere):
+    out = tmp_path / "out"
+    with held_elsewhere(out), pytest.raises(UsageError, match=f"{out}: process .* writes to it at this moment"):
+        WRITERS[writer](out)
+    assert not out.exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prismatic.command_line import bad_input_in_one_line, flag, parse
 from prismatic.model_files import ROBOT_PLATFORM
-from prismatic.output_folder import check_folder
+from prismatic.output_folder import check_folder, held
 from prismatic.training.interpolation import check_scale, interpolate_checkpoint, save_policy
 from prismatic.vla.datasets.registry import load_data_set_file
 
@@ -43,9 +43,14 @@ def interpolate(cfg: InterpolateConfig) -> None:
         if not getattr(cfg, name):
             raise ValueError(f"--{name} is missing: name the folder")
     check_scale(cfg.adapter_scale)
+    check_folder(cfg.output, "--output")
+    with held(Path(cfg.output), "--output"):
+        _interpolate(cfg)
+
+
+def _interpolate(cfg: InterpolateConfig) -> None:
     if Path(cfg.output).exists():
         raise FileExistsError(f"--output {cfg.output} exists already")
-    check_folder(cfg.output, "--output")
     if cfg.data_set_file is not None:
         load_data_set_file(cfg.data_set_file)
     policy = interpolate_checkpoint(cfg.checkpoint, cfg.adapter_scale, cfg.base or None, cfg.parts, cfg.robot_platform)

@@ -14,7 +14,7 @@ import torch
 
 from prismatic.command_line import bad_input_in_one_line, flag, parse
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
-from prismatic.output_folder import check_file
+from prismatic.output_folder import check_file, held
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.representation import MeasureSettings, measure_retention, write_report
 from prismatic.vla.action_spec import ActionSpec
@@ -45,9 +45,14 @@ def measure(cfg: MeasureConfig) -> None:
     for name in ("checkpoint", "start", "dataset_name", "output"):
         if not getattr(cfg, name):
             raise ValueError(f"--{name} is missing")
+    check_file(cfg.output, "--output")
+    with held(Path(cfg.output), "--output"):
+        _measure(cfg)
+
+
+def _measure(cfg: MeasureConfig) -> None:
     if Path(cfg.output).exists():
         raise FileExistsError(f"--output {cfg.output} exists already")
-    check_file(cfg.output, "--output")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     settings = MeasureSettings(cfg.max_samples, cfg.batch_size, cfg.seed, device, cfg.unnorm_key)
     if cfg.data_set_file is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from prismatic.command_line import bad_input_in_one_line, flag, parse
 from prismatic.evidence.files import write_json
 from prismatic.model_files import BASE_CHECKPOINT, has_weights
-from prismatic.output_folder import check_folder
+from prismatic.output_folder import check_folder, held
 from prismatic.training.base_model import BaseModel
 from prismatic.training.checkpoint_files import read_manifest
 from prismatic.training.checkpoint_folder import LISTING, MANIFEST, TRAINING_STATE, publish, read_json, seal
@@ -53,10 +53,15 @@ def merge(cfg: MergeConfig) -> None:
             "be those of the adapters beside them"
         )
     folder = Path(cfg.output_dir) if cfg.output_dir else source
-    if cfg.output_dir and folder.exists():
-        raise FileExistsError(f"--output_dir {folder} exists already")
     check_folder(folder.parent, "--output_dir")  # beside it the files are written first
     check_folder(folder, "--output_dir")
+    with held(folder, "--output_dir" if cfg.output_dir else "--lora_finetuned_checkpoint_dir"):
+        _merge(cfg, source, folder)
+
+
+def _merge(cfg: MergeConfig, source: Path, folder: Path) -> None:
+    if cfg.output_dir and folder.exists():
+        raise FileExistsError(f"--output_dir {folder} exists already")
     given = cfg.base_checkpoint or None
     adapted = load_unmerged(source, given)
     scale_adapters(adapted.model.vla, cfg.adapter_scale)

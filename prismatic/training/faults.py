@@ -12,6 +12,7 @@ from prismatic.craft import NonFiniteRetentionError
 from prismatic.training.checkpoint_folder import CheckpointWriteError
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.step import NonFiniteLossError
+from prismatic.vla.datasets.source import DataSetError
 
 # What gloo, NCCL and the store say when another process is gone or silent.
 _LOST = re.compile(
@@ -27,7 +28,14 @@ class LostProcessError(RuntimeError):
     """Another process of a distributed run is gone or did not answer in time."""
 
 
-FAULTS = (NonFiniteLossError, NonFiniteRetentionError, DataWorkerError, LostProcessError, CheckpointWriteError)
+FAULTS = (
+    NonFiniteLossError,
+    NonFiniteRetentionError,
+    DataSetError,  # an image that breaks behind its header is found when it is decoded
+    DataWorkerError,
+    LostProcessError,
+    CheckpointWriteError,
+)
 """How a training can end by no mistake of this code; the message says what to do."""
 
 
@@ -48,9 +56,14 @@ def batches_of(loader: DataLoader) -> Iterator[dict]:
 
 @contextmanager
 def explained_faults(cfg: FinetuneConfig, num_processes: int) -> Iterator[None]:
-    """Raise DataWorkerError and LostProcessError instead of what torch says; other errors pass unchanged."""
+    """Raise DataWorkerError and LostProcessError instead of what torch says; other errors pass unchanged.
+
+    Of a DataSetError from a data worker the traceback is left out.
+    """
     try:
         yield
+    except DataSetError as error:
+        raise DataSetError(str(error).strip().splitlines()[-1].rpartition("DataSetError: ")[2]) from error
     except (RuntimeError, EOFError, ConnectionError) as error:
         # A worker that dies while it hands over a batch shows as a broken connection to it.
         is_broken = cfg.num_data_workers > 0 and isinstance(error, (EOFError, ConnectionError))

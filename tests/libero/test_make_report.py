@@ -192,7 +192,9 @@ def test_videos_are_found_where_recorded_then_above_then_by_name(tmp_path):
     for name in ("a/x.mp4", "b/x.mp4", "run/v/x.mp4", "run/secret.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"1")
-    assert VideoFinder([tmp_path / "a"]).find(str(tmp_path / "b" / "x.mp4")) == tmp_path / "b" / "x.mp4"
+    assert VideoFinder([tmp_path / "b"]).find(str(tmp_path / "b" / "x.mp4")) == tmp_path / "b" / "x.mp4"
+    assert VideoFinder([tmp_path / "b"]).find(str(tmp_path / "run" / "v" / "x.mp4")) == tmp_path / "b" / "x.mp4"
+    assert VideoFinder([tmp_path / "empty"]).find(str(tmp_path / "b" / "x.mp4")) is None
     assert VideoFinder([tmp_path / "a"]).find("run/v/x.mp4") == tmp_path / "run" / "v" / "x.mp4"
     assert VideoFinder([tmp_path / "a", tmp_path / "b"]).find("elsewhere/x.mp4") == tmp_path / "a" / "x.mp4"
     assert VideoFinder([tmp_path]).find("elsewhere/y.mp4") is None

@@ -12,11 +12,15 @@ from pathlib import Path
 
 import micro
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from prismatic.command_line import faults_in_one_line
 from prismatic.models.presets import PRESETS
 from prismatic.training.checkpoint_folder import LISTING, check_files, find_checkpoints
-from prismatic.training.faults import DataWorkerError
+from prismatic.training.config import FinetuneConfig
+from prismatic.training.faults import FAULTS, DataWorkerError, batches_of, explained_faults
+from prismatic.vla.datasets.source import DataSetError
 
 ROOT = Path(__file__).resolve().parents[2]
 HARNESS = Path(__file__).with_name("kill_harness.py")
@@ -228,3 +232,22 @@ def test_without_processes_to_agree_with_a_step_costs_no_collective(trainer, mon
     run = trainer(max_steps=2)
     monkeypatch.setattr(type(run.accelerator), "reduce", lambda *_a, **_k: pytest.fail("a collective"))
     run.fit()
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise DataSetError(f"record {index}: found a JPEG image that cannot be decoded")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_in_the_middle_of_a_training_is_one_line(workers, capsys):
+    cfg = FinetuneConfig(num_data_workers=workers)
+    loader = torch.utils.data.DataLoader(Broken(), num_workers=workers)
+    with pytest.raises(SystemExit) as end, faults_in_one_line("finetune.py", FAULTS), explained_faults(cfg, 1):
+        list(batches_of(loader))
+    assert end.value.code == 1
+    expected = "finetune.py: error: record 0: found a JPEG image that cannot be decoded\n"
+    assert capsys.readouterr().err == expected

@@ -61,6 +61,8 @@ def run_fingerprint(cfg: EvalConfig) -> tuple[str, str]:
     names += ("batch_inference",) if cfg.batch_inference else ()  # as the default, it changes nothing
     names += ("robot_platform",) if cfg.robot_platform is not None else ()  # else the checkpoint says it
     settings = {name: plain(getattr(cfg, name)) for name in names} | {"checkpoint": checkpoint.rpartition("@")[2]}
+    if cfg.data_set_file is not None:  # it says chunk and units of a head that does not
+        settings["data_set_file"] = file_hash(cfg.data_set_file)
     settings["initial_states_path"] = initial_states(cfg)
     settings["language_source"] = cfg.resolved_language_source().value
     text = json.dumps(settings, sort_keys=True)

@@ -31,6 +31,7 @@ from experiments.robot.libero.tracking import make_tracker
 from prismatic.evidence.files import write_json
 from prismatic.evidence.free_names import create_free
 from prismatic.output_folder import hold, release
+from prismatic.vla.datasets.registry import load_data_set_file
 
 PINNED_VERSIONS = {"mujoco": "3.3.0", "robosuite": "1.4.0"}
 """Simulator versions behind the published numbers; others change success rates by up to 86 points on single tasks."""
@@ -51,6 +52,11 @@ def evaluate(cfg: EvalConfig, backend: Backend | None = None) -> dict[str, Any]:
         WorkerFailedError: a worker process could not load what it needs.
     """
     cfg.validate()
+    if cfg.data_set_file is not None:
+        try:
+            load_data_set_file(cfg.data_set_file)
+        except (ValueError, OSError) as error:
+            raise EvalInputError(str(error)) from error
     backend = backend or LiberoBackend()
     backend.check_policy(cfg)
     if cfg.control is Control.REPLAY:

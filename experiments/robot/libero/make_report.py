@@ -45,8 +45,8 @@ class VideoFinder:
         self._by_name: dict[str, tuple[Path, Path]] | None = None
 
     def find(self, recorded: str) -> Path | None:
-        """The file a record names: absolute, or relative to the directory the run was started in (this one, or one
-        above the folders); None when there is none.
+        """The file a record names: absolute and in one of the folders or in this one, or relative to the directory the
+        run was started in (this one, or one above the folders); else one of its name in the folders. None for none.
 
         A record, or a link beside it, must not bring another file into a report.
 
@@ -69,9 +69,9 @@ class VideoFinder:
 
     def _places(self, path: Path) -> list[tuple[Path, Path]]:
         """(where the file may be, the folder it must stay in)."""
-        if path.is_absolute():
-            around = [folder for folder in self._folders if path.is_relative_to(folder.absolute())]
-            return [(path, around[0] if around else path.parent)]
+        if path.is_absolute():  # elsewhere on the machine are files of others
+            roots = [folder.absolute() for folder in (*self._folders, Path())]
+            return [(path, root) for root in roots if path.is_relative_to(root)]
         above = [ancestor for folder in self._folders for ancestor in folder.resolve().parents[:-1]]
         return [(root / path, root) for root in (Path(), *above)]
 

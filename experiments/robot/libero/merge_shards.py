@@ -29,7 +29,7 @@ from experiments.robot.libero.evaluation import measured_facts
 from prismatic.command_line import OneLineParser, UsageError, bad_input_in_one_line
 from prismatic.evidence.checks import check_fields, parse_object, read_text
 from prismatic.evidence.files import write_json, write_text
-from prismatic.output_folder import check_folder
+from prismatic.output_folder import check_folder, held
 
 Key = tuple[str, str, str, int, int, int]
 
@@ -75,9 +75,14 @@ def merge(folders: Sequence[Path], output: Path) -> dict[str, Any]:
         MergeError: a folder without records, or of a run with other settings or another plan.
         UsageError: `output` cannot be written to.
     """
+    check_folder(output, "--output")
+    with held(output, "--output"):
+        return _merge(folders, output)
+
+
+def _merge(folders: Sequence[Path], output: Path) -> dict[str, Any]:
     if (output / "episodes.jsonl").exists():
         raise MergeError(f"--output {output}: expected a new folder, found episodes.jsonl in it")
-    check_folder(output, "--output")
     records, plans, heads = _read_all(folders)
     merged, conflicts = deduplicate(records)
     output.mkdir(parents=True, exist_ok=True)

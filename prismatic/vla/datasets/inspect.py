@@ -15,7 +15,7 @@ from pathlib import Path
 
 from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
 from prismatic.evidence.files import write_json
-from prismatic.output_folder import check_folder
+from prismatic.output_folder import check_folder, held
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.formats import find_format
 from prismatic.vla.datasets.inspect_checks import find_problems
@@ -122,6 +122,11 @@ def inspect(
     name, source, config = open_folder(directory, split, True)
     output = Path(output or Path("runs") / "inspect" / name)
     check_folder(output, "--output")
+    with held(output, "--output"):
+        return _inspect(source, config, name, output, max_images), output
+
+
+def _inspect(source: EpisodeSource, config: DataSetConfig, name: str, output: Path, max_images: int) -> dict:
     report = {
         "data_set": name,
         "directory": str(source.directory),
@@ -136,7 +141,7 @@ def inspect(
         for camera in source.keys.cameras
     ]
     write_report(report, output)
-    return report, output
+    return report
 
 
 def write_report(report: dict, output: Path) -> None:

@@ -136,7 +136,10 @@ def register_mixture(name: str, weights: Mapping[str, float]) -> None:
 
 
 def load_data_set_file(path: str | os.PathLike) -> None:
-    """Run a user's Python file that calls `register_data_set`; FileNotFoundError when there is none."""
+    """Run a user's Python file that calls `register_data_set`.
+
+    FileNotFoundError when there is none, ValueError for another kind of file and for one that ends in an error.
+    """
     path = Path(path).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"--data_set_file {path} is no file, expected a Python file that registers data sets")
@@ -150,9 +153,11 @@ def load_data_set_file(path: str | os.PathLike) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
-        raise
+        if not isinstance(error, Exception):
+            raise
+        raise ValueError(f"--data_set_file {path} ends in {type(error).__name__}: {error}") from error
 
 
 def get_data_set_config(name: str) -> DataSetConfig:
