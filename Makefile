@@ -1,7 +1,7 @@
 # make demo         set up, fine-tune in five ways, evaluate old and new tasks in LIBERO, write runs/demo/report.md
 # make demo-quick   the same stages at a tenth of the size or less: too small to judge by
 # make test         set up, run all tests, JOBS (2) at a time
-# make lint         style and complexity limits
+# make lint         style, complexity limits and types
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
@@ -26,6 +26,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 setup: $(VENV)/.installed
 
