@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -202,17 +203,21 @@ def test_ranges():
 
 def test_command_line_on_recorded_runs(tmp_path, capsys):
     evaluations = ROOT / "results" / "demo" / "evaluations"
-    a, b, replay = (str(evaluations / name) for name in ("plain-target", "craft-target", "replay-target"))
+    a, b, playback = (str(evaluations / name) for name in ("plain-target", "keep-target", "playback-target"))
+    published = tmp_path / "published"
+    shutil.copytree(playback, published)
+    episodes = published / "episodes.jsonl"
+    episodes.write_text(episodes.read_text().replace('"render_mode": "lazy"', '"render_mode": "published"'))
     assert main([a, b, "--output", str(tmp_path / "c.json")]) == 0
     data = json.loads((tmp_path / "c.json").read_text())
-    assert (data["pairs"], data["only_a"], data["only_b"], data["distinguishable"]) == (20, 2, 1, False)
-    assert data["pairs_for_2_points"] == 2941 and data["unpaired"] == []
+    assert (data["pairs"], data["only_a"], data["only_b"], data["distinguishable"]) == (10, 1, 1, False)
+    assert data["pairs_for_2_points"] == 3923 and data["unpaired"] == []
     shown = capsys.readouterr().out
     assert main([a, b, "--output", str(tmp_path / "c.md")]) == 0
     assert (tmp_path / "c.md").read_text() == shown
     capsys.readouterr()
-    assert main([a, replay]) == 2 and "render_mode: A lazy, B published" in capsys.readouterr().err
-    assert main([a, replay, "--allow", "render_mode"]) == 0
+    assert main([a, str(published)]) == 2 and "render_mode: A lazy, B published" in capsys.readouterr().err
+    assert main([a, str(published), "--allow", "render_mode"]) == 0
     assert main([a, "nowhere"]) == 2
     assert main([a, b, "--allow", "renderer"]) == 2 and "allow: found renderer" in capsys.readouterr().err
 
@@ -220,6 +225,6 @@ def test_command_line_on_recorded_runs(tmp_path, capsys):
 def test_documented_example_is_the_commands_output(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     folder = "results/demo/evaluations"
-    assert main([f"{folder}/plain-target", f"{folder}/craft-target"]) == 0
+    assert main([f"{folder}/plain-memory", f"{folder}/keep-memory"]) == 0
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     assert page.split("<!-- output of the command above -->\n```\n")[1].startswith(capsys.readouterr().out + "```")
