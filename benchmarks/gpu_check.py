@@ -135,7 +135,7 @@ def page(record: dict) -> str:
         f"It was run on {on}, torch {record['machine']['torch']}, Python {record['machine']['python']}, size "
         f"{record['size']}. "
         + ("" if cards else "So it says that the check works, and nothing about a GPU. With a card, run it there: it ")
-        + ("" if cards else "takes less than ten minutes, has more rows, downloads nothing and writes this page again."),
+        + ("" if cards else "takes less than ten minutes, runs more, downloads nothing and writes this page again."),
         "",
         "| part | outcome | s | |",
         "|---|---|---|---|",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from gpu_findings import Check, Checks, PartConfig, tried
-from gpu_runs import KEEP, LORA, METHODS, NEW, WAYS, losses, prepared, trained
+from gpu_runs import KEEP, LORA, METHODS, NEW, TRIED, WAYS, losses, trained
 from torch import Tensor, nn
 
 from prismatic.training.loop import Trainer
@@ -46,11 +46,10 @@ def paths(cfg: PartConfig) -> Checks:
     """Three steps of each kind of run of the shipped start, in the precision that is the default there; then resume,
     merge and evaluation. Everything must be finite, on the device and in its dtype.
     """
-    runs = METHODS | WAYS
-    if cfg.device.type == "cuda":
-        runs |= {"fp16": {"mixed_precision": "fp16"}, "float32": {"mixed_precision": "no"}}
+    if cfg.is_trial:
+        runs = METHODS | {name: WAYS[name] for name in TRIED} | {"bf16": {"mixed_precision": "bf16"} | LORA}
     else:
-        runs |= {"bf16": {"mixed_precision": "bf16"} | LORA}
+        runs = METHODS | WAYS | {"fp16": {"mixed_precision": "fp16"}, "float32": {"mixed_precision": "no"}}
     with tempfile.TemporaryDirectory() as folder:
         for name, flags in runs.items():
             yield tried(name, lambda name=name, flags=flags: _path(cfg, folder, name, flags))
@@ -72,7 +71,6 @@ def _path(cfg: PartConfig, folder: str, name: str, flags: dict) -> Check:
 def _resumed(cfg: PartConfig, folder: str) -> Check:
     flags = LORA | KEEP | {"save_freq": 2, "max_steps": 4}
     straight = losses(trained(cfg, folder, "straight", **flags))
-    prepared(cfg, folder, "halved", **flags | {"max_steps": 4})
     trained(cfg, folder, "halved", **flags | {"max_steps": 2})
     again = losses(trained(cfg, folder, "halved", **flags | {"resume": True}))
     gap = max(abs(a - b) / a for a, b in zip(straight, again, strict=True))

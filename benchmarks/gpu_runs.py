@@ -45,6 +45,8 @@ WAYS = {
     "compiled": {"compile": True},
     "compiled, CRaFT `budget`": {"compile": True} | METHODS["CRaFT `budget`"],
 }
+TRIED = ("accumulation, EMA, validation", "compiled")
+"""Those of `WAYS` that a trial on a CPU runs."""
 
 
 def trained(cfg: PartConfig, folder: str, name: str, **flags) -> Trainer:
