@@ -238,11 +238,11 @@ class CRaFTConstraint:
 
     # ------------------------------------------------------------------------------------------- state
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Multiplier, statistics and settings; theta_0 is saved apart as tensors (`weights.state_dict()`)."""
         return {"dual": self.dual.state_dict(), "statistics": dict(self.statistics), "config": self.config.to_dict()}
 
-    def load_state_dict(self, state: dict, anchor: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any], anchor: dict[str, Tensor]) -> None:
         """Restore multiplier, statistics and theta_0: a new snapshot at resume would reset the drift to zero."""
         self.dual.load_state_dict(state["dual"])
         self.statistics.update(state["statistics"])

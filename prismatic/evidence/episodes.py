@@ -109,7 +109,7 @@ class RecordedRun:
         return sum(counts) if counts else None
 
 
-def read_run(places: str | os.PathLike | Sequence[str | os.PathLike]) -> RecordedRun:
+def read_run(places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> RecordedRun:
     """Read results folders or `episodes.jsonl` files as one run.
 
     Args:

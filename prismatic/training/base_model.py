@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prismatic.model_files import CheckpointError, MissingFileError
 from prismatic.training.checkpoint_files import load_tensors, tensors_hash, weights_hash
@@ -51,7 +52,7 @@ class BaseModel:
         return {"kind": self.kind, "path": self.path, "relative": relative, "sha256": self.sha256}
 
     @classmethod
-    def from_dict(cls, values: dict | None, source: Path) -> BaseModel:
+    def from_dict(cls, values: dict[str, Any] | None, source: Path) -> BaseModel:
         """Inverse of `to_dict`; CheckpointError naming `source` when the entry is missing or of another kind."""
         if not values:
             raise CheckpointError(f"{source}: base is missing: the adapter cannot be applied to anything")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -76,12 +77,12 @@ class LoadedCheckpoint:
 
     model: VLAPolicyModel
     processor: PrismaticProcessor
-    manifest: dict
-    statistics: dict
+    manifest: dict[str, Any]
+    statistics: dict[str, Any]
     path: Path
 
 
-def read_manifest(path: Path) -> dict:
+def read_manifest(path: Path) -> dict[str, Any]:
     """The checkpoint's description; MissingFileError or CheckpointError when it is absent or of another format."""
     file = Path(path) / MANIFEST
     manifest = read_json(file)
@@ -96,7 +97,7 @@ def read_manifest(path: Path) -> dict:
     return manifest
 
 
-def _check_manifest(manifest: dict, file: Path) -> None:
+def _check_manifest(manifest: dict[str, Any], file: Path) -> None:
     """Types, sizes and names: what is read becomes sizes of tensors and names of files."""
     given = {name for name in _OPTIONAL_FIELDS if manifest.get(name) is not None} | _MANIFEST_FIELDS.keys()
     for name in sorted(given):
@@ -118,7 +119,7 @@ def _check_manifest(manifest: dict, file: Path) -> None:
         )
 
 
-def read_statistics(path: Path) -> dict:
+def read_statistics(path: Path) -> dict[str, Any]:
     """`dataset_statistics.json` of a checkpoint: {data set name: statistics}, all numbers finite and of a robot's size.
 
     Raises MissingFileError and CheckpointError, naming file and entry.
@@ -159,7 +160,7 @@ def read_config(path: Path) -> OpenVLAConfig:
     return config
 
 
-def _without_code(values: dict) -> dict:
+def _without_code(values: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in values.items() if k != "auto_map" and not k.endswith("_implementation")}
     return {k: _without_code(v) if k == "text_config" and isinstance(v, dict) else v for k, v in kept.items()}
 

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -100,8 +101,8 @@ class Snapshot:
     suffix: str
     vla: dict[str, Tensor]
     tensors: dict[str, dict[str, Tensor]]
-    documents: dict[str, dict]
-    policy_weights: Callable[[], AbstractContextManager]
+    documents: dict[str, dict[str, Any]]
+    policy_weights: Callable[[], AbstractContextManager[Any]]
 
 
 class CpuCopies:
@@ -134,7 +135,9 @@ def take_snapshot(cfg: FinetuneConfig, setup, state: TrainingState, copy: bool =
     return Snapshot(state.step, suffix, vla, tensors, copy_values(documents), state.policy_weights)
 
 
-def _policy_tensors(model: VLAPolicyModel, suffix: str, keep: Callable[[Tensor], Tensor]) -> tuple[dict, dict]:
+def _policy_tensors(
+    model: VLAPolicyModel, suffix: str, keep: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """State of the VLM (of its adapters when it has some), and {file: tensors} of everything beside it."""
     vla, files = model.vla.state_dict(), {}
     if isinstance(model.vla, PeftModel):
@@ -147,7 +150,7 @@ def _policy_tensors(model: VLAPolicyModel, suffix: str, keep: Callable[[Tensor],
     return {name: keep(tensor) for name, tensor in vla.items()}, tensors
 
 
-def copy_values(documents: dict[str, dict]) -> dict[str, dict]:
+def copy_values(documents: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The same JSON values in new containers."""
     return json.loads(json.dumps(documents))
 
@@ -222,7 +225,7 @@ def _write_vla(cfg: FinetuneConfig, model: VLAPolicyModel, folder: Path, state: 
     base.config.save_pretrained(folder)
 
 
-def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> dict:
+def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> dict[str, Any]:
     folder = checkpoint_path(cfg, state.step)
     start = None if setup.base is None else setup.base.to_dict(folder)
     base = start if cfg.tuning_mode is TuningMode.LORA else None
@@ -250,7 +253,7 @@ def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> 
     }
 
 
-def _retention_record(state: TrainingState, base: dict | None) -> dict | None:
+def _retention_record(state: TrainingState, base: dict[str, Any] | None) -> dict[str, Any] | None:
     """What the method says of itself and the identity of theta_0: the drift budget counts from there."""
     record = state.retention.record()
     if record is None:
@@ -345,7 +348,7 @@ def _load_own(path: Path, given: _Given, merged: bool) -> LoadedCheckpoint:
     return LoadedCheckpoint(model.eval(), load_processor(path, bare), manifest, read_statistics(path), path)
 
 
-def _check_prompt(path: Path, manifest: dict) -> None:
+def _check_prompt(path: Path, manifest: dict[str, Any]) -> None:
     body, found = read_config(path).text_config.model_type, manifest["prompt_kind"]
     expected = prompt_kind_of(body).value
     if found != expected:
@@ -354,7 +357,7 @@ def _check_prompt(path: Path, manifest: dict) -> None:
         )
 
 
-def _load_adapted_vla(path: Path, manifest: dict, given: _Given) -> PeftModel:
+def _load_adapted_vla(path: Path, manifest: dict[str, Any], given: _Given) -> PeftModel:
     adapter = existing(path / "lora_adapter")
     adapted = load_adapter(_load_base(path, manifest, given), adapter)
     file = path / f"action_queries--{manifest['file_suffix']}.safetensors"
@@ -362,7 +365,7 @@ def _load_adapted_vla(path: Path, manifest: dict, given: _Given) -> PeftModel:
     return adapted
 
 
-def _load_base(path: Path, manifest: dict, given: _Given) -> OpenVLAForActionPrediction:
+def _load_base(path: Path, manifest: dict[str, Any], given: _Given) -> OpenVLAForActionPrediction:
     """The VLM that the adapters in `path` belong to; errors as of `BaseModel.find`, and for another native file."""
     base = BaseModel.from_dict(manifest.get("base"), path / MANIFEST)
     place = base.find(path, given.base, given.chain)

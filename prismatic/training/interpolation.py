@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -71,7 +72,7 @@ class _Start:
     path: Path
     sha256: str
     tensors: dict[str, dict[str, Tensor]]
-    conventions: dict
+    conventions: dict[str, Any]
 
 
 def check_scale(scale: float) -> float:
@@ -161,7 +162,7 @@ def _parts(value: str | Parts) -> Parts:
         raise ValueError(f"--parts is {value!r}, expected one of {', '.join(p.value for p in Parts)}") from None
 
 
-def _manifest(manifest: dict, interpolation: dict) -> dict:
+def _manifest(manifest: dict[str, Any], interpolation: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in manifest.items() if key != "merge"}
     changes = {"tuning": TuningMode.FULL.value, "base": None, "interpolation": interpolation}
     return {"file_suffix": _LATEST, **kept, **changes}
@@ -225,7 +226,7 @@ def _parameters(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
-def _conventions(loaded: LoadedCheckpoint) -> dict:
+def _conventions(loaded: LoadedCheckpoint) -> dict[str, Any]:
     """What gives head and projector their meaning beside their shapes."""
     head = {f"action_head.{name}": value for name, value in loaded.model.action_head.config.items()}
     return {"legacy_slices": loaded.model.legacy_slices, "action_spec": loaded.manifest["action_spec"], **head}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from prismatic.training.representation_passes import Pooled
@@ -36,7 +38,7 @@ def _centred(values: np.ndarray) -> np.ndarray | None:
     return None if np.square(centred).sum() <= CONSTANT * np.square(values).sum() else centred
 
 
-def cka_of_parts(start: Pooled, trained: Pooled) -> dict:
+def cka_of_parts(start: Pooled, trained: Pooled) -> dict[str, Any]:
     """CKA of both halves of the features, and of patches and queries by hidden state."""
     width = start.f.shape[1] // 2
     result = {

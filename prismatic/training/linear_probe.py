@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,7 @@ def r_squared(targets: np.ndarray, predicted: np.ndarray) -> list[float | None]:
     return [float(1 - r / t) if spread > 0 else None for r, t, spread in columns]
 
 
-def probe_features(start: np.ndarray, trained: np.ndarray, targets: ProbeTargets, seed: int) -> dict | None:
+def probe_features(start: np.ndarray, trained: np.ndarray, targets: ProbeTargets, seed: int) -> dict[str, Any] | None:
     """Linear probes from features (N, F) to the position in metres and to the instruction (one-hot least squares).
 
     Fitted on the episodes that are not held out, tested on those that are: `start`, `trained` (fitted anew) and `stale`
@@ -96,7 +97,7 @@ def probe_features(start: np.ndarray, trained: np.ndarray, targets: ProbeTargets
     }
 
 
-def _scores(position: np.ndarray, instruction: np.ndarray, predicted: np.ndarray) -> dict:
+def _scores(position: np.ndarray, instruction: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
     found = r_squared(position, predicted[:, :3])
     defined = [value for value in found if value is not None]
     error = np.sqrt(np.square(position - predicted[:, :3]).mean(axis=0))

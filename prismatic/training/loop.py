@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ class Trainer:
             if self.tracker is not None:
                 self.tracker.close()
 
-    def _train_one_step(self, batches: Iterator[dict]) -> dict[str, float]:
+    def _train_one_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         learning_rate = self.cfg.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -259,11 +260,11 @@ class Trainer:
             }
         return Tracker(self.setup.run_dir, self.step, wandb_settings, cfg.use_tensorboard)
 
-    def batches(self) -> Iterator[dict]:
+    def batches(self) -> Iterator[dict[str, Any]]:
         """Endless batches on the training device, from the sampler's position."""
         return self._batches(self.sampler)
 
-    def _batches(self, sampler: EpochSampler) -> Iterator[dict]:
+    def _batches(self, sampler: EpochSampler) -> Iterator[dict[str, Any]]:
         loader = DataLoader(
             self.setup.dataset,
             batch_size=self.cfg.batch_size,

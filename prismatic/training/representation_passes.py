@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -51,7 +52,7 @@ class Record:
         self._l1: dict[str, float] = defaultdict(float)
         self._count = 0
 
-    def add(self, models: Sequence[VLAPolicyModel], batches: Sequence[dict]) -> None:
+    def add(self, models: Sequence[VLAPolicyModel], batches: Sequence[dict[str, Any]]) -> None:
         """Run both models, start first, each on its batch of the same samples."""
         (first, states), (last, trained_states) = map(_run, models, batches)
         self._count += len(batches[0]["actions"])
@@ -66,7 +67,7 @@ class Record:
             error = (head.actions_of(own, batch).float() - batch["actions"]).abs()
             self._l1[name] += float(error.mean(dim=(1, 2)).double().sum())
 
-    def _add_drift(self, features: dict, anchor: dict, samples: int) -> None:
+    def _add_drift(self, features: dict[str, Any], anchor: dict[str, Any], samples: int) -> None:
         for source, config in _SOURCES.items():
             for metric in _METRICS:
                 for part, (w_raw, w_aq) in _PART_WEIGHTS.items():
@@ -74,9 +75,9 @@ class Record:
                     loss = retention_loss(features[source], anchor[source], settings)
                     self._drift[source, metric.value, part] += float(loss) * samples
 
-    def drift(self) -> dict:
+    def drift(self) -> dict[str, Any]:
         """{feature source: {metric: {total, raw, aq}}}, means over samples."""
-        result: dict = {}
+        result: dict[str, Any] = {}
         for (source, metric, part), value in self._drift.items():
             result.setdefault(source, {}).setdefault(metric, {})[part] = value / self._count
         return result
@@ -86,7 +87,7 @@ class Record:
         return {name: value / self._count for name, value in self._l1.items()}
 
 
-def _run(model: VLAPolicyModel, batch: dict) -> tuple[dict[str, BridgeFeatures], tuple[Tensor, Tensor]]:
+def _run(model: VLAPolicyModel, batch: dict[str, Any]) -> tuple[dict[str, BridgeFeatures], tuple[Tensor, Tensor]]:
     """Features by source, and the bridge states that the head reads."""
     batch = model.share_vision(batch)
     outputs = {name: model.anchor_features(batch, craft_request(config)) for name, config in _SOURCES.items()}

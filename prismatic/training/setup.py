@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -63,8 +64,8 @@ class StartModel:
     image_spec: ImageSpec
     base: BaseModel | None
     origin: str
-    statistics: dict = field(default_factory=dict)
-    dataset_metadata: dict = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    dataset_metadata: dict[str, Any] = field(default_factory=dict)
     instructions: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -77,8 +78,8 @@ class TrainingSetup:
     dataset: VLADataset | ReplayMixture
     action_spec: ActionSpec
     image_spec: ImageSpec
-    dataset_metadata: dict
-    statistics: dict
+    dataset_metadata: dict[str, Any]
+    statistics: dict[str, Any]
     base: BaseModel | None
     origin: str
     run_dir: Path
@@ -273,7 +274,7 @@ def action_spec_of_data(cfg: FinetuneConfig) -> ActionSpec:
     return next(iter(specs.values()))
 
 
-def head_flags(cfg: FinetuneConfig, spec: ActionSpec) -> dict:
+def head_flags(cfg: FinetuneConfig, spec: ActionSpec) -> dict[str, Any]:
     """Options of a new head that the data and the command line decide."""
     flags = {"action_dim": spec.action_dim, "chunk_len": spec.chunk_len}
     flags |= {} if cfg.use_pro_version is None else {"use_pro_version": cfg.use_pro_version}
@@ -335,7 +336,7 @@ def _freeze_unreached(vla: OpenVLAForActionPrediction) -> None:
                 parameter.requires_grad_(False)
 
 
-def _jpeg_quality(metadata: dict[str, dict | None]) -> dict[str, int]:
+def _jpeg_quality(metadata: dict[str, dict[str, Any] | None]) -> dict[str, int]:
     # Evaluation repeats the JPEG round trip of the demonstrations; data sets without a record keep the default.
     recorded = {data["jpeg_quality"] for data in metadata.values() if data and "jpeg_quality" in data}
     if len(recorded) > 1:

@@ -40,8 +40,8 @@ class StepContext:
     max_grad_norm: float | None = None
     measure_updates: bool = False
     scaler: torch.amp.GradScaler | None = None
-    no_sync: Callable[[], AbstractContextManager] = nullcontext
-    autocast: Callable[[], AbstractContextManager] = nullcontext
+    no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     reduce_mean: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -50,7 +50,7 @@ class StepContext:
         return 1.0 if self.scaler is None else self.scaler.get_scale()
 
 
-def optimizer_step(context: StepContext, micro_batches: Sequence[dict], step: int) -> dict[str, float]:
+def optimizer_step(context: StepContext, micro_batches: Sequence[dict[str, Any]], step: int) -> dict[str, float]:
     """Train on the micro-batches of one step, each with the same number of samples; returns the step's metrics.
 
     Without a retention method this is plain fine-tuning. With one, it sees each micro-batch before its pass, may read
@@ -95,7 +95,7 @@ def _mean_over_processes(
     return dict(zip(metrics, reduce_mean(torch.stack(list(metrics.values()))).unbind(), strict=True))
 
 
-def _pass(context: StepContext, batch: dict, share: float) -> dict[str, Tensor]:
+def _pass(context: StepContext, batch: dict[str, Any], share: float) -> dict[str, Tensor]:
     """Forward and backward pass of one micro-batch; returns its metrics."""
     keep, scale = context.retention, context.loss_scale
     if keep is None:
@@ -112,13 +112,13 @@ def _pass(context: StepContext, batch: dict, share: float) -> dict[str, Tensor]:
     return metrics
 
 
-def run_forward_pass(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+def run_forward_pass(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     """Action L1 loss of a batch (scalar, with graph) and its detached parts by log name."""
     return action_loss(model(batch), batch["actions"])
 
 
 def run_forward_pass_craft(
-    model: nn.Module, batch: dict, retention: Retention
+    model: nn.Module, batch: dict[str, Any], retention: Retention
 ) -> tuple[Tensor, dict[str, Tensor], Any]:
     """As `run_forward_pass`, and what the method reads of the same graph: the current features, for instance."""
     output = model(batch) if retention.request is None else model(batch, retention.request)
@@ -146,7 +146,7 @@ def _gradient_norm(context: StepContext) -> Tensor:
 
 
 def _require_finite(
-    what: str, value: Tensor, step: int, micro_batches: Sequence[dict], own: Tensor | None = None
+    what: str, value: Tensor, step: int, micro_batches: Sequence[dict[str, Any]], own: Tensor | None = None
 ) -> None:
     """NonFiniteLossError unless `value`, which is the same in all processes, is finite; `own` is of this process."""
     if torch.isfinite(value):
@@ -162,7 +162,7 @@ def _require_finite(
     )
 
 
-def _non_finite_samples(batch: dict) -> list[tuple]:
+def _non_finite_samples(batch: dict[str, Any]) -> list[tuple]:
     """(data set, (episode, step)) of the samples with a NaN or infinity among their numbers."""
     bad = torch.zeros(len(batch["sample_ids"]), dtype=torch.bool)
     for name in ("actions", "proprio", "pixel_values"):

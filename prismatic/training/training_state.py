@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,14 +55,14 @@ class TrainingState:
     # The last measurement of the constraint, which the log repeats until the next one.
     constraint_metrics: dict[str, float] = field(default_factory=dict)
     sampler: dict[str, int] | None = None
-    generators: list[dict] | None = None
+    generators: list[dict[str, Any]] | None = None
 
     @property
     def anchor(self) -> CRaFTWeightManager | None:
         """The weights theta_0 the run is held to, if it is."""
         return None if self.retention is None else self.retention.weights
 
-    def policy_weights(self) -> AbstractContextManager:
+    def policy_weights(self) -> AbstractContextManager[Any]:
         """Context in which the model holds the weights of the policy: averaged or landed ones, if there are any."""
         if self.landing is not None:
             return self.landing.policy_weights()
@@ -71,7 +72,7 @@ class TrainingState:
 # ------------------------------------------------------------------------------------------------ generators
 
 
-def generator_states() -> dict:
+def generator_states() -> dict[str, Any]:
     """State of this process's generators, JSON-ready."""
     version, keys, gauss = random.getstate()
     kind, numpy_keys, *rest = np.random.get_state()  # noqa: NPY002 - the global generator is what libraries use
@@ -84,7 +85,7 @@ def generator_states() -> dict:
     }
 
 
-def restore_generators(state: dict) -> None:
+def restore_generators(state: dict[str, Any]) -> None:
     """Inverse of `generator_states`; the CUDA generator stays as it is when either side has none."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
@@ -103,7 +104,7 @@ def _decode(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
 
 
-def _saved_generators(folder: Path) -> list[dict]:
+def _saved_generators(folder: Path) -> list[dict[str, Any]]:
     """Generators of each rank that was saved, in rank order."""
     file = folder / "generators.json"
     saved = read_json(file)
@@ -118,7 +119,9 @@ def _saved_generators(folder: Path) -> list[dict]:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def training_state_files(setup, state: TrainingState, copy: Callable[[Tensor], Tensor]) -> tuple[dict, dict]:
+def training_state_files(
+    setup, state: TrainingState, copy: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Content of `training_state/`: {file: tensors} and {file: JSON value}; tensors pass through `copy`."""
     values, optimizer_tensors = _optimizer_content(state.optimizer)
     tensors = {"trainable.safetensors": trainable_tensors(setup.model), "optimizer.safetensors": optimizer_tensors}
@@ -159,10 +162,10 @@ def fingerprints(setup) -> dict[str, str]:
     return dict(getattr(setup.dataset, "fingerprints", None) or {})
 
 
-def _optimizer_content(optimizer: torch.optim.Optimizer) -> tuple[dict, dict[str, Tensor]]:
+def _optimizer_content(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    values: dict[str, dict] = {}
+    values: dict[str, dict[str, Any]] = {}
     for index, entry in state["state"].items():
         for name, value in entry.items():
             if isinstance(value, Tensor):
@@ -213,7 +216,7 @@ def restore_training_state(folder: str | Path, setup, state: TrainingState, rank
     return state.step
 
 
-def _read_counters(file: Path, setup) -> dict:
+def _read_counters(file: Path, setup) -> dict[str, Any]:
     counters = read_json(file)
     for name, kind in (("step", int), ("samples_seen", int), ("constraint_metrics", dict)):
         value = counters.get(name)
@@ -255,7 +258,7 @@ def _restore_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
         optimizer.load_state_dict({"state": state, "param_groups": [_group(g) for g in values["param_groups"]]})
 
 
-def _group(values: dict) -> dict:
+def _group(values: dict[str, Any]) -> dict[str, Any]:
     # JSON has no tuples; the only list of an optimizer is its parameters.
     return {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in values.items()}
 

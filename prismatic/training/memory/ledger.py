@@ -51,9 +51,9 @@ class Ledger(TorchDispatchMode):
         self.now = self.peak = self.flops = 0
         self.by_kind: Counter[str] = Counter()
         self.peak_by_kind: Counter[str] = Counter()
-        self._live: dict[int, tuple[weakref.ref, int, str]] = {}
+        self._live: dict[int, tuple[weakref.ref[Any], int, str]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is _READ_BACK and isinstance(args[0], FakeTensor):
             return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else 1
         out = func(*args, **(kwargs or {}))

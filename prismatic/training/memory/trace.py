@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -65,7 +66,7 @@ class _StandIn(Memory):
         super().__init__(size)
         self.name = name
 
-    def batch(self, training: dict) -> dict:
+    def batch(self, training: dict[str, Any]) -> dict[str, Any]:
         rows = len(training["input_ids"])
         return take_rows(training, [i % rows for i in range(self.size or rows)])
 
@@ -124,7 +125,7 @@ def run_step(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int = PR
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
 
-    def autocast() -> AbstractContextManager:
+    def autocast() -> AbstractContextManager[Any]:
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
 
     with ledger:
@@ -177,7 +178,7 @@ def _fill_state(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -
     optimizer.zero_grad(set_to_none=True)
 
 
-def step_batch(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int) -> dict:
+def step_batch(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int) -> dict[str, Any]:
     """A collated batch of the run's size."""
     batch = fixed_batch(model, cfg.batch_size, prompt_tokens)
     geometry = model.action_head.geometry
@@ -193,7 +194,7 @@ def step_batch(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int) -
 
 
 def retention_of(
-    cfg: FinetuneConfig, model: VLAPolicyModel, autocast: Callable[[], AbstractContextManager]
+    cfg: FinetuneConfig, model: VLAPolicyModel, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> Retention | None:
     """The method of the run with memories that only have a size, as in its most expensive step."""
     if cfg.retention is RetentionMethod.L2SP:

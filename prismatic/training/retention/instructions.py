@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.tracking import say
@@ -67,7 +68,7 @@ def read_instructions(path: str) -> list[str]:
     return list(sentences.values())
 
 
-def _trained_on(manifest: dict[str, dict]) -> Iterable[str]:
+def _trained_on(manifest: dict[str, dict[str, Any]]) -> Iterable[str]:
     new = [entry for entry in manifest.values() if not entry.get("replay")]
     return (sentence for entry in new for sentence in entry["episodes"])
 

@@ -14,6 +14,8 @@ Beside each: `--replay_data` mixes old samples into the batches. Interpolation w
 
 from __future__ import annotations
 
+from typing import Any
+
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -111,7 +113,9 @@ def observations(flag: str, folder: str, setup, cfg: FinetuneConfig, image_aug: 
     return open_old_data(flag, folder, settings)
 
 
-def monitored_batches(cfg: FinetuneConfig, setup, collate: VLACollator, accelerator: Accelerator) -> list[dict]:
+def monitored_batches(
+    cfg: FinetuneConfig, setup, collate: VLACollator, accelerator: Accelerator
+) -> list[dict[str, Any]]:
     """The `--craft_probe_size` samples of `--craft_probe_data` on which the drift is watched, always the same."""
     dataset = observations("--craft_probe_data", cfg.craft_probe_data, setup, cfg, image_aug=False)
     sampler = iter(EpochSampler(len(dataset), cfg.seed))

@@ -36,11 +36,11 @@ def craft_request(config: CRaFTConfig) -> CraftRequest:
 class PolicyFeatures:
     """The bridge features: they come with every training pass, and head and proprio projector cannot change them."""
 
-    def __init__(self, config: CRaFTConfig, autocast: Callable[[], AbstractContextManager]) -> None:
+    def __init__(self, config: CRaFTConfig, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
         self.request, self._autocast = craft_request(config), autocast
         self.signal = FeatureSignal(config, self._compute)
 
-    def _compute(self, policy: VLAPolicyModel, batch: dict) -> tuple:
+    def _compute(self, policy: VLAPolicyModel, batch: dict[str, Any]) -> tuple:
         with self._autocast():
             return policy.anchor_features(batch, self.request)
 
@@ -65,11 +65,11 @@ class PolicyActions:
 
     request: CraftRequest | None = None
 
-    def __init__(self, config: CRaFTConfig, autocast: Callable[[], AbstractContextManager]) -> None:
+    def __init__(self, config: CRaFTConfig, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
         self._autocast = autocast
         self.signal: Signal = OutputSignal(self._compute, "actions")
 
-    def _compute(self, policy: VLAPolicyModel, batch: dict) -> Any:
+    def _compute(self, policy: VLAPolicyModel, batch: dict[str, Any]) -> Any:
         # `forward` and not a call: exchanged weights must not meet a compiled graph (`compilation.py`).
         with self._autocast():
             return policy.forward(batch).actions
