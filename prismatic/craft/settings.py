@@ -223,7 +223,7 @@ class CRaFTConfig:
     anchor: AnchorKind = AnchorKind.ONLINE_SWAP
 
     @classmethod
-    def from_preset(cls, preset: str, **overrides) -> CRaFTConfig:
+    def from_preset(cls, preset: str, **overrides: Any) -> CRaFTConfig:
         """One of `PRESETS`, with other fields replaced; ValueError for an unknown name."""
         if preset not in PRESETS:
             raise ValueError(f"CRaFT preset is {preset!r}, expected one of {', '.join(PRESETS)}")
@@ -307,7 +307,7 @@ class CRaFTConfig:
         return plain_values(asdict(self))
 
 
-_CHOICES = {
+_CHOICES: dict[str, type[Enum]] = {
     "signal": SignalKind,
     "anchor_type": AnchorType,
     "feature_source": FeatureSource,
@@ -334,7 +334,7 @@ _NON_NEGATIVE = (
 PRESET_FIELDS = tuple(PRESETS["original"])
 
 
-def _choice(name: str, kind: type[Enum], value) -> Enum:
+def _choice(name: str, kind: type[Enum], value: Any) -> Enum:
     try:
         return kind(value)
     except ValueError:

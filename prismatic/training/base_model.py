@@ -39,7 +39,8 @@ class BaseModel:
     @classmethod
     def of_vlm(cls, path: Path) -> BaseModel:
         """Identity of a folder with a VLM alone."""
-        return cls("vlm", os.path.abspath(path), weights_hash(path))
+        # The hash is None for an index without its shards; `find` then says so.
+        return cls("vlm", os.path.abspath(path), weights_hash(path))  # type: ignore[arg-type]  # see above
 
     @classmethod
     def of_native(cls, file: Path, sha256: str) -> BaseModel:

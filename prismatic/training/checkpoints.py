@@ -23,7 +23,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -71,6 +71,9 @@ from prismatic.training.vlm_folder import load_vlm
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.prompts import prompt_kind_of
 
+if TYPE_CHECKING:
+    from prismatic.training.setup import TrainingSetup
+
 
 def checkpoint_path(cfg: FinetuneConfig, step: int | None = None) -> Path:
     """Folder of `step`, or of the newest step on disk; FileNotFoundError when there is none."""
@@ -110,7 +113,7 @@ class CpuCopies:
 
     def __init__(self) -> None:
         # The originals are kept as well: freed memory could be given to another tensor with the same key.
-        self._copies: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._copies: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The copy, detached."""
@@ -121,7 +124,7 @@ class CpuCopies:
         return self._copies[key][1]
 
 
-def take_snapshot(cfg: FinetuneConfig, setup, state: TrainingState, copy: bool = False) -> Snapshot:
+def take_snapshot(cfg: FinetuneConfig, setup: TrainingSetup, state: TrainingState, copy: bool = False) -> Snapshot:
     """What a checkpoint of this moment holds; with `copy` the run may go on while it is written."""
     keep = CpuCopies() if copy else Tensor.detach
     suffix = "latest_checkpoint" if cfg.save_latest_checkpoint_only else f"{state.step}_checkpoint"
@@ -152,10 +155,11 @@ def _policy_tensors(
 
 def copy_values(documents: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The same JSON values in new containers."""
-    return json.loads(json.dumps(documents))
+    copied: dict[str, dict[str, Any]] = json.loads(json.dumps(documents))
+    return copied
 
 
-def save_checkpoint(cfg: FinetuneConfig, setup, state: TrainingState) -> Path:
+def save_checkpoint(cfg: FinetuneConfig, setup: TrainingSetup, state: TrainingState) -> Path:
     """Write the checkpoint of `state.step` and return its folder.
 
     Raises ValueError when a merged model does not act like the adapted one, or cannot be exported;
@@ -164,7 +168,7 @@ def save_checkpoint(cfg: FinetuneConfig, setup, state: TrainingState) -> Path:
     return write_checkpoint(cfg, setup, take_snapshot(cfg, setup, state))
 
 
-def write_checkpoint(cfg: FinetuneConfig, setup, snapshot: Snapshot) -> Path:
+def write_checkpoint(cfg: FinetuneConfig, setup: TrainingSetup, snapshot: Snapshot) -> Path:
     """Write a snapshot and return its folder; errors as of `save_checkpoint`.
 
     Reads nothing from the running model but its configuration, unless adapters are merged.
@@ -203,7 +207,8 @@ def add_merged_model(model: VLAPolicyModel, folder: Path, tolerance: float = 1e-
     Raises ValueError above the tolerance. The list of files is left to the caller (`seal`, `publish`).
     """
     (folder / LISTING).unlink(missing_ok=True)  # of the files before the merge
-    base = model.vla.get_base_model()
+    adapted: Any = model.vla  # PEFT's wrapper, which stands for the VLM
+    base: OpenVLAForActionPrediction = adapted.get_base_model()
     base.save_pretrained(folder, state_dict=merged_state_dict(base))
     manifest = read_manifest(folder)
     merged = load_checkpoint(folder).model
@@ -225,7 +230,7 @@ def _write_vla(cfg: FinetuneConfig, model: VLAPolicyModel, folder: Path, state: 
     base.config.save_pretrained(folder)
 
 
-def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> dict[str, Any]:
+def _manifest(cfg: FinetuneConfig, setup: TrainingSetup, state: TrainingState, suffix: str) -> dict[str, Any]:
     folder = checkpoint_path(cfg, state.step)
     start = None if setup.base is None else setup.base.to_dict(folder)
     base = start if cfg.tuning_mode is TuningMode.LORA else None
@@ -255,6 +260,7 @@ def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> 
 
 def _retention_record(state: TrainingState, base: dict[str, Any] | None) -> dict[str, Any] | None:
     """What the method says of itself and the identity of theta_0: the drift budget counts from there."""
+    assert state.retention is not None
     record = state.retention.record()
     if record is None:
         return None
@@ -334,8 +340,9 @@ def _load_own(path: Path, given: _Given, merged: bool) -> LoadedCheckpoint:
     adapted = manifest["tuning"] == TuningMode.LORA.value and not merged
     if not adapted:
         _refuse_base(path, given)
-    vla = _load_adapted_vla(path, manifest, given) if adapted else load_vla(path)
-    bare = vla.get_base_model() if adapted else vla
+    # Any: PEFT's wrapper stands for the VLM.
+    vla: Any = _load_adapted_vla(path, manifest, given) if adapted else load_vla(path)
+    bare: OpenVLAForActionPrediction = vla.get_base_model() if adapted else vla
     file, options = path / f"action_head--{suffix}.safetensors", manifest["action_head"]
     with reading(path / MANIFEST):
         head = build_and_fill(lambda: L1RegressionActionHead(**options), load_tensors(file), file)
@@ -361,7 +368,7 @@ def _load_adapted_vla(path: Path, manifest: dict[str, Any], given: _Given) -> Pe
     adapter = existing(path / "lora_adapter")
     adapted = load_adapter(_load_base(path, manifest, given), adapter)
     file = path / f"action_queries--{manifest['file_suffix']}.safetensors"
-    load_strictly(adapted.get_base_model().action_queries, load_tensors(file), file)
+    load_strictly(adapted.get_base_model().get_submodule("action_queries"), load_tensors(file), file)
     return adapted
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prismatic.training.checkpoint_folder import CheckpointError
+from prismatic.model_files import CheckpointError
 
 _ENTRY = "instructions"
 
@@ -20,7 +20,8 @@ def recorded_instructions(manifest: Mapping[str, Any], source: Path) -> dict[str
     lists = recorded.values() if isinstance(recorded, dict) else [None]
     if not all(isinstance(found, list) and all(isinstance(text, str) for text in found) for found in lists):
         raise CheckpointError(f"{source}: {_ENTRY} is {recorded!r}, expected {{data set name: [sentence, ...]}}")
-    return recorded
+    checked: dict[str, list[str]] = recorded
+    return checked
 
 
 def with_trained_on(

@@ -55,10 +55,12 @@ class LinearProbe:
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """(N, F) -> (N, T) float64."""
-        return self._standardised(features.astype(np.float64)) @ self._weights + self._offset
+        predicted: np.ndarray = self._standardised(features.astype(np.float64)) @ self._weights + self._offset
+        return predicted
 
     def _standardised(self, features: np.ndarray) -> np.ndarray:
-        return (features - self._mean) / self._scale
+        standardised: np.ndarray = (features - self._mean) / self._scale
+        return standardised
 
 
 def r_squared(targets: np.ndarray, predicted: np.ndarray) -> list[float | None]:

@@ -15,7 +15,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def load_published(
         projector = build_and_fill(lambda: ProprioProjector(*sized), proprio, file)
     else:
         statistics = {name: _without_proprio(entry, spec) for name, entry in statistics.items()}
-    options = _head_options(state, vla.config, spec)
+    options = _head_options(state, cast(OpenVLAConfig, vla.config), spec)
     with reading(head_file):
         head = build_and_fill(lambda: L1RegressionActionHead(**options), state, head_file)
     with reading(path):

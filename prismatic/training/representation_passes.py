@@ -35,6 +35,7 @@ class Pooled:
     @classmethod
     def of(cls, features: dict[str, BridgeFeatures]) -> Pooled:
         bridge = features[FeatureSource.BRIDGE.value]
+        assert bridge.raw is not None and bridge.aq is not None  # `_SOURCES` anchor both parts
         values = features[FeatureSource.ORIGINAL.value].f, bridge.raw.pooled, bridge.aq.pooled
         return cls(*(value.cpu().numpy() for value in values))
 
@@ -92,4 +93,6 @@ def _run(model: VLAPolicyModel, batch: dict[str, Any]) -> tuple[dict[str, Bridge
     batch = model.share_vision(batch)
     outputs = {name: model.anchor_features(batch, craft_request(config)) for name, config in _SOURCES.items()}
     features = {name: CRaFTFeatureExtractor(_SOURCES[name]).parts(*output) for name, output in outputs.items()}
-    return features, outputs[FeatureSource.BRIDGE.value][:2]
+    raw, aq, _ = outputs[FeatureSource.BRIDGE.value]
+    assert raw is not None and aq is not None
+    return features, (raw, aq)

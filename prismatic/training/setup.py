@@ -154,6 +154,7 @@ def build_setup(
 def _with_replay(cfg: FinetuneConfig, new: VLADataset) -> ReplayMixture:
     """The new data with `--replay_data` mixed in; what contradicts the start's statistics is said."""
     settings = replace(new.settings, n_shot_episodes=None, val_fraction=0.0, split=None)
+    assert cfg.replay_data is not None
     folders = split_places(cfg.replay_data) or [cfg.replay_data]
     old = [open_old_data("--replay_data", folder, settings) for folder in folders]
     return ReplayMixture(new, old, cfg.replay_fraction)
@@ -276,7 +277,7 @@ def action_spec_of_data(cfg: FinetuneConfig) -> ActionSpec:
 
 def head_flags(cfg: FinetuneConfig, spec: ActionSpec) -> dict[str, Any]:
     """Options of a new head that the data and the command line decide."""
-    flags = {"action_dim": spec.action_dim, "chunk_len": spec.chunk_len}
+    flags: dict[str, Any] = {"action_dim": spec.action_dim, "chunk_len": spec.chunk_len}
     flags |= {} if cfg.use_pro_version is None else {"use_pro_version": cfg.use_pro_version}
     if cfg.legacy_slices:
         flags |= {"rope_mode": "legacy", "chunk_start": "zeros", "published_layout": True}
@@ -298,6 +299,7 @@ def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
     model.vla.requires_grad_(False)
     queries = model.vla.action_queries
     if cfg.tuning_mode is TuningMode.LORA:
+        assert cfg.lora_rank is not None and cfg.lora_dropout is not None  # given or set to their defaults
         lora = LoraConfig(
             r=cfg.lora_rank,
             lora_alpha=2 * cfg.lora_rank,
@@ -305,20 +307,26 @@ def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
             target_modules=lora_targets(model.vla, skip_vision=cfg.freeze_vision),
             init_lora_weights="gaussian",
         )
-        model.vla = get_peft_model(model.vla, lora)
-        for layer in adapter_layers(model.vla):
+        adapted: Any = get_peft_model(model.vla, lora)  # the wrapper stands for the VLM
+        model.vla = adapted
+        for layer in adapter_layers(adapted):
             # Else the input of every adapter would be kept in float32 beside the base layer's. Autocast casts it.
             layer.cast_input_dtype_enabled = False
     queries.requires_grad_(True)
 
 
 def _part(model: VLAPolicyModel, name: str) -> nn.Module:
-    parts = {"towers": model.vla.vision_backbone, "llm": model.vla.language_model, "head": model.action_head}
+    parts: dict[str, nn.Module] = {
+        "towers": model.vla.vision_backbone,
+        "llm": model.vla.language_model,
+        "head": model.action_head,
+    }
     return parts[name]
 
 
 def _checkpoint(part: nn.Module) -> None:
     """Let the layers of a part compute their activations again in the backward pass."""
+    module: Any  # with attributes of transformers' layers
     for module in part.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True

@@ -59,18 +59,19 @@ def optimizer_step(context: StepContext, micro_batches: Sequence[dict[str, Any]]
     Raises NonFiniteLossError before the weights change.
     """
     share, keep = 1.0 / len(micro_batches), context.retention
-    metrics: dict[str, Tensor | float] = {}
+    means: dict[str, Tensor] = {}
     for k, batch in enumerate(micro_batches):
         is_last = k == len(micro_batches) - 1
         with nullcontext() if is_last else context.no_sync():
             parts = _pass(context, batch, share)
         for name, value in parts.items():
-            metrics[name] = metrics.get(name, 0.0) + value * share
-    own_loss = metrics["VLA Train/Loss"]
+            means[name] = means.get(name, 0.0) + value * share
+    own_loss = means["VLA Train/Loss"]
     if context.reduce_mean is not None:
-        metrics = _mean_over_processes(metrics, context.reduce_mean)
+        means = _mean_over_processes(means, context.reduce_mean)
     # After the reduction: a NaN of one process is one of all, so that all stop and none waits in a collective.
-    _require_finite("action loss", metrics["VLA Train/Loss"], step, micro_batches, own_loss)
+    _require_finite("action loss", means["VLA Train/Loss"], step, micro_batches, own_loss)
+    metrics: dict[str, Tensor | float] = {**means}
     loss_scale = context.loss_scale
     if context.scaler is not None:
         context.scaler.unscale_(context.optimizer)
@@ -89,9 +90,7 @@ def optimizer_step(context: StepContext, micro_batches: Sequence[dict[str, Any]]
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _mean_over_processes(
-    metrics: dict[str, Tensor], reduce_mean: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor | float]:
+def _mean_over_processes(metrics: dict[str, Tensor], reduce_mean: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     return dict(zip(metrics, reduce_mean(torch.stack(list(metrics.values()))).unbind(), strict=True))
 
 
@@ -162,7 +161,7 @@ def _require_finite(
     )
 
 
-def _non_finite_samples(batch: dict[str, Any]) -> list[tuple]:
+def _non_finite_samples(batch: dict[str, Any]) -> list[tuple[str, tuple[int, int]]]:
     """(data set, (episode, step)) of the samples with a NaN or infinity among their numbers."""
     bad = torch.zeros(len(batch["sample_ids"]), dtype=torch.bool)
     for name in ("actions", "proprio", "pixel_values"):

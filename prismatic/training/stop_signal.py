@@ -25,7 +25,7 @@ class StopSignal:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._previous: dict[str, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
         self.requested: str | None = None
 
     def __enter__(self) -> StopSignal:

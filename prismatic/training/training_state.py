@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,10 @@ from prismatic.training.checkpoint_folder import TRAINING_STATE
 from prismatic.training.ema import WeightAverage
 from prismatic.training.retention.landing import Landing
 from prismatic.training.retention.protocol import Retention
+
+if TYPE_CHECKING:
+    from prismatic.training.base_model import BaseModel
+    from prismatic.training.setup import TrainingSetup
 
 _MOST_SAMPLES = 1 << 62
 
@@ -75,7 +79,8 @@ class TrainingState:
 def generator_states() -> dict[str, Any]:
     """State of this process's generators, JSON-ready."""
     version, keys, gauss = random.getstate()
-    kind, numpy_keys, *rest = np.random.get_state()  # noqa: NPY002 - the global generator is what libraries use
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 - the global generator is what libraries use
+    kind, numpy_keys, *rest = numpy_state
     return {
         "python": [version, list(keys), gauss],
         "numpy": [kind, numpy_keys.tolist(), *rest],
@@ -109,7 +114,8 @@ def _saved_generators(folder: Path) -> list[dict[str, Any]]:
     file = folder / "generators.json"
     saved = read_json(file)
     if "ranks" in saved:
-        return saved["ranks"]
+        ranks: list[dict[str, Any]] = saved["ranks"]
+        return ranks
     with reading(folder / "rng.pt"):  # an earlier version, which saved rank 0 only
         rng = torch.load(regular_file(folder / "rng.pt"), weights_only=True)
         cuda = _encode(rng["cuda"][0]) if rng["cuda"] else None
@@ -120,7 +126,7 @@ def _saved_generators(folder: Path) -> list[dict[str, Any]]:
 
 
 def training_state_files(
-    setup, state: TrainingState, copy: Callable[[Tensor], Tensor]
+    setup: TrainingSetup, state: TrainingState, copy: Callable[[Tensor], Tensor]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Content of `training_state/`: {file: tensors} and {file: JSON value}; tensors pass through `copy`."""
     values, optimizer_tensors = _optimizer_content(state.optimizer)
@@ -146,6 +152,7 @@ def training_state_files(
             "anchor_sha256": tensors_hash(anchor),
             "base_sha256": None if setup.base is None else setup.base.sha256,
         }
+        assert state.retention is not None  # whose anchor it is
         documents["craft.json"] = record | state.retention.state_dict()
         tensors["craft_anchor.safetensors"] = anchor
     copied = {file: {name: copy(tensor) for name, tensor in group.items()} for file, group in tensors.items()}
@@ -157,7 +164,7 @@ def trainable_tensors(model: VLAPolicyModel) -> dict[str, Tensor]:
     return {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def fingerprints(setup) -> dict[str, str]:
+def fingerprints(setup: TrainingSetup) -> dict[str, str]:
     """{data set name: hash of its content}; empty for data sets that have none."""
     return dict(getattr(setup.dataset, "fingerprints", None) or {})
 
@@ -178,7 +185,7 @@ def _optimizer_content(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any]
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def restore_training_state(folder: str | Path, setup, state: TrainingState, rank: int = 0) -> int:
+def restore_training_state(folder: str | Path, setup: TrainingSetup, state: TrainingState, rank: int = 0) -> int:
     """Put the objects of `state` and the model of `setup` back where the checkpoint left them; returns its step.
 
     Fills in `samples_seen`, `sampler` and `generators` of `state`. The generators of this process are restored when
@@ -216,10 +223,11 @@ def restore_training_state(folder: str | Path, setup, state: TrainingState, rank
     return state.step
 
 
-def _read_counters(file: Path, setup) -> dict[str, Any]:
+def _read_counters(file: Path, setup: TrainingSetup) -> dict[str, Any]:
     counters = read_json(file)
-    for name, kind in (("step", int), ("samples_seen", int), ("constraint_metrics", dict)):
-        value = counters.get(name)
+    kinds: dict[str, type[Any]] = {"step": int, "samples_seen": int, "constraint_metrics": dict}
+    for name, kind in kinds.items():
+        value: Any = counters.get(name)
         if type(value) is not kind or (kind is int and not 0 <= value < _MOST_SAMPLES):
             raise CheckpointError(f"{file}: {name} is {str(value)[:80]!r}, expected {kind.__name__}")
     saved, current = counters.get("dataset_fingerprints") or {}, fingerprints(setup)
@@ -233,7 +241,7 @@ def _read_counters(file: Path, setup) -> dict[str, Any]:
     return counters
 
 
-def _check_trainable(file: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _check_trainable(file: Path, found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     if found.keys() != expected.keys():
         difference = sorted(found.keys() ^ expected.keys())[:5]
         raise CheckpointError(f"{file}: trained parameters differ from this configuration's, e.g. {difference}")
@@ -263,7 +271,7 @@ def _group(values: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in values.items()}
 
 
-def _restore_anchor(folder: Path, base, state: TrainingState) -> None:
+def _restore_anchor(folder: Path, base: BaseModel | None, state: TrainingState) -> None:
     file, record_file = folder / "craft_anchor.safetensors", folder / "craft.json"
     record, anchor = read_json(record_file), load_tensors(file)
     if tensors_hash(anchor) != record.get("anchor_sha256"):
@@ -277,5 +285,6 @@ def _restore_anchor(folder: Path, base, state: TrainingState) -> None:
             f"base {base.path}: sha256 of its weights is {base.sha256}, the interrupted run in {folder} started from "
             f"{record.get('base_sha256')}"
         )
+    assert state.retention is not None  # it has the anchor
     with reading(record_file):
         state.retention.load_state_dict(record, anchor)

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.hooks import RemovableHandle
 
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.config import FinetuneConfig, RetentionMethod
@@ -106,7 +107,8 @@ def materialise(module: nn.Module) -> None:
     """Give the meta tensors of a module a device, in place; shared ones stay shared. Without content in a fake mode."""
     done: dict[int, tuple[Tensor, Tensor]] = {}
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+        both: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in both:
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue
@@ -205,16 +207,18 @@ def retention_of(
         return None
     size = cfg.craft_memory_batch_size
     memories = [Memory(size) if name == BATCH_MEMORY else _StandIn(name, size) for name in cfg.memories]
+    assert cfg.craft_every is not None  # resolved with the preset
     return CRaFT(model, cfg.craft_config(), memories, SimpleNamespace(autocast=autocast), cfg.craft_every)
 
 
-def _follow(ledger: Ledger, model: VLAPolicyModel, trained: list[nn.Parameter]) -> list:
+def _follow(ledger: Ledger, model: VLAPolicyModel, trained: list[nn.Parameter]) -> list[RemovableHandle]:
     vla = model.vla.get_base_model() if isinstance(model.vla, PeftModel) else model.vla
     parts = [(vla.vision_backbone, TOWERS), (vla.projector, PROJECTOR), (vla.language_model.model, LLM)]
     parts += [(model.action_head, HEAD)] + [(p, PROJECTOR) for p in [model.proprio_projector] if p is not None]
     handles = [handle for part, kind in parts for handle in ledger.follow(part, kind)]
 
     def name_it(p: nn.Parameter) -> None:  # it began as a temporary of the backward pass
+        assert p.grad is not None  # it was just accumulated
         ledger.reclassify([p.grad], GRADIENTS)
 
     return handles + [p.register_post_accumulate_grad_hook(name_it) for p in trained]

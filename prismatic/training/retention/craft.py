@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prismatic.craft import CRaFTConfig, CRaFTConstraint, CRaFTWeightManager, SignalKind, unwrap
 from prismatic.craft.settings import Rule
-from prismatic.models.vla_policy import CraftRequest, PolicyOutput
+from prismatic.models.vla_policy import CraftRequest, PolicyOutput, VLAPolicyModel
 from prismatic.training.checkpoint_files import tensors_hash
 from prismatic.training.retention.memory import BATCH, Memory
 from prismatic.training.retention.protocol import Retention, StepFacts
@@ -34,6 +34,9 @@ class CRaFT(Retention):
         every: constrain every n-th optimizer step; the others are plain steps.
     """
 
+    weights: CRaFTWeightManager
+    _reference: Any  # of the micro-batch in progress
+
     def __init__(
         self,
         model: nn.Module,
@@ -42,7 +45,7 @@ class CRaFT(Retention):
         accelerator: Accelerator,
         every: int = 1,
     ) -> None:
-        policy = unwrap(model)
+        policy = cast(VLAPolicyModel, unwrap(model))  # DDP's type does not say what it wraps
         self.config, self.memories, self.every = config, list(memories), every
         self._autocast = accelerator.autocast
         self.held = SIGNALS[config.signal](config, accelerator.autocast)
@@ -53,12 +56,8 @@ class CRaFT(Retention):
         self.constraint = CRaFTConstraint(
             model, config, self.held.signal, reaches(policy, self.held.parts_of(policy)), count
         )
-        self._reference: Any = None
-
-    @property
-    def weights(self) -> CRaFTWeightManager:
-        """theta_0."""
-        return self.constraint.weights
+        self.weights = self.constraint.weights
+        self._policy, self._reference = policy, None
 
     def at(self, step: int) -> Retention | None:
         return self if step % self.every == 0 else None
@@ -79,7 +78,7 @@ class CRaFT(Retention):
         if "vision_features" in batch:
             return batch
         with self._autocast():
-            return self.constraint.module.share_vision(batch)
+            return self._policy.share_vision(batch)
 
     def live_graph(self) -> AbstractContextManager[Any]:
         return self.constraint.live_graph()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.tracking import say
 
+if TYPE_CHECKING:
+    from prismatic.training.setup import TrainingSetup
+
 _FLAG = "--craft_memory_instructions"
 
 
-def old_instructions(cfg: FinetuneConfig, setup, shown: Iterable[str] = ()) -> list[str]:
+def old_instructions(cfg: FinetuneConfig, setup: TrainingSetup, shown: Iterable[str] = ()) -> list[str]:
     """Distinct sentences, those of the new task left out with a warning.
 
     `shown` are those that a memory of data has images of. They are left out too, and said: on their own images the

@@ -100,6 +100,7 @@ class DataMemory(Memory):
     """
 
     name = DATA
+    size: int
 
     def __init__(
         self, dataset: VLADataset, collate: VLACollator, size: int, seed: int, rank: int = 0, world: int = 1
@@ -141,7 +142,7 @@ def take_rows(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     count = len(batch["input_ids"])
     rows = list(rows)
     index: slice | list[int] = slice(len(rows)) if rows == list(range(len(rows))) else rows
-    taken = {}
+    taken: dict[str, Any] = {}
     for name, value in batch.items():
         if isinstance(value, Tensor) and value.ndim and len(value) == count:
             taken[name] = value[index]

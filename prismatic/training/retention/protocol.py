@@ -86,4 +86,5 @@ class Retention:
 
     def load_state_dict(self, state: dict[str, Any], anchor: dict[str, Tensor]) -> None:
         """Restore `state_dict` and theta_0."""
+        assert self.weights is not None  # only a method with theta_0 has something to restore
         self.weights.load_state_dict(anchor)

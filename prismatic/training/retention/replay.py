@@ -33,14 +33,12 @@ class DistilledReplay(Retention):
         autocast: context of the forward pass.
     """
 
+    weights: CRaFTWeightManager
+
     def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
         self._module, self._autocast = unwrap(model), autocast
         self._anchor = build_anchor(AnchorKind.AUTO, model)
-
-    @property
-    def weights(self) -> CRaFTWeightManager:
-        """theta_0."""
-        return self._anchor.weights
+        self.weights = self._anchor.weights
 
     def before_pass(self, batch: dict[str, Any], share: float, loss_scale: float) -> dict[str, Any]:
         rows = [row for row, is_replay in enumerate(batch["is_replay"]) if is_replay]
@@ -54,4 +52,5 @@ class DistilledReplay(Retention):
 
     def _actions(self, policy: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         with self._autocast():
-            return policy.forward(batch).actions
+            actions: torch.Tensor = policy.forward(batch).actions
+            return actions
