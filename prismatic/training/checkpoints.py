@@ -23,7 +23,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -66,13 +66,11 @@ from prismatic.training.folder_kinds import check_is_checkpoint, is_published
 from prismatic.training.lora import load_adapter, merged_state_dict, verify_merge, with_unused_targets
 from prismatic.training.published import export_published, load_published
 from prismatic.training.published_spec import HeadSizes, read_robot
+from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.training_state import TrainingState, training_state_files
 from prismatic.training.vlm_folder import load_vlm
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.prompts import prompt_kind_of
-
-if TYPE_CHECKING:
-    from prismatic.training.setup import TrainingSetup
 
 
 def checkpoint_path(cfg: FinetuneConfig, step: int | None = None) -> Path:

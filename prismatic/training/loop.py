@@ -33,11 +33,11 @@ from prismatic.training.retention.memory import to_device
 from prismatic.training.retention.methods import build_retention, monitored_batches
 from prismatic.training.run_folder import clear_run_folder
 from prismatic.training.saving import CheckpointSaver, folder_to_resume
-from prismatic.training.setup import TrainingSetup
 from prismatic.training.step import StepContext, optimizer_step
 from prismatic.training.stop_signal import StopSignal, ignore_stop_signals
 from prismatic.training.throughput import Throughput, throughput_text
 from prismatic.training.tracking import Tracker, say
+from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.training_state import TrainingState, restore_training_state
 from prismatic.training.validation import ValidationSettings, Validator
 from prismatic.vla.datasets.collator import VLACollator

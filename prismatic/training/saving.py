@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -23,10 +23,8 @@ from prismatic.training.checkpoint_folder import (
 from prismatic.training.checkpoints import Snapshot, checkpoint_path, take_snapshot, write_checkpoint
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.run_folder import claim_run_folder
+from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.training_state import TrainingState, generator_states
-
-if TYPE_CHECKING:
-    from prismatic.training.setup import TrainingSetup
 
 
 class CheckpointSaver:

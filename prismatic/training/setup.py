@@ -35,11 +35,12 @@ from prismatic.training.checkpoint_folder import MANIFEST
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.config import FinetuneConfig, TuningMode
 from prismatic.training.folder_kinds import is_vlm
-from prismatic.training.instruction_record import recorded_instructions, with_trained_on
+from prismatic.training.instruction_record import recorded_instructions
 from prismatic.training.lora import lora_targets
 from prismatic.training.published import check_exportable
 from prismatic.training.retention.old_data import open_old_data
 from prismatic.training.tracking import say
+from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.vlm_folder import load_vlm
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
@@ -67,34 +68,6 @@ class StartModel:
     statistics: dict[str, Any] = field(default_factory=dict)
     dataset_metadata: dict[str, Any] = field(default_factory=dict)
     instructions: dict[str, list[str]] = field(default_factory=dict)
-
-
-@dataclass
-class TrainingSetup:
-    """Everything a run holds fixed. `start_instructions`: those the start model was trained on, by data set."""
-
-    model: VLAPolicyModel
-    processor: PrismaticProcessor
-    dataset: VLADataset | ReplayMixture
-    action_spec: ActionSpec
-    image_spec: ImageSpec
-    dataset_metadata: dict[str, Any]
-    statistics: dict[str, Any]
-    base: BaseModel | None
-    origin: str
-    run_dir: Path
-    val_dataset: VLADataset | None = None
-    start_instructions: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def num_images(self) -> int:
-        """Camera images per sample."""
-        return self.model.num_images
-
-    @property
-    def instructions(self) -> dict[str, list[str]]:
-        """What the policy of this run is trained on, the start's training included: {data set name: sentences}."""
-        return with_trained_on(self.start_instructions, self.dataset.manifest())
 
 
 def build_setup(

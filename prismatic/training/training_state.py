@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,15 +28,13 @@ from torch import Tensor
 from prismatic.craft import CRaFTWeightManager
 from prismatic.model_files import CheckpointError, existing, read_json, reading, regular_file
 from prismatic.models.vla_policy import VLAPolicyModel
+from prismatic.training.base_model import BaseModel
 from prismatic.training.checkpoint_files import contiguous, load_tensors, tensors_hash
 from prismatic.training.checkpoint_folder import TRAINING_STATE
 from prismatic.training.ema import WeightAverage
 from prismatic.training.retention.landing import Landing
 from prismatic.training.retention.protocol import Retention
-
-if TYPE_CHECKING:
-    from prismatic.training.base_model import BaseModel
-    from prismatic.training.setup import TrainingSetup
+from prismatic.training.training_setup import TrainingSetup
 
 _MOST_SAMPLES = 1 << 62
 

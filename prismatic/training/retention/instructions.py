@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.tracking import say
-
-if TYPE_CHECKING:
-    from prismatic.training.setup import TrainingSetup
+from prismatic.training.training_setup import TrainingSetup
 
 _FLAG = "--craft_memory_instructions"
 

@@ -14,7 +14,7 @@ Beside each: `--replay_data` mixes old samples into the batches. Interpolation w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -37,12 +37,10 @@ from prismatic.training.retention.memory import (
 from prismatic.training.retention.old_data import open_old_data
 from prismatic.training.retention.protocol import Retention
 from prismatic.training.retention.replay import DistilledReplay
+from prismatic.training.training_setup import TrainingSetup
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.sampler import EpochSampler
-
-if TYPE_CHECKING:
-    from prismatic.training.setup import TrainingSetup
 
 _NEW_HEADS = ("random", "native", "vlm")
 
