@@ -173,7 +173,8 @@ class CRaFTConstraint:
         if reduce_mean is not None:
             self._measured.reduce_(reduce_mean, self.gradient.flat if self.plan is Plan.SEPARATE else None)
         self._last_plan = self.plan
-        multiplier, can_reduce, metrics = self.dual.get_lambda(), True, {}
+        metrics: dict[str, float] = {}
+        multiplier, can_reduce = self.dual.get_lambda(), True
         if self.plan is Plan.SEPARATE:
             multiplier, can_reduce, metrics = self._combine_gradients(optimizer, loss_scale)
         loss, drift = self._measured.read()
@@ -199,6 +200,7 @@ class CRaFTConstraint:
     ) -> tuple[float, bool, dict[str, float]]:
         """lambda of this step, whether r says anything, and the telemetry of the gradients."""
         r = self.gradient
+        assert r.flat is not None  # a gradient was added in this step
         if self._groups is None:
             self.projector.names = r.names
             self._groups = self.projector.groups(len(r.names), r.flat.device)
@@ -238,11 +240,11 @@ class CRaFTConstraint:
 
     # ------------------------------------------------------------------------------------------- state
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Multiplier, statistics and settings; theta_0 is saved apart as tensors (`weights.state_dict()`)."""
         return {"dual": self.dual.state_dict(), "statistics": dict(self.statistics), "config": self.config.to_dict()}
 
-    def load_state_dict(self, state: dict, anchor: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any], anchor: dict[str, Tensor]) -> None:
         """Restore multiplier, statistics and theta_0: a new snapshot at resume would reset the drift to zero."""
         self.dual.load_state_dict(state["dual"])
         self.statistics.update(state["statistics"])

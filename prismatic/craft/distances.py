@@ -21,10 +21,13 @@ def retention_loss(features: BridgeFeatures, anchor: BridgeFeatures, config: CRa
     With metric `mse` and equal weights it is `compute_retention_loss(features.f, anchor.f)`. Every metric is computed
     per sample, so that micro-batches and processes may be averaged.
     """
-    total, weights = 0.0, config.part_weights
+    total: Tensor | float = 0.0
+    weights = config.part_weights
     for weight, part, reference in zip(weights, (features.raw, features.aq), (anchor.raw, anchor.aq), strict=True):
         if part is not None and weight > 0:
+            assert reference is not None  # both sides anchor the same parts
             total = total + weight * _DISTANCES[config.retention_metric](part, reference).mean()
+    assert isinstance(total, Tensor)  # at least one part has a weight
     return total / sum(weights)
 
 
@@ -34,6 +37,7 @@ def drift_of_parts(features: BridgeFeatures, anchor: BridgeFeatures) -> dict[str
     drifts = {}
     for name, part, reference in (("raw", features.raw, anchor.raw), ("aq", features.aq, anchor.aq)):
         if part is not None:
+            assert reference is not None
             drifts[f"{name}_mse"] = _mse(part, reference).mean()
             drifts[f"{name}_relative"] = _rel_mse(part, reference).mean()
     return drifts
@@ -49,7 +53,7 @@ def _rel_mse(part: PartFeatures, anchor: PartFeatures) -> Tensor:
 
 
 def _token_rel_mse(part: PartFeatures, anchor: PartFeatures) -> Tensor:
-    return _relative_square(part.tokens.flatten(2), anchor.tokens.flatten(2))
+    return _relative_square(_tokens(part).flatten(2), _tokens(anchor).flatten(2))
 
 
 def _relative_square(x: Tensor, anchor: Tensor) -> Tensor:
@@ -66,8 +70,14 @@ def _cosine(part: PartFeatures, anchor: PartFeatures) -> Tensor:
 
 def _gram(part: PartFeatures, anchor: PartFeatures) -> Tensor:
     """Half the squared distance of the normalised token Gram matrices = 1 - (uncentred) linear CKA of the tokens."""
-    require_same_shape(part.tokens, anchor.tokens)
-    return 0.5 * (_normalised_gram(part.tokens) - _normalised_gram(anchor.tokens.detach())).square().sum(dim=(-2, -1))
+    tokens, reference = _tokens(part), _tokens(anchor)
+    require_same_shape(tokens, reference)
+    return 0.5 * (_normalised_gram(tokens) - _normalised_gram(reference.detach())).square().sum(dim=(-2, -1))
+
+
+def _tokens(part: PartFeatures) -> Tensor:
+    assert part.tokens is not None  # `RetentionMetric.needs_tokens` says which metrics have them
+    return part.tokens
 
 
 def _normalised_gram(tokens: Tensor) -> Tensor:

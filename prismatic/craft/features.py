@@ -68,7 +68,7 @@ class CRaFTFeatureExtractor(nn.Module):
         """f_theta from C_R (B, T, D) and C_AQ (B, Q, D): (B, 2D) for `concat`, (B, D) otherwise; fp32."""
         return self.parts(raw, aq, raw_mask).f
 
-    def parts(self, raw: Tensor, aq: Tensor | None, raw_mask: Tensor | None = None) -> BridgeFeatures:
+    def parts(self, raw: Tensor | None, aq: Tensor | None, raw_mask: Tensor | None = None) -> BridgeFeatures:
         """Both parts from C_R (B, T, D) and C_AQ (B, Q, D), or (B, K, T, D) and (B, K, Q, D) for several layers."""
         kind = self.config.anchor_type
         return BridgeFeatures(
@@ -76,7 +76,8 @@ class CRaFTFeatureExtractor(nn.Module):
             None if kind is AnchorType.RAW_ONLY else self._part(aq, None),
         )
 
-    def _part(self, tokens: Tensor, mask: Tensor | None) -> PartFeatures:
+    def _part(self, tokens: Tensor | None, mask: Tensor | None) -> PartFeatures:
+        assert tokens is not None  # only a part that is not anchored may be missing
         # Unchecked: the model's mask always has the patches, and a check would wait for the device.
         pooled = self._pool(tokens, mask)
         if tokens.ndim == 3:

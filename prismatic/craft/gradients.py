@@ -34,11 +34,12 @@ class RetentionGradient:
     def add(self, loss: Tensor, retain_graph: bool) -> None:
         """Add the gradient of a loss (scalar with graph)."""
         parameters = self.parameters or list(self._candidates.values())
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
+        found: Sequence[Tensor | None]
+        found = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
         if self.flat is None:
-            self._allocate(gradients)
-            gradients = [g for g in gradients if g is not None]
-        pairs = zip(self.tensors, gradients, strict=True)
+            self._allocate(found)
+            found = [g for g in found if g is not None]
+        pairs = zip(self.tensors, found, strict=True)
         gradients = [torch.zeros_like(buffer) if g is None else g for buffer, g in pairs]
         # One call for all tensors: the many small ones of a policy would cost more than their sums.
         (torch._foreach_copy_ if self._is_old else torch._foreach_add_)(self.tensors, gradients)
@@ -98,7 +99,8 @@ def inner_products(
             rows.append((zero, ret, act, zero, ret))
             continue
         dot, ret = torch.dot(a, r), torch.dot(r, r)
-        scale = None if scaling is None or scaling[i] is None else _vector(scaling[i])
+        diagonal = None if scaling is None else scaling[i]
+        scale = None if diagonal is None else _vector(diagonal)
         scaled = (dot, ret) if scale is None else (torch.dot(a * scale, r), torch.dot(r * scale, r))
         rows.append((*scaled, act, dot, ret))
     return Products(*(torch.stack(column) for column in zip(*rows, strict=True)))

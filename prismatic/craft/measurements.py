@@ -22,7 +22,7 @@ class Measurements:
 
     def __init__(self, signal: Signal, memories: int = 1) -> None:
         self._signal, self._memories = signal, memories
-        self._sums: dict[str, Tensor | float] = {}
+        self._sums: dict[str, Tensor] = {}
 
     def note(self, value: Any, reference: Any, share: float, memory: str = "") -> Tensor:
         """Add `share` of what a batch says; returns its retention loss, with the graph of `value`.
@@ -43,7 +43,7 @@ class Measurements:
         self._sums[name] = self._sums.get(name, 0.0) + value.float() * share
 
     @property
-    def loss(self) -> Tensor | float:
+    def loss(self) -> Tensor:
         """The retention loss of the step so far."""
         return self._sums["loss"]
 

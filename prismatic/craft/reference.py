@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,17 @@ from torch import Tensor, nn
 from prismatic.craft.settings import AnchorKind
 
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+
+    class AdapterLayer(nn.Module):
+        """What is used of PEFT's layers with adapters. For types only: this package does not import PEFT."""
+
+        adapter_layer_names: tuple[str, ...]
+        cast_input_dtype_enabled: bool
+        disable_adapters: bool
+
+        def enable_adapters(self, enabled: bool) -> None: ...
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -198,7 +209,8 @@ class FunctionalAnchor(Anchor):
         # The parametrisation replaces module attributes, which a checkpointed layer reads again in backward.
         self.weights.require_no_graph()
         snapshot = {f"module.{name}": tensor for name, tensor in self.weights.state_dict().items()}
-        return torch.func.functional_call(_Call(self.module, compute), snapshot, ())
+        value: T = torch.func.functional_call(_Call(self.module, compute), snapshot, ())
+        return value
 
 
 class FrozenCopyAnchor(Anchor):
@@ -222,11 +234,11 @@ class FrozenCopyAnchor(Anchor):
 class _Call(nn.Module):
     """Makes a function of a module the forward pass of a module, as `functional_call` wants it."""
 
-    def __init__(self, module: nn.Module, compute: Callable) -> None:
+    def __init__(self, module: nn.Module, compute: Callable[[nn.Module], Any]) -> None:
         super().__init__()
         self.module, self._compute = module, compute
 
-    def forward(self):
+    def forward(self) -> Any:
         return self._compute(self.module)
 
 
@@ -293,14 +305,15 @@ def noise_free(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def adapter_layers(module: nn.Module) -> list[nn.Module]:
+def adapter_layers(module: nn.Module) -> list[AdapterLayer]:
     """All layers with adapters: those with PEFT's switch and PEFT's list of what belongs to adapters."""
-    return [m for m in module.modules() if hasattr(m, "enable_adapters") and hasattr(m, "adapter_layer_names")]
+    found = [m for m in module.modules() if hasattr(m, "enable_adapters") and hasattr(m, "adapter_layer_names")]
+    return cast("list[AdapterLayer]", found)
 
 
 def adapter_parameter_names(module: nn.Module) -> set[str]:
     """Names of the parameters that belong to adapters."""
-    names = set()
+    names: set[str] = set()
     layers = set(adapter_layers(module))
     for prefix, layer in module.named_modules():
         if layer in layers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from enum import Enum
+from typing import Any
 
 
 class SignalKind(str, Enum):
@@ -111,7 +112,7 @@ class AnchorKind(str, Enum):
 
 # Fields in which the presets differ. `original` is the original procedure, `budget` the one that meets a budget of the
 # features, `keep` the one that keeps what the policy does: a bound on its actions, and one force that holds it.
-PRESETS: dict[str, dict] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "original": {
         "signal": SignalKind.FEATURES,
         "retention_weight": 1.0,
@@ -222,7 +223,7 @@ class CRaFTConfig:
     anchor: AnchorKind = AnchorKind.ONLINE_SWAP
 
     @classmethod
-    def from_preset(cls, preset: str, **overrides) -> CRaFTConfig:
+    def from_preset(cls, preset: str, **overrides: Any) -> CRaFTConfig:
         """One of `PRESETS`, with other fields replaced; ValueError for an unknown name."""
         if preset not in PRESETS:
             raise ValueError(f"CRaFT preset is {preset!r}, expected one of {', '.join(PRESETS)}")
@@ -301,12 +302,12 @@ class CRaFTConfig:
             0.0 if self.anchor_type is AnchorType.RAW_ONLY else self.w_aq,
         )
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return plain_values(asdict(self))
 
 
-_CHOICES = {
+_CHOICES: dict[str, type[Enum]] = {
     "signal": SignalKind,
     "anchor_type": AnchorType,
     "feature_source": FeatureSource,
@@ -333,7 +334,7 @@ _NON_NEGATIVE = (
 PRESET_FIELDS = tuple(PRESETS["original"])
 
 
-def _choice(name: str, kind: type[Enum], value) -> Enum:
+def _choice(name: str, kind: type[Enum], value: Any) -> Enum:
     try:
         return kind(value)
     except ValueError:
@@ -346,7 +347,7 @@ def _require(name: str, value: float, holds: bool, expected: str) -> None:
         raise ValueError(f"CRaFT {name} is {value}, expected {expected}")
 
 
-def plain_values(values: dict) -> dict:
+def plain_values(values: dict[str, Any]) -> dict[str, Any]:
     """Enums as their values and infinities as "inf", which JSON has no number for."""
     plain = {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
     return {k: str(v) if isinstance(v, float) and math.isinf(v) else v for k, v in plain.items()}

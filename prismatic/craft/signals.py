@@ -15,6 +15,10 @@ ROOT_MEAN_SQUARE = "_rms"
 """Ending of the names of parts that are mean squares over samples, to be reported as their root."""
 
 
+RawParts = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""C_R, C_AQ and the mask of C_R; None for what is not needed."""
+
+
 class Signal(Protocol):
     """One thing that the constraint can hold. Losses are means over samples, so that they may be averaged."""
 
@@ -41,7 +45,7 @@ class FeatureSignal:
 
     kind = SignalKind.FEATURES
 
-    def __init__(self, config: CRaFTConfig, compute: Callable[[nn.Module, Any], tuple]) -> None:
+    def __init__(self, config: CRaFTConfig, compute: Callable[[Any, Any], RawParts]) -> None:
         self.config, self._compute = config, compute
         self.extractor = CRaFTFeatureExtractor(config)
 
@@ -71,7 +75,7 @@ class OutputSignal:
     kind = SignalKind.ACTIONS
 
     def __init__(
-        self, compute: Callable[[nn.Module, Any], Tensor] = lambda module, batch: module(batch), name: str = "output"
+        self, compute: Callable[[Any, Any], Tensor] = lambda module, batch: module(batch), name: str = "output"
     ) -> None:
         self._compute, self._name = compute, name
 

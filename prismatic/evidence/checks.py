@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 MAX_FILE_BYTES, MAX_LINE, MAX_DEPTH, MAX_DIGITS = 1 << 30, 1 << 24, 16, 18
 
@@ -98,7 +98,7 @@ def is_count(value: Any) -> bool:
     return is_integer(value) and value >= 0
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> TypeGuard[int]:
     """A whole number; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 

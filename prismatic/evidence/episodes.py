@@ -109,7 +109,7 @@ class RecordedRun:
         return sum(counts) if counts else None
 
 
-def read_run(places: str | os.PathLike | Sequence[str | os.PathLike]) -> RecordedRun:
+def read_run(places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> RecordedRun:
     """Read results folders or `episodes.jsonl` files as one run.
 
     Args:
@@ -121,8 +121,8 @@ def read_run(places: str | os.PathLike | Sequence[str | os.PathLike]) -> Recorde
             recorded twice, or no episode at all. An unterminated last line is left out and noted: the run was killed
             while writing.
     """
-    items = [places] if isinstance(places, (str, os.PathLike)) else list(places)
-    items = [word for item in items for word in split_places(os.fspath(item))]
+    given = [places] if isinstance(places, (str, os.PathLike)) else list(places)
+    items = [word for place in given for word in split_places(os.fspath(place))]
     episodes: dict[EpisodeId, dict[str, Any]] = {}
     folders, facts, notes = [], [], []
     for item in items:
@@ -177,7 +177,7 @@ _FACTS = {"config": (dict, type(None)), "controls": (list, type(None)), "missing
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    facts = _checked(parse_object, _checked(read_text, path), str(path))
+    facts: dict[str, Any] = _checked(parse_object, _checked(read_text, path), str(path))
     _checked(check_fields, facts, _FACTS, str(path))
     for item in facts.get("controls") or []:
         if not isinstance(item, dict) or not isinstance(item.get("results", ""), str):
@@ -269,7 +269,7 @@ def protocol_differences(a: RecordedRun, b: RecordedRun, paired: Iterable[Episod
         if one != two:
             found.append(ProtocolDifference(name, one, two, bool(one and two) and name in DECISIVE_FIELDS))
     texts = {(str(a.episodes[key].get("instruction")), str(b.episodes[key].get("instruction"))) for key in paired}
-    for one, two in sorted(texts):
-        if one != two:
-            found.append(ProtocolDifference("instruction", (one,), (two,), True))
+    for text, other in sorted(texts):
+        if text != other:
+            found.append(ProtocolDifference("instruction", (text,), (other,), True))
     return sorted(found, key=lambda difference: not difference.decisive)

@@ -11,7 +11,7 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary name beside `path`, whose folder is made: it becomes `path` when the body ends well, else it goes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,17 +23,17 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file in one go."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 text with its line ends as they are, in one go."""
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2, **options: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2, **options: Any) -> None:
     """Write JSON and a line end in one go. `options`: of `json.dumps`; ValueError for NaN with `allow_nan=False`."""
     write_text(path, json.dumps(value, indent=indent, **options) + "\n")

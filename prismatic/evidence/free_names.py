@@ -7,7 +7,7 @@ import os
 from typing import TextIO
 
 
-def create_free(path: str | os.PathLike) -> TextIO:
+def create_free(path: str | os.PathLike[str]) -> TextIO:
     """Create and open the first file that does not exist of `a.txt`, `a-2.txt`, `a-3.txt`, ... for writing text.
 
     A time of day in a name does not make it unique: runs that start in the same second have the same. Only one process

@@ -45,7 +45,7 @@ def file_hash(path: str) -> str:
     return sha256_of(path)[:16]
 
 
-def sha256_of(*paths: str | os.PathLike) -> str:
+def sha256_of(*paths: str | os.PathLike[str]) -> str:
     """64 hexadecimal digits of the contents of files, one after the other.  Raises OSError."""
     digest = hashlib.sha256()
     for path in paths:
@@ -53,7 +53,7 @@ def sha256_of(*paths: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def _take(digest: Any, path: str | os.PathLike) -> None:
+def _take(digest: Any, path: str | os.PathLike[str]) -> None:
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from prismatic.evidence.statistics import mcnemar_exact
 
-Key = TypeVar("Key", bound=Hashable)
+
+class _Sortable(Protocol):
+    def __hash__(self) -> int: ...
+
+    def __lt__(self, other: Any, /) -> bool: ...
+
+
+Key = TypeVar("Key", bound=_Sortable)
 Cluster = TypeVar("Cluster", bound=Hashable)
 Pair = tuple[bool, bool]
 """Success of the first and of the second evaluation in one episode."""

@@ -25,7 +25,7 @@ class ResultFormatError(ValueError):
     """A result file with a missing field, an unreadable line or figures that contradict each other."""
 
 
-def read_jsonl(path: str | os.PathLike, finite: bool = True) -> list[dict[str, Any]]:
+def read_jsonl(path: str | os.PathLike[str], finite: bool = True) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file, in order.
 
     Args:
@@ -66,7 +66,7 @@ class TrainingMetrics:
         return sum(tail) / len(tail) if tail else None
 
 
-def read_metrics(name: str, path: str | os.PathLike) -> TrainingMetrics:
+def read_metrics(name: str, path: str | os.PathLike[str]) -> TrainingMetrics:
     """Metrics of a run from its JSONL file.
 
     Raises:
@@ -126,7 +126,7 @@ class Evaluation:
         return sorted({key[:2] for key in self.outcomes})
 
 
-def read_evaluation(folder: str | os.PathLike) -> Evaluation:
+def read_evaluation(folder: str | os.PathLike[str]) -> Evaluation:
     """Episodes of `episodes.jsonl`, with `results.json` beside it as a cross-check and for the facts of the run.
 
     An errored episode that a later line of the same (suite, task_id, init_idx) supersedes does not count.

@@ -74,7 +74,8 @@ def mcnemar_exact(b: int, c: int) -> float:
     b, c = _check_count("b", b), _check_count("c", c)
     n = b + c
     tail = sum(comb(n, i) for i in range(min(b, c) + 1))  # integers: exact up to the last division
-    return min(1.0, 2 * tail / 2**n)
+    p: float = 2 * tail / 2**n
+    return min(1.0, p)
 
 
 def intervals_overlap(first: tuple[float, float], second: tuple[float, float]) -> bool:

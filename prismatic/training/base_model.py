@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prismatic.model_files import CheckpointError, MissingFileError
 from prismatic.training.checkpoint_files import load_tensors, tensors_hash, weights_hash
@@ -38,7 +39,8 @@ class BaseModel:
     @classmethod
     def of_vlm(cls, path: Path) -> BaseModel:
         """Identity of a folder with a VLM alone."""
-        return cls("vlm", os.path.abspath(path), weights_hash(path))
+        # The hash is None for an index without its shards; `find` then says so.
+        return cls("vlm", os.path.abspath(path), weights_hash(path))  # type: ignore[arg-type]  # see above
 
     @classmethod
     def of_native(cls, file: Path, sha256: str) -> BaseModel:
@@ -51,7 +53,7 @@ class BaseModel:
         return {"kind": self.kind, "path": self.path, "relative": relative, "sha256": self.sha256}
 
     @classmethod
-    def from_dict(cls, values: dict | None, source: Path) -> BaseModel:
+    def from_dict(cls, values: dict[str, Any] | None, source: Path) -> BaseModel:
         """Inverse of `to_dict`; CheckpointError naming `source` when the entry is missing or of another kind."""
         if not values:
             raise CheckpointError(f"{source}: base is missing: the adapter cannot be applied to anything")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,7 +40,7 @@ from prismatic.vla.prompts import PromptKind, check_tokenizer, prompt_kind_of
 FORMAT_VERSION = 1
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
 _COUNT, _TEXT, _SWITCH, _OBJECT = ("a count", int), ("text", str), ("true or false", bool), ("an object", dict)
-_MANIFEST_FIELDS = {
+_MANIFEST_FIELDS: dict[str, tuple[str, type[Any]]] = {
     "action_head": _OBJECT,
     "action_spec": _OBJECT,
     "file_suffix": _TEXT,
@@ -49,7 +50,7 @@ _MANIFEST_FIELDS = {
     "tuning": _TEXT,
     "use_proprio": _SWITCH,
 }
-_OPTIONAL_FIELDS = {
+_OPTIONAL_FIELDS: dict[str, tuple[str, type[Any]]] = {
     "base": _OBJECT,
     "datasets": _OBJECT,
     "instructions": _OBJECT,
@@ -61,6 +62,7 @@ _OPTIONAL_FIELDS = {
     "step": _COUNT,
     "training": _OBJECT,
 }
+M = TypeVar("M", bound=nn.Module)
 _CONFIG_SIZES = ("num_images_in_input", "num_action_queries", "projector_hidden_multiplier", "pad_token_id")
 _LARGEST_SIZE = 1 << 20
 """Of a chunk, a width, a number of images, an image in pixels."""
@@ -76,12 +78,12 @@ class LoadedCheckpoint:
 
     model: VLAPolicyModel
     processor: PrismaticProcessor
-    manifest: dict
-    statistics: dict
+    manifest: dict[str, Any]
+    statistics: dict[str, Any]
     path: Path
 
 
-def read_manifest(path: Path) -> dict:
+def read_manifest(path: Path) -> dict[str, Any]:
     """The checkpoint's description; MissingFileError or CheckpointError when it is absent or of another format."""
     file = Path(path) / MANIFEST
     manifest = read_json(file)
@@ -96,7 +98,7 @@ def read_manifest(path: Path) -> dict:
     return manifest
 
 
-def _check_manifest(manifest: dict, file: Path) -> None:
+def _check_manifest(manifest: dict[str, Any], file: Path) -> None:
     """Types, sizes and names: what is read becomes sizes of tensors and names of files."""
     given = {name for name in _OPTIONAL_FIELDS if manifest.get(name) is not None} | _MANIFEST_FIELDS.keys()
     for name in sorted(given):
@@ -118,7 +120,7 @@ def _check_manifest(manifest: dict, file: Path) -> None:
         )
 
 
-def read_statistics(path: Path) -> dict:
+def read_statistics(path: Path) -> dict[str, Any]:
     """`dataset_statistics.json` of a checkpoint: {data set name: statistics}, all numbers finite and of a robot's size.
 
     Raises MissingFileError and CheckpointError, naming file and entry.
@@ -159,7 +161,7 @@ def read_config(path: Path) -> OpenVLAConfig:
     return config
 
 
-def _without_code(values: dict) -> dict:
+def _without_code(values: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in values.items() if k != "auto_map" and not k.endswith("_implementation")}
     return {k: _without_code(v) if k == "text_config" and isinstance(v, dict) else v for k, v in kept.items()}
 
@@ -184,6 +186,7 @@ def load_vla(path: Path, num_images: int | None = None, new: Collection[str] = (
     config = read_config(path)
     if num_images is not None:
         config.num_images_in_input = num_images
+    vla: OpenVLAForActionPrediction
     with reading(path), _quiet_library():
         vla, report = OpenVLAForActionPrediction.from_pretrained(
             path,
@@ -269,7 +272,7 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> 
         raise CheckpointError(f"{source} does not fit the model: {error}") from error
 
 
-def build_and_fill(build: Callable[[], nn.Module], state: dict[str, Tensor], source: Path) -> nn.Module:
+def build_and_fill(build: Callable[[], M], state: dict[str, Tensor], source: Path) -> M:
     """A module with these weights. Sizes are compared before memory is taken for them; errors as of `load_strictly`."""
     with torch.device("meta"):
         load_strictly(build(), state, source)

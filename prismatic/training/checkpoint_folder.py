@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Also the names under which others know them.
 from prismatic.evidence.files import write_json
@@ -62,7 +63,7 @@ def check_files(folder: Path, training_state: bool = False) -> bool:
     return True
 
 
-def _read_listing(path: Path) -> dict[str, dict]:
+def _read_listing(path: Path) -> dict[str, dict[str, Any]]:
     files = read_json(path).get("files")
     if not path.read_bytes().endswith(b"}\n"):
         raise CheckpointError(f"{path}: the final newline is missing, expected a complete list of files")

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -65,6 +66,7 @@ from prismatic.training.folder_kinds import check_is_checkpoint, is_published
 from prismatic.training.lora import load_adapter, merged_state_dict, verify_merge, with_unused_targets
 from prismatic.training.published import export_published, load_published
 from prismatic.training.published_spec import HeadSizes, read_robot
+from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.training_state import TrainingState, training_state_files
 from prismatic.training.vlm_folder import load_vlm
 from prismatic.vla.action_spec import ActionSpec
@@ -100,8 +102,8 @@ class Snapshot:
     suffix: str
     vla: dict[str, Tensor]
     tensors: dict[str, dict[str, Tensor]]
-    documents: dict[str, dict]
-    policy_weights: Callable[[], AbstractContextManager]
+    documents: dict[str, dict[str, Any]]
+    policy_weights: Callable[[], AbstractContextManager[Any]]
 
 
 class CpuCopies:
@@ -109,7 +111,7 @@ class CpuCopies:
 
     def __init__(self) -> None:
         # The originals are kept as well: freed memory could be given to another tensor with the same key.
-        self._copies: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._copies: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The copy, detached."""
@@ -120,7 +122,7 @@ class CpuCopies:
         return self._copies[key][1]
 
 
-def take_snapshot(cfg: FinetuneConfig, setup, state: TrainingState, copy: bool = False) -> Snapshot:
+def take_snapshot(cfg: FinetuneConfig, setup: TrainingSetup, state: TrainingState, copy: bool = False) -> Snapshot:
     """What a checkpoint of this moment holds; with `copy` the run may go on while it is written."""
     keep = CpuCopies() if copy else Tensor.detach
     suffix = "latest_checkpoint" if cfg.save_latest_checkpoint_only else f"{state.step}_checkpoint"
@@ -134,7 +136,9 @@ def take_snapshot(cfg: FinetuneConfig, setup, state: TrainingState, copy: bool =
     return Snapshot(state.step, suffix, vla, tensors, copy_values(documents), state.policy_weights)
 
 
-def _policy_tensors(model: VLAPolicyModel, suffix: str, keep: Callable[[Tensor], Tensor]) -> tuple[dict, dict]:
+def _policy_tensors(
+    model: VLAPolicyModel, suffix: str, keep: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """State of the VLM (of its adapters when it has some), and {file: tensors} of everything beside it."""
     vla, files = model.vla.state_dict(), {}
     if isinstance(model.vla, PeftModel):
@@ -147,12 +151,13 @@ def _policy_tensors(model: VLAPolicyModel, suffix: str, keep: Callable[[Tensor],
     return {name: keep(tensor) for name, tensor in vla.items()}, tensors
 
 
-def copy_values(documents: dict[str, dict]) -> dict[str, dict]:
+def copy_values(documents: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The same JSON values in new containers."""
-    return json.loads(json.dumps(documents))
+    copied: dict[str, dict[str, Any]] = json.loads(json.dumps(documents))
+    return copied
 
 
-def save_checkpoint(cfg: FinetuneConfig, setup, state: TrainingState) -> Path:
+def save_checkpoint(cfg: FinetuneConfig, setup: TrainingSetup, state: TrainingState) -> Path:
     """Write the checkpoint of `state.step` and return its folder.
 
     Raises ValueError when a merged model does not act like the adapted one, or cannot be exported;
@@ -161,7 +166,7 @@ def save_checkpoint(cfg: FinetuneConfig, setup, state: TrainingState) -> Path:
     return write_checkpoint(cfg, setup, take_snapshot(cfg, setup, state))
 
 
-def write_checkpoint(cfg: FinetuneConfig, setup, snapshot: Snapshot) -> Path:
+def write_checkpoint(cfg: FinetuneConfig, setup: TrainingSetup, snapshot: Snapshot) -> Path:
     """Write a snapshot and return its folder; errors as of `save_checkpoint`.
 
     Reads nothing from the running model but its configuration, unless adapters are merged.
@@ -200,7 +205,8 @@ def add_merged_model(model: VLAPolicyModel, folder: Path, tolerance: float = 1e-
     Raises ValueError above the tolerance. The list of files is left to the caller (`seal`, `publish`).
     """
     (folder / LISTING).unlink(missing_ok=True)  # of the files before the merge
-    base = model.vla.get_base_model()
+    adapted: Any = model.vla  # PEFT's wrapper, which stands for the VLM
+    base: OpenVLAForActionPrediction = adapted.get_base_model()
     base.save_pretrained(folder, state_dict=merged_state_dict(base))
     manifest = read_manifest(folder)
     merged = load_checkpoint(folder).model
@@ -222,7 +228,7 @@ def _write_vla(cfg: FinetuneConfig, model: VLAPolicyModel, folder: Path, state: 
     base.config.save_pretrained(folder)
 
 
-def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> dict:
+def _manifest(cfg: FinetuneConfig, setup: TrainingSetup, state: TrainingState, suffix: str) -> dict[str, Any]:
     folder = checkpoint_path(cfg, state.step)
     start = None if setup.base is None else setup.base.to_dict(folder)
     base = start if cfg.tuning_mode is TuningMode.LORA else None
@@ -250,8 +256,9 @@ def _manifest(cfg: FinetuneConfig, setup, state: TrainingState, suffix: str) -> 
     }
 
 
-def _retention_record(state: TrainingState, base: dict | None) -> dict | None:
+def _retention_record(state: TrainingState, base: dict[str, Any] | None) -> dict[str, Any] | None:
     """What the method says of itself and the identity of theta_0: the drift budget counts from there."""
+    assert state.retention is not None
     record = state.retention.record()
     if record is None:
         return None
@@ -331,8 +338,9 @@ def _load_own(path: Path, given: _Given, merged: bool) -> LoadedCheckpoint:
     adapted = manifest["tuning"] == TuningMode.LORA.value and not merged
     if not adapted:
         _refuse_base(path, given)
-    vla = _load_adapted_vla(path, manifest, given) if adapted else load_vla(path)
-    bare = vla.get_base_model() if adapted else vla
+    # Any: PEFT's wrapper stands for the VLM.
+    vla: Any = _load_adapted_vla(path, manifest, given) if adapted else load_vla(path)
+    bare: OpenVLAForActionPrediction = vla.get_base_model() if adapted else vla
     file, options = path / f"action_head--{suffix}.safetensors", manifest["action_head"]
     with reading(path / MANIFEST):
         head = build_and_fill(lambda: L1RegressionActionHead(**options), load_tensors(file), file)
@@ -345,7 +353,7 @@ def _load_own(path: Path, given: _Given, merged: bool) -> LoadedCheckpoint:
     return LoadedCheckpoint(model.eval(), load_processor(path, bare), manifest, read_statistics(path), path)
 
 
-def _check_prompt(path: Path, manifest: dict) -> None:
+def _check_prompt(path: Path, manifest: dict[str, Any]) -> None:
     body, found = read_config(path).text_config.model_type, manifest["prompt_kind"]
     expected = prompt_kind_of(body).value
     if found != expected:
@@ -354,15 +362,15 @@ def _check_prompt(path: Path, manifest: dict) -> None:
         )
 
 
-def _load_adapted_vla(path: Path, manifest: dict, given: _Given) -> PeftModel:
+def _load_adapted_vla(path: Path, manifest: dict[str, Any], given: _Given) -> PeftModel:
     adapter = existing(path / "lora_adapter")
     adapted = load_adapter(_load_base(path, manifest, given), adapter)
     file = path / f"action_queries--{manifest['file_suffix']}.safetensors"
-    load_strictly(adapted.get_base_model().action_queries, load_tensors(file), file)
+    load_strictly(adapted.get_base_model().get_submodule("action_queries"), load_tensors(file), file)
     return adapted
 
 
-def _load_base(path: Path, manifest: dict, given: _Given) -> OpenVLAForActionPrediction:
+def _load_base(path: Path, manifest: dict[str, Any], given: _Given) -> OpenVLAForActionPrediction:
     """The VLM that the adapters in `path` belong to; errors as of `BaseModel.find`, and for another native file."""
     base = BaseModel.from_dict(manifest.get("base"), path / MANIFEST)
     place = base.find(path, given.base, given.chain)

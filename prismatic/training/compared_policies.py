@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prismatic.training.checkpoint_files import LoadedCheckpoint, tensors_hash
 from prismatic.vla.datasets.registry import alternative_name
 from prismatic.vla.normalization import STATISTICS_FILE, StatisticsError, resolve_statistics_key
@@ -19,7 +21,7 @@ def check_comparable(start: LoadedCheckpoint, trained: LoadedCheckpoint) -> None
         raise ValueError(f"{trained.path}: {extra[:3]} are not in the start model {start.path}")
 
 
-def _conventions(loaded: LoadedCheckpoint) -> dict:
+def _conventions(loaded: LoadedCheckpoint) -> dict[str, Any]:
     shapes = {f"shape of vla.{name}": tuple(p.shape) for name, p in loaded.model.vla.named_parameters()}
     image = loaded.manifest["image_spec"]
     return {
@@ -31,7 +33,7 @@ def _conventions(loaded: LoadedCheckpoint) -> dict:
     }
 
 
-def describe_checkpoint(loaded: LoadedCheckpoint) -> dict:
+def describe_checkpoint(loaded: LoadedCheckpoint) -> dict[str, Any]:
     """Which policy it is: path, step, sha256 over all its weights (adapters merged) and how it was trained."""
     training = loaded.manifest.get("training", {})
     names = ("config_file_path", "dataset_name", "retention_method", "image_aug", "blind_images", "seed")
@@ -45,7 +47,7 @@ def describe_checkpoint(loaded: LoadedCheckpoint) -> dict:
     }
 
 
-def find_key(statistics: dict, name: str) -> str | None:
+def find_key(statistics: dict[str, Any], name: str) -> str | None:
     """Key of a data set under either spelling of its name, None without one."""
     for candidate in (name, alternative_name(name)):
         if candidate in statistics:

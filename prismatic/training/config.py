@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
+from typing import Any
 
 from prismatic.command_line import check_values
 from prismatic.craft.settings import PRESET_FIELDS, CRaFTConfig, plain_values
@@ -40,7 +41,7 @@ MEMORIES = ("batch", "data", "instructions")
 AIM = 1.1
 """A run that lands steers to this multiple of its budget."""
 # What a preset says beyond the settings of the constraint. memory_share: of the batch.
-_PRESET_TRAINING: dict[str, dict] = {"keep": {"memory": "instructions", "every": 2, "memory_share": 0.25}}
+_PRESET_TRAINING: dict[str, dict[str, Any]] = {"keep": {"memory": "instructions", "every": 2, "memory_share": 0.25}}
 
 
 # Flags that do not change what a run learns.
@@ -355,6 +356,6 @@ class FinetuneConfig(
             return self.mixed_precision
         return "bf16" if on_cuda else "no"
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return plain_values(asdict(self))

@@ -12,7 +12,8 @@ from prismatic.training.memory.report import lines
 from prismatic.training.memory.start_shape import empty_start
 from prismatic.training.memory.trace import precision_of, trace_step
 from prismatic.training.retention.methods import build_memories
-from prismatic.training.setup import TrainingSetup, build_setup
+from prismatic.training.setup import build_setup
+from prismatic.training.training_setup import TrainingSetup
 from prismatic.vla.datasets.collator import VLACollator
 
 

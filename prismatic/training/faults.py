@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -39,7 +40,7 @@ FAULTS = (
 """How a training can end by no mistake of this code; the message says what to do."""
 
 
-def batches_of(loader: DataLoader) -> Iterator[dict]:
+def batches_of(loader: DataLoader[Any]) -> Iterator[dict[str, Any]]:
     """The loader's batches; its workers end with the iteration.
 
     Their own clean-up comes too late after an error, whose traceback holds on to the iterator: until then torch raises

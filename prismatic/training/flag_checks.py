@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from enum import Enum
+from typing import Protocol
 
 from prismatic.command_line import one_of
 from prismatic.craft.settings import PRESETS, CRaFTConfig, DualKind, SignalKind
@@ -22,7 +23,14 @@ _OF_FEATURES = (
 _OF_OTHER_DUALS = ("retention_weight", "dual_lr", "dual_error", "dual_ki", "dual_kp", "lambda_max", "fixed_lambda")
 
 
-def check_unread(cfg, config: CRaFTConfig) -> None:
+class _Flags(Protocol):
+    """What is read of `FinetuneConfig`, beside one `craft_*` flag per setting."""
+
+    craft_preset: str
+    retention_method: str | None
+
+
+def check_unread(cfg: _Flags, config: CRaFTConfig) -> None:
     """ValueError for the first `--craft_*` flag of `cfg` that the settings `config`, made of it, leave without effect.
 
     The flags of the original procedure are not looked at there: its ablations give them together.
@@ -42,7 +50,7 @@ def check_unread(cfg, config: CRaFTConfig) -> None:
             raise ValueError(f"--craft_{name} {getattr(cfg, f'craft_{name}')} {why}; leave it out")
 
 
-def _changed(cfg) -> set[str]:
+def _changed(cfg: _Flags) -> set[str]:
     """Settings of the constraint whose flag is neither its default nor what the preset says anyway."""
     preset = PRESETS[cfg.craft_preset]
     changed = set()

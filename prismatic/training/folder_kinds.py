@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from prismatic.model_files import (
     CheckpointError,
@@ -226,7 +227,7 @@ def _unknown(path: Path) -> str:
     )
 
 
-def _json(file: Path) -> dict:
+def _json(file: Path) -> dict[str, Any]:
     """A description that decides words only: nothing is said of one that cannot be read."""
     try:
         return read_json(file) if file.is_file() and file.stat().st_size < _SMALL else {}

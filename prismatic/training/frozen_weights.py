@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class _Exact:
         """On the CPU, in the dtype the weight had."""
         return narrow.detach().cpu().to(self._dtype) if self._kept is None else self._kept
 
-    def __deepcopy__(self, _memo: dict) -> _Exact:
+    def __deepcopy__(self, _memo: dict[int, Any]) -> _Exact:
         return self
 
 
@@ -58,11 +59,11 @@ def narrow_frozen_weights(model: nn.Module, dtype: torch.dtype) -> int:
     return count
 
 
-def _give_exact(module: nn.Module, state: dict, prefix: str, _metadata: dict) -> None:
+def _give_exact(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
     state[f"{prefix}weight"] = getattr(module, _KEEPER).values(module.weight)
 
 
-def _take_exact(module: nn.Module, state: dict, prefix: str, *_rest: object) -> None:
+def _take_exact(module: nn.Module, state: dict[str, Any], prefix: str, *_rest: object) -> None:
     weight = state.get(f"{prefix}weight")
     if weight is not None:
         getattr(module, _KEEPER).remember(weight.detach(), weight.detach().to(module.weight.dtype))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from prismatic.training.checkpoint_folder import CheckpointError
+from prismatic.model_files import CheckpointError
 
 _ENTRY = "instructions"
 
 
-def recorded_instructions(manifest: Mapping, source: Path) -> dict[str, list[str]]:
+def recorded_instructions(manifest: Mapping[str, Any], source: Path) -> dict[str, list[str]]:
     """The entry of a checkpoint's manifest; {} for one without it (older and published checkpoints).
 
     CheckpointError naming `source`, the file it was read from, for an entry of another form.
@@ -19,11 +20,12 @@ def recorded_instructions(manifest: Mapping, source: Path) -> dict[str, list[str
     lists = recorded.values() if isinstance(recorded, dict) else [None]
     if not all(isinstance(found, list) and all(isinstance(text, str) for text in found) for found in lists):
         raise CheckpointError(f"{source}: {_ENTRY} is {recorded!r}, expected {{data set name: [sentence, ...]}}")
-    return recorded
+    checked: dict[str, list[str]] = recorded
+    return checked
 
 
 def with_trained_on(
-    recorded: Mapping[str, list[str]], data: Mapping[str, Mapping[str, Mapping]]
+    recorded: Mapping[str, list[str]], data: Mapping[str, Mapping[str, Mapping[str, Any]]]
 ) -> dict[str, list[str]]:
     """`recorded` and the instructions of the kept episodes of the training data, distinct and sorted per data set.
 

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -61,7 +62,7 @@ class Parts(str, Enum):
         vlm = self.vlm_component
         if with_adapters:  # of the VLM only the action queries are trained beside them
             vlm = _QUERIES if vlm == _VLA else None
-        return [vlm] * (vlm is not None) + [_HEAD, _PROPRIO] * self.has_head
+        return ([] if vlm is None else [vlm]) + [_HEAD, _PROPRIO] * self.has_head
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class _Start:
     path: Path
     sha256: str
     tensors: dict[str, dict[str, Tensor]]
-    conventions: dict
+    conventions: dict[str, Any]
 
 
 def check_scale(scale: float) -> float:
@@ -123,15 +124,18 @@ def interpolate_checkpoint(
     if is_lora(checkpoint):
         start = _start_of_adapters(checkpoint, base, parts)
         loaded = load_unmerged(checkpoint, base)
+        adapted: Any = loaded.model.vla  # PEFT's wrapper, which stands for the VLM
         if parts.vlm_component is not None:
-            scale_adapters(_adapted(loaded.model.vla, parts.vlm_component), scale)
-        loaded.model.vla = loaded.model.vla.merge_and_unload()
+            scale_adapters(_adapted(adapted, parts.vlm_component), scale)
+        loaded.model.vla = adapted.merge_and_unload()
     else:
         loaded = load_checkpoint(checkpoint, robot=robot)
         start = _start_of_weights(loaded, base, parts)
     _check_fits(loaded, start, parts)
     for component, tensors in start.tensors.items():
-        _interpolate_(_component(loaded, component), tensors, scale)
+        module = _component(loaded, component)
+        assert module is not None  # `_check_fits` has found it
+        _interpolate_(module, tensors, scale)
     record = {
         "adapter_scale": scale,
         "parts": parts.value,
@@ -147,7 +151,8 @@ def is_lora(checkpoint: Path) -> bool:
     """Whether the folder holds adapters of ours, merged or not."""
     if not (checkpoint / MANIFEST).exists():  # published folders hold merged models
         return False
-    return read_manifest(checkpoint)["tuning"] == TuningMode.LORA.value
+    tuning: str = read_manifest(checkpoint)["tuning"]
+    return tuning == TuningMode.LORA.value
 
 
 def _adapted(vla: PeftModel, component: str) -> nn.Module:
@@ -161,7 +166,7 @@ def _parts(value: str | Parts) -> Parts:
         raise ValueError(f"--parts is {value!r}, expected one of {', '.join(p.value for p in Parts)}") from None
 
 
-def _manifest(manifest: dict, interpolation: dict) -> dict:
+def _manifest(manifest: dict[str, Any], interpolation: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in manifest.items() if key != "merge"}
     changes = {"tuning": TuningMode.FULL.value, "base": None, "interpolation": interpolation}
     return {"file_suffix": _LATEST, **kept, **changes}
@@ -225,7 +230,7 @@ def _parameters(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
-def _conventions(loaded: LoadedCheckpoint) -> dict:
+def _conventions(loaded: LoadedCheckpoint) -> dict[str, Any]:
     """What gives head and projector their meaning beside their shapes."""
     head = {f"action_head.{name}": value for name, value in loaded.model.action_head.config.items()}
     return {"legacy_slices": loaded.model.legacy_slices, "action_spec": loaded.manifest["action_spec"], **head}
@@ -252,7 +257,9 @@ def _check_fits(loaded: LoadedCheckpoint, start: _Start, parts: Parts) -> None:
         )
     for component, tensors in start.tensors.items():
         where = f"{_file_of(start.path, component)}, start model of {loaded.path}"
-        _check_same_shapes(_parameters(_component(loaded, component)), tensors, component, where)
+        module = _component(loaded, component)
+        assert module is not None  # a proprio projector is there, or was refused above
+        _check_same_shapes(_parameters(module), tensors, component, where)
     if not parts.has_head:
         return
     for name, value in _conventions(loaded).items():

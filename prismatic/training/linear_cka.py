@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from prismatic.training.representation_passes import Pooled
@@ -18,10 +20,10 @@ def linear_cka(x: np.ndarray, y: np.ndarray) -> float | None:
     """
     if len(x) != len(y):
         raise ValueError(f"features of {len(x)} and {len(y)} samples, expected the same samples")
-    centred = [_centred(values) for values in (x, y)]
-    if any(values is None for values in centred):
+    first, second = _centred(x), _centred(y)
+    if first is None or second is None:
         return None
-    x, y = centred
+    x, y = first, second
     if len(x) < x.shape[1] + y.shape[1]:  # the same numbers from (N, N) matrices, which are smaller
         x, y = x @ x.T, y @ y.T
         value = (x * y).sum() / (np.linalg.norm(x) * np.linalg.norm(y))
@@ -36,10 +38,10 @@ def _centred(values: np.ndarray) -> np.ndarray | None:
     return None if np.square(centred).sum() <= CONSTANT * np.square(values).sum() else centred
 
 
-def cka_of_parts(start: Pooled, trained: Pooled) -> dict:
+def cka_of_parts(start: Pooled, trained: Pooled) -> dict[str, Any]:
     """CKA of both halves of the features, and of patches and queries by hidden state."""
     width = start.f.shape[1] // 2
-    result = {
+    result: dict[str, Any] = {
         "raw": linear_cka(start.f[:, :width], trained.f[:, :width]),
         "aq": linear_cka(start.f[:, width:], trained.f[:, width:]),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -54,10 +55,12 @@ class LinearProbe:
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """(N, F) -> (N, T) float64."""
-        return self._standardised(features.astype(np.float64)) @ self._weights + self._offset
+        predicted: np.ndarray = self._standardised(features.astype(np.float64)) @ self._weights + self._offset
+        return predicted
 
     def _standardised(self, features: np.ndarray) -> np.ndarray:
-        return (features - self._mean) / self._scale
+        standardised: np.ndarray = (features - self._mean) / self._scale
+        return standardised
 
 
 def r_squared(targets: np.ndarray, predicted: np.ndarray) -> list[float | None]:
@@ -68,7 +71,7 @@ def r_squared(targets: np.ndarray, predicted: np.ndarray) -> list[float | None]:
     return [float(1 - r / t) if spread > 0 else None for r, t, spread in columns]
 
 
-def probe_features(start: np.ndarray, trained: np.ndarray, targets: ProbeTargets, seed: int) -> dict | None:
+def probe_features(start: np.ndarray, trained: np.ndarray, targets: ProbeTargets, seed: int) -> dict[str, Any] | None:
     """Linear probes from features (N, F) to the position in metres and to the instruction (one-hot least squares).
 
     Fitted on the episodes that are not held out, tested on those that are: `start`, `trained` (fitted anew) and `stale`
@@ -96,7 +99,7 @@ def probe_features(start: np.ndarray, trained: np.ndarray, targets: ProbeTargets
     }
 
 
-def _scores(position: np.ndarray, instruction: np.ndarray, predicted: np.ndarray) -> dict:
+def _scores(position: np.ndarray, instruction: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
     found = r_squared(position, predicted[:, :3])
     defined = [value for value in found if value is not None]
     error = np.sqrt(np.square(position - predicted[:, :3]).mean(axis=0))

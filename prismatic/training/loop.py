@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from prismatic.evidence.files import write_json
-from prismatic.training.checkpoint_folder import MANIFEST, read_json
+from prismatic.model_files import read_json
+from prismatic.training.checkpoint_folder import MANIFEST
 from prismatic.training.compilation import compile_policy
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.ema import WeightAverage
@@ -24,17 +26,18 @@ from prismatic.training.faults import batches_of, explained_faults
 from prismatic.training.frozen_weights import narrow_frozen_weights
 from prismatic.training.processes import product_dtype_of
 from prismatic.training.resumed_flags import check_resumed_flags
+from prismatic.training.retention.craft import CRaFT
 from prismatic.training.retention.drift_monitor import DriftMonitor
 from prismatic.training.retention.landing import SAMPLES, Landing
 from prismatic.training.retention.memory import to_device
 from prismatic.training.retention.methods import build_retention, monitored_batches
 from prismatic.training.run_folder import clear_run_folder
 from prismatic.training.saving import CheckpointSaver, folder_to_resume
-from prismatic.training.setup import TrainingSetup
 from prismatic.training.step import StepContext, optimizer_step
 from prismatic.training.stop_signal import StopSignal, ignore_stop_signals
 from prismatic.training.throughput import Throughput, throughput_text
 from prismatic.training.tracking import Tracker, say
+from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.training_state import TrainingState, restore_training_state
 from prismatic.training.validation import ValidationSettings, Validator
 from prismatic.vla.datasets.collator import VLACollator
@@ -62,7 +65,7 @@ class Trainer:
         self.retention = build_retention(cfg, self.model, setup, accelerator, self._collator())
         self.monitor = self._build_monitor()
         reduce_mean = self._reduce_mean if accelerator.num_processes > 1 else None
-        self.landing = Landing(self.retention, reduce_mean) if cfg.craft_land else None
+        self.landing = Landing(self._craft, reduce_mean) if cfg.craft_land else None
         self.ema = None if cfg.ema_decay is None else WeightAverage(self.bare_model, cfg.ema_decay)
         self.validator = self._build_validator()
         self.throughput = Throughput(self._samples_per_step, accelerator.device)
@@ -108,7 +111,7 @@ class Trainer:
             if self.tracker is not None:
                 self.tracker.close()
 
-    def _train_one_step(self, batches: Iterator[dict]) -> dict[str, float]:
+    def _train_one_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
         learning_rate = self.cfg.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -130,7 +133,7 @@ class Trainer:
         """One line when the budget proves to be out of reach."""
         name = "CRaFT/Out Of Reach"
         if metrics.get(name) and not self._constraint_metrics.get(name) and self.tracker is not None:
-            self.tracker.message(f"Warning: {self.retention.out_of_reach_warning()}")
+            self.tracker.message(f"Warning: {self._craft.out_of_reach_warning()}")
 
     def _validate(self) -> dict[str, float]:
         """Action error on the held-out episodes, of the weights that a checkpoint would hold; {} between two times."""
@@ -176,7 +179,8 @@ class Trainer:
 
     @property
     def _samples_per_step(self) -> int:
-        return self.cfg.batch_size * self.cfg.grad_accumulation_steps * self.accelerator.num_processes
+        samples: int = self.cfg.batch_size * self.cfg.grad_accumulation_steps * self.accelerator.num_processes
+        return samples
 
     def _state(self) -> TrainingState:
         return TrainingState(
@@ -202,6 +206,7 @@ class Trainer:
         self._resumed_at = state.step, state.samples_seen
         self._constraint_metrics = state.constraint_metrics
         self.sampler.load_state_dict(state.sampler or self.sampler.state_dict(state.samples_seen))
+        assert state.generators is not None  # filled in by `restore_training_state`
         if len(state.generators) != world and self.accelerator.is_main_process:
             say(
                 f"{folder.name} was saved by {len(state.generators)} processes, this run has {world}: generators of "
@@ -211,20 +216,26 @@ class Trainer:
     def _build_monitor(self) -> DriftMonitor | None:
         if self.cfg.craft_probe_data is None:
             return None
-        return DriftMonitor(self.retention, monitored_batches(self.cfg, self.setup, self._collator(), self.accelerator))
+        return DriftMonitor(self._craft, monitored_batches(self.cfg, self.setup, self._collator(), self.accelerator))
 
     def _land(self) -> None:
         """After the last step: go back to the budget, on fixed samples of the memories."""
         if self.landing is None or self.step != self.cfg.max_steps:
             return
-        per_batch = sum(m.size or self.cfg.batch_size for m in self.retention.memories)
+        per_batch = sum(m.size or self.cfg.batch_size for m in self._craft.memories)
         count = math.ceil(SAMPLES / (per_batch * self.accelerator.num_processes))
         with closing(self._batches(self._first_samples())) as batches:
-            scale = self.landing.land(self.retention.memory_batches(batches, count))
+            scale = self.landing.land(self._craft.memory_batches(batches, count))
         if self.tracker is not None:
             self.tracker.message(
                 f"CRaFT: landed at {scale:.3f} of the way from the start weights, drift {self.landing.drift:.3g}"
             )
+
+    @property
+    def _craft(self) -> CRaFT:
+        """The method of a run whose flags ask for what only the constraint has."""
+        assert isinstance(self.retention, CRaFT)
+        return self.retention
 
     def _say_verdict(self) -> None:
         verdict = None if self.retention is None else self.retention.verdict()
@@ -259,11 +270,11 @@ class Trainer:
             }
         return Tracker(self.setup.run_dir, self.step, wandb_settings, cfg.use_tensorboard)
 
-    def batches(self) -> Iterator[dict]:
+    def batches(self) -> Generator[dict[str, Any], None, None]:
         """Endless batches on the training device, from the sampler's position."""
         return self._batches(self.sampler)
 
-    def _batches(self, sampler: EpochSampler) -> Iterator[dict]:
+    def _batches(self, sampler: EpochSampler) -> Generator[dict[str, Any], None, None]:
         loader = DataLoader(
             self.setup.dataset,
             batch_size=self.cfg.batch_size,
@@ -296,10 +307,12 @@ class Trainer:
         return Validator(self.setup.val_dataset, self._collator(), settings, accelerator.device)
 
     def _reduce_sum(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, reduction="sum")
+        total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
+        return total
 
     def _reduce_mean(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, reduction="mean")
+        mean: Tensor = self.accelerator.reduce(tensor, reduction="mean")
+        return mean
 
     def _is_logged(self, steps_done: int) -> bool:
         if self.validator is not None and self._is_validated(steps_done):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
@@ -19,7 +20,7 @@ ADAPTER_PREFIX = "base_model.model."
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST_RANK = 4096
 # Fields that change what adapters compute or name code, and the values under which they do neither.
-_PLAIN = {
+_PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "fan_in_fan_out": (False, None),
@@ -43,7 +44,8 @@ def load_adapter(bare: OpenVLAForActionPrediction, folder: Path) -> PeftModel:
     state, config = load_tensors(folder / ADAPTER_WEIGHTS), _read_adapter_config(folder / ADAPTER_CONFIG)
     with reading(folder):
         adapted = PeftModel(bare, config)
-        missing = set_peft_model_state_dict(adapted, state).missing_keys
+        result: Any = set_peft_model_state_dict(adapted, state)  # its annotation has no fields
+        missing = result.missing_keys
     missing = [name for name in missing if ".lora_" in name]
     if missing:
         raise CheckpointError(f"{folder / ADAPTER_WEIGHTS}: no weights of the adapters {sorted(missing)[:3]}")
@@ -96,10 +98,11 @@ def with_unused_targets(state: dict[str, Tensor], vla: OpenVLAForActionPredictio
     state = dict(state)
     for name in unused_targets(vla):
         layer = vla.get_submodule(name)
+        assert isinstance(layer, nn.Linear)  # the patch embeddings are reached
         key = f"{ADAPTER_PREFIX}{name}"
         state[f"{key}.lora_A.weight"] = torch.zeros(rank, layer.in_features)
         state[f"{key}.lora_B.weight"] = torch.zeros(layer.out_features, rank)
-    head = vla.get_output_embeddings().weight.detach().clone()
+    head = vla.get_output_embeddings().get_parameter("weight").detach().clone()
     state[f"{ADAPTER_PREFIX}language_model.lm_head.base_layer.weight"] = head
     return state
 
@@ -109,7 +112,8 @@ def merged_state_dict(base: nn.Module) -> dict[str, Tensor]:
 
     `base` is the model inside the PEFT wrapper; it is not changed. Tensors without an adapter are not copied.
     """
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    # Any: every kind of layer has `get_delta_weight`, their common class does not.
+    layers: dict[str, Any] = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     merged = {}
     for key, tensor in base.state_dict().items():
         if ".lora_" in key:
@@ -147,7 +151,8 @@ def _fixed_outputs(model: VLAPolicyModel) -> Tensor:
     model.eval()
     try:
         with exact_frozen_weights(model):
-            return model(batch).actions.float().cpu()
+            actions: Tensor = model(batch).actions.float().cpu()
+            return actions
     finally:
         for module in training:
             module.training = True

@@ -15,6 +15,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def load_published(
         projector = build_and_fill(lambda: ProprioProjector(*sized), proprio, file)
     else:
         statistics = {name: _without_proprio(entry, spec) for name, entry in statistics.items()}
-    options = _head_options(state, vla.config, spec)
+    options = _head_options(state, cast(OpenVLAConfig, vla.config), spec)
     with reading(head_file):
         head = build_and_fill(lambda: L1RegressionActionHead(**options), state, head_file)
     with reading(path):
@@ -90,7 +91,7 @@ class PublishedShape:
     """Sizes of a published policy."""
 
     config: OpenVLAConfig
-    head: dict
+    head: dict[str, Any]
     action_spec: ActionSpec
     has_proprio: bool
 
@@ -106,7 +107,7 @@ def published_shape(
 
 
 def _components(
-    path: Path, statistics: dict, robot: str | ActionSpec | None, data_set: str | None
+    path: Path, statistics: dict[str, Any], robot: str | ActionSpec | None, data_set: str | None
 ) -> tuple[Path, dict[str, Tensor], dict[str, Tensor] | None, ActionSpec]:
     """The head's file, the tensors of head and proprio projector, and the action specification."""
     head_file = _only_component(path, _HEAD)
@@ -116,7 +117,7 @@ def _components(
     return head_file, state, proprio, published_spec(sizes, statistics, path, robot, data_set)
 
 
-def _without_proprio(entry: dict, spec: ActionSpec) -> dict:
+def _without_proprio(entry: dict[str, Any], spec: ActionSpec) -> dict[str, Any]:
     """Statistics of a policy that reads no robot state: public files hold zeros of any number there, or nothing."""
     quantities = ("mean", "std", "max", "min", "q01", "q99")
     found = entry.get("proprio")
@@ -125,7 +126,7 @@ def _without_proprio(entry: dict, spec: ActionSpec) -> dict:
     return entry | {"proprio": dict.fromkeys(quantities, [0.0] * spec.proprio_dim)}
 
 
-def _derived_manifest(model: VLAPolicyModel, spec: ActionSpec) -> dict:
+def _derived_manifest(model: VLAPolicyModel, spec: ActionSpec) -> dict[str, Any]:
     image = ImageSpec(size=model.vla.vision_backbone.featurizer.spec.image_size)
     return {
         "format_version": FORMAT_VERSION,
@@ -181,7 +182,7 @@ def _proprio_dim(state: dict[str, Tensor], path: Path) -> int:
     return state["fc1.weight"].shape[-1]
 
 
-def _head_options(state: dict[str, Tensor], config: OpenVLAConfig, spec: ActionSpec) -> dict:
+def _head_options(state: dict[str, Tensor], config: OpenVLAConfig, spec: ActionSpec) -> dict[str, Any]:
     blocks = {int(m[1]) for key in state if (m := re.match(r"model\.mlp_resnet_blocks\.(\d+)\.", key))}
     return {
         "hidden_dim": state["model.fc2.weight"].shape[-1],

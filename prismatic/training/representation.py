@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class MeasureSettings:
 
 def measure_retention(
     start: LoadedCheckpoint, trained: LoadedCheckpoint, data_root_dir: str, dataset_name: str, settings: MeasureSettings
-) -> dict:
+) -> dict[str, Any]:
     """All measures of `trained` against `start` on one data set, ready for JSON; undefined numbers are None.
 
     The policies are moved to the device and frozen. Memory grows by 2 (layers + 2) times the width in floats per sample
@@ -135,7 +136,7 @@ class MeasuredSamples:
         self.indices = evenly_spread(self._seen.window_counts[self.name], settings.max_samples, settings.seed)
         self._labels = [self._label(index) for index in self.indices]
 
-    def batches(self, batch_size: int) -> Iterator[tuple[dict, dict]]:
+    def batches(self, batch_size: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Batches of the start model and of the trained policy: the same images, each with its own numbers."""
         for first in range(0, len(self.indices), batch_size):
             chosen = slice(first, first + batch_size)
@@ -144,11 +145,11 @@ class MeasuredSamples:
             own = {name: torch.from_numpy(np.stack([n[name] for n in numbers])) for name in ("proprio", "actions")}
             yield batch, batch | own
 
-    def _label(self, index: int) -> dict:
+    def _label(self, index: int) -> dict[str, Any]:
         """A sample of the trained policy without its images."""
         return {name: value for name, value in self._numbers[(0, index)].items() if name != "images"}
 
-    def _sample(self, index: int) -> dict:
+    def _sample(self, index: int) -> dict[str, Any]:
         sample = self._seen[(0, index)]
         if not self._image_spec.center_crop:
             return sample
@@ -171,7 +172,7 @@ class MeasuredSamples:
             held_out=np.array([episode in tested for episode, _ in where]),
         )
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """Name, fingerprint and amount of the data, JSON-ready."""
         samples = self._labels
         return {
@@ -203,6 +204,6 @@ def evenly_spread(counts: Sequence[int], limit: int, seed: int) -> list[int]:
     return sorted(chosen)
 
 
-def write_report(report: dict, path: str | Path) -> None:
+def write_report(report: dict[str, Any], path: str | Path) -> None:
     """Write JSON in one go; missing folders are made. ValueError for NaN and infinity."""
     write_json(path, report, allow_nan=False)

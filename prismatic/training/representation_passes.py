@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -34,6 +35,7 @@ class Pooled:
     @classmethod
     def of(cls, features: dict[str, BridgeFeatures]) -> Pooled:
         bridge = features[FeatureSource.BRIDGE.value]
+        assert bridge.raw is not None and bridge.aq is not None  # `_SOURCES` anchor both parts
         values = features[FeatureSource.ORIGINAL.value].f, bridge.raw.pooled, bridge.aq.pooled
         return cls(*(value.cpu().numpy() for value in values))
 
@@ -51,7 +53,7 @@ class Record:
         self._l1: dict[str, float] = defaultdict(float)
         self._count = 0
 
-    def add(self, models: Sequence[VLAPolicyModel], batches: Sequence[dict]) -> None:
+    def add(self, models: Sequence[VLAPolicyModel], batches: Sequence[dict[str, Any]]) -> None:
         """Run both models, start first, each on its batch of the same samples."""
         (first, states), (last, trained_states) = map(_run, models, batches)
         self._count += len(batches[0]["actions"])
@@ -66,7 +68,7 @@ class Record:
             error = (head.actions_of(own, batch).float() - batch["actions"]).abs()
             self._l1[name] += float(error.mean(dim=(1, 2)).double().sum())
 
-    def _add_drift(self, features: dict, anchor: dict, samples: int) -> None:
+    def _add_drift(self, features: dict[str, Any], anchor: dict[str, Any], samples: int) -> None:
         for source, config in _SOURCES.items():
             for metric in _METRICS:
                 for part, (w_raw, w_aq) in _PART_WEIGHTS.items():
@@ -74,9 +76,9 @@ class Record:
                     loss = retention_loss(features[source], anchor[source], settings)
                     self._drift[source, metric.value, part] += float(loss) * samples
 
-    def drift(self) -> dict:
+    def drift(self) -> dict[str, Any]:
         """{feature source: {metric: {total, raw, aq}}}, means over samples."""
-        result: dict = {}
+        result: dict[str, Any] = {}
         for (source, metric, part), value in self._drift.items():
             result.setdefault(source, {}).setdefault(metric, {})[part] = value / self._count
         return result
@@ -86,9 +88,11 @@ class Record:
         return {name: value / self._count for name, value in self._l1.items()}
 
 
-def _run(model: VLAPolicyModel, batch: dict) -> tuple[dict[str, BridgeFeatures], tuple[Tensor, Tensor]]:
+def _run(model: VLAPolicyModel, batch: dict[str, Any]) -> tuple[dict[str, BridgeFeatures], tuple[Tensor, Tensor]]:
     """Features by source, and the bridge states that the head reads."""
     batch = model.share_vision(batch)
     outputs = {name: model.anchor_features(batch, craft_request(config)) for name, config in _SOURCES.items()}
     features = {name: CRaFTFeatureExtractor(_SOURCES[name]).parts(*output) for name, output in outputs.items()}
-    return features, outputs[FeatureSource.BRIDGE.value][:2]
+    raw, aq, _ = outputs[FeatureSource.BRIDGE.value]
+    assert raw is not None and aq is not None
+    return features, (raw, aq)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from prismatic.training.config import FinetuneConfig
 
@@ -27,7 +28,9 @@ _FREE = ("craft_preset", "craft_log_freq", "craft_probe_data", "craft_probe_size
 _OURS = ("retention_", "l2sp_", "replay_", "craft_")
 
 
-def check_resumed_flags(cfg: FinetuneConfig, saved: Mapping, folder: Path, say: Callable[[str], None]) -> None:
+def check_resumed_flags(
+    cfg: FinetuneConfig, saved: Mapping[str, Any], folder: Path, say: Callable[[str], None]
+) -> None:
     """Compare with the flags that the checkpoint `folder` records. Flags that it does not record are not compared.
 
     Raises ValueError naming the first flag that must be what it was; says each other one about keeping skills that

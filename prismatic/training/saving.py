@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from prismatic.model_files import CheckpointError, existing
 from prismatic.output_folder import release
 from prismatic.training.checkpoint_folder import (
     TRAINING_STATE,
-    CheckpointError,
     check_files,
-    existing,
     find_checkpoints,
     point_to,
     prune,
@@ -23,6 +23,7 @@ from prismatic.training.checkpoint_folder import (
 from prismatic.training.checkpoints import Snapshot, checkpoint_path, take_snapshot, write_checkpoint
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.run_folder import claim_run_folder
+from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.training_state import TrainingState, generator_states
 
 
@@ -38,9 +39,11 @@ class CheckpointSaver:
         say: prints a line.
     """
 
-    def __init__(self, cfg: FinetuneConfig, setup, accelerator: Accelerator, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, cfg: FinetuneConfig, setup: TrainingSetup, accelerator: Accelerator, say: Callable[[str], None]
+    ) -> None:
         self._cfg, self._setup, self._accelerator, self._say = cfg, setup, accelerator, say
-        self._writing: Future | None = None
+        self._writing: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if cfg.async_save and accelerator.is_main_process else None
         if accelerator.is_main_process:
             claim_run_folder(cfg)
@@ -105,7 +108,7 @@ def folder_to_resume(cfg: FinetuneConfig, accelerator: Accelerator, say: Callabl
     """
     if not cfg.resume:
         return None
-    answer: list = [None, None]
+    answer: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             answer[0] = _choose(cfg, say)
@@ -115,7 +118,8 @@ def folder_to_resume(cfg: FinetuneConfig, accelerator: Accelerator, say: Callabl
         broadcast_object_list(answer)
     if answer[1] is not None:
         raise answer[1]
-    return answer[0]
+    folder: Path | None = answer[0]
+    return folder
 
 
 def _choose(cfg: FinetuneConfig, say: Callable[[str], None]) -> Path | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -34,11 +35,12 @@ from prismatic.training.checkpoint_folder import MANIFEST
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.config import FinetuneConfig, TuningMode
 from prismatic.training.folder_kinds import is_vlm
-from prismatic.training.instruction_record import recorded_instructions, with_trained_on
+from prismatic.training.instruction_record import recorded_instructions
 from prismatic.training.lora import lora_targets
 from prismatic.training.published import check_exportable
 from prismatic.training.retention.old_data import open_old_data
 from prismatic.training.tracking import say
+from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.vlm_folder import load_vlm
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
@@ -63,37 +65,9 @@ class StartModel:
     image_spec: ImageSpec
     base: BaseModel | None
     origin: str
-    statistics: dict = field(default_factory=dict)
-    dataset_metadata: dict = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
+    dataset_metadata: dict[str, Any] = field(default_factory=dict)
     instructions: dict[str, list[str]] = field(default_factory=dict)
-
-
-@dataclass
-class TrainingSetup:
-    """Everything a run holds fixed. `start_instructions`: those the start model was trained on, by data set."""
-
-    model: VLAPolicyModel
-    processor: PrismaticProcessor
-    dataset: VLADataset | ReplayMixture
-    action_spec: ActionSpec
-    image_spec: ImageSpec
-    dataset_metadata: dict
-    statistics: dict
-    base: BaseModel | None
-    origin: str
-    run_dir: Path
-    val_dataset: VLADataset | None = None
-    start_instructions: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def num_images(self) -> int:
-        """Camera images per sample."""
-        return self.model.num_images
-
-    @property
-    def instructions(self) -> dict[str, list[str]]:
-        """What the policy of this run is trained on, the start's training included: {data set name: sentences}."""
-        return with_trained_on(self.start_instructions, self.dataset.manifest())
 
 
 def build_setup(
@@ -153,6 +127,7 @@ def build_setup(
 def _with_replay(cfg: FinetuneConfig, new: VLADataset) -> ReplayMixture:
     """The new data with `--replay_data` mixed in; what contradicts the start's statistics is said."""
     settings = replace(new.settings, n_shot_episodes=None, val_fraction=0.0, split=None)
+    assert cfg.replay_data is not None
     folders = split_places(cfg.replay_data) or [cfg.replay_data]
     old = [open_old_data("--replay_data", folder, settings) for folder in folders]
     return ReplayMixture(new, old, cfg.replay_fraction)
@@ -273,9 +248,9 @@ def action_spec_of_data(cfg: FinetuneConfig) -> ActionSpec:
     return next(iter(specs.values()))
 
 
-def head_flags(cfg: FinetuneConfig, spec: ActionSpec) -> dict:
+def head_flags(cfg: FinetuneConfig, spec: ActionSpec) -> dict[str, Any]:
     """Options of a new head that the data and the command line decide."""
-    flags = {"action_dim": spec.action_dim, "chunk_len": spec.chunk_len}
+    flags: dict[str, Any] = {"action_dim": spec.action_dim, "chunk_len": spec.chunk_len}
     flags |= {} if cfg.use_pro_version is None else {"use_pro_version": cfg.use_pro_version}
     if cfg.legacy_slices:
         flags |= {"rope_mode": "legacy", "chunk_start": "zeros", "published_layout": True}
@@ -297,6 +272,7 @@ def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
     model.vla.requires_grad_(False)
     queries = model.vla.action_queries
     if cfg.tuning_mode is TuningMode.LORA:
+        assert cfg.lora_rank is not None and cfg.lora_dropout is not None  # given or set to their defaults
         lora = LoraConfig(
             r=cfg.lora_rank,
             lora_alpha=2 * cfg.lora_rank,
@@ -304,20 +280,26 @@ def apply_tuning(model: VLAPolicyModel, cfg: FinetuneConfig) -> None:
             target_modules=lora_targets(model.vla, skip_vision=cfg.freeze_vision),
             init_lora_weights="gaussian",
         )
-        model.vla = get_peft_model(model.vla, lora)
-        for layer in adapter_layers(model.vla):
+        adapted: Any = get_peft_model(model.vla, lora)  # the wrapper stands for the VLM
+        model.vla = adapted
+        for layer in adapter_layers(adapted):
             # Else the input of every adapter would be kept in float32 beside the base layer's. Autocast casts it.
             layer.cast_input_dtype_enabled = False
     queries.requires_grad_(True)
 
 
 def _part(model: VLAPolicyModel, name: str) -> nn.Module:
-    parts = {"towers": model.vla.vision_backbone, "llm": model.vla.language_model, "head": model.action_head}
+    parts: dict[str, nn.Module] = {
+        "towers": model.vla.vision_backbone,
+        "llm": model.vla.language_model,
+        "head": model.action_head,
+    }
     return parts[name]
 
 
 def _checkpoint(part: nn.Module) -> None:
     """Let the layers of a part compute their activations again in the backward pass."""
+    module: Any  # with attributes of transformers' layers
     for module in part.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = True
@@ -335,7 +317,7 @@ def _freeze_unreached(vla: OpenVLAForActionPrediction) -> None:
                 parameter.requires_grad_(False)
 
 
-def _jpeg_quality(metadata: dict[str, dict | None]) -> dict[str, int]:
+def _jpeg_quality(metadata: dict[str, dict[str, Any] | None]) -> dict[str, int]:
     # Evaluation repeats the JPEG round trip of the demonstrations; data sets without a record keep the default.
     recorded = {data["jpeg_quality"] for data in metadata.values() if data and "jpeg_quality" in data}
     if len(recorded) > 1:

@@ -40,8 +40,8 @@ class StepContext:
     max_grad_norm: float | None = None
     measure_updates: bool = False
     scaler: torch.amp.GradScaler | None = None
-    no_sync: Callable[[], AbstractContextManager] = nullcontext
-    autocast: Callable[[], AbstractContextManager] = nullcontext
+    no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     reduce_mean: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -50,7 +50,7 @@ class StepContext:
         return 1.0 if self.scaler is None else self.scaler.get_scale()
 
 
-def optimizer_step(context: StepContext, micro_batches: Sequence[dict], step: int) -> dict[str, float]:
+def optimizer_step(context: StepContext, micro_batches: Sequence[dict[str, Any]], step: int) -> dict[str, float]:
     """Train on the micro-batches of one step, each with the same number of samples; returns the step's metrics.
 
     Without a retention method this is plain fine-tuning. With one, it sees each micro-batch before its pass, may read
@@ -59,18 +59,19 @@ def optimizer_step(context: StepContext, micro_batches: Sequence[dict], step: in
     Raises NonFiniteLossError before the weights change.
     """
     share, keep = 1.0 / len(micro_batches), context.retention
-    metrics: dict[str, Tensor | float] = {}
+    means: dict[str, Tensor] = {}
     for k, batch in enumerate(micro_batches):
         is_last = k == len(micro_batches) - 1
         with nullcontext() if is_last else context.no_sync():
             parts = _pass(context, batch, share)
         for name, value in parts.items():
-            metrics[name] = metrics.get(name, 0.0) + value * share
-    own_loss = metrics["VLA Train/Loss"]
+            means[name] = means.get(name, 0.0) + value * share
+    own_loss = means["VLA Train/Loss"]
     if context.reduce_mean is not None:
-        metrics = _mean_over_processes(metrics, context.reduce_mean)
+        means = _mean_over_processes(means, context.reduce_mean)
     # After the reduction: a NaN of one process is one of all, so that all stop and none waits in a collective.
-    _require_finite("action loss", metrics["VLA Train/Loss"], step, micro_batches, own_loss)
+    _require_finite("action loss", means["VLA Train/Loss"], step, micro_batches, own_loss)
+    metrics: dict[str, Tensor | float] = {**means}
     loss_scale = context.loss_scale
     if context.scaler is not None:
         context.scaler.unscale_(context.optimizer)
@@ -89,13 +90,11 @@ def optimizer_step(context: StepContext, micro_batches: Sequence[dict], step: in
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _mean_over_processes(
-    metrics: dict[str, Tensor], reduce_mean: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor | float]:
+def _mean_over_processes(metrics: dict[str, Tensor], reduce_mean: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     return dict(zip(metrics, reduce_mean(torch.stack(list(metrics.values()))).unbind(), strict=True))
 
 
-def _pass(context: StepContext, batch: dict, share: float) -> dict[str, Tensor]:
+def _pass(context: StepContext, batch: dict[str, Any], share: float) -> dict[str, Tensor]:
     """Forward and backward pass of one micro-batch; returns its metrics."""
     keep, scale = context.retention, context.loss_scale
     if keep is None:
@@ -112,13 +111,13 @@ def _pass(context: StepContext, batch: dict, share: float) -> dict[str, Tensor]:
     return metrics
 
 
-def run_forward_pass(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+def run_forward_pass(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     """Action L1 loss of a batch (scalar, with graph) and its detached parts by log name."""
     return action_loss(model(batch), batch["actions"])
 
 
 def run_forward_pass_craft(
-    model: nn.Module, batch: dict, retention: Retention
+    model: nn.Module, batch: dict[str, Any], retention: Retention
 ) -> tuple[Tensor, dict[str, Tensor], Any]:
     """As `run_forward_pass`, and what the method reads of the same graph: the current features, for instance."""
     output = model(batch) if retention.request is None else model(batch, retention.request)
@@ -146,7 +145,7 @@ def _gradient_norm(context: StepContext) -> Tensor:
 
 
 def _require_finite(
-    what: str, value: Tensor, step: int, micro_batches: Sequence[dict], own: Tensor | None = None
+    what: str, value: Tensor, step: int, micro_batches: Sequence[dict[str, Any]], own: Tensor | None = None
 ) -> None:
     """NonFiniteLossError unless `value`, which is the same in all processes, is finite; `own` is of this process."""
     if torch.isfinite(value):
@@ -162,7 +161,7 @@ def _require_finite(
     )
 
 
-def _non_finite_samples(batch: dict) -> list[tuple]:
+def _non_finite_samples(batch: dict[str, Any]) -> list[tuple[str, tuple[int, int]]]:
     """(data set, (episode, step)) of the samples with a NaN or infinity among their numbers."""
     bad = torch.zeros(len(batch["sample_ids"]), dtype=torch.bool)
     for name in ("actions", "proprio", "pixel_values"):

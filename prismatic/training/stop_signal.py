@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,7 @@ class StopSignal:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._previous: dict = {}
+        self._previous: dict[signal.Signals, Any] = {}
         self.requested: str | None = None
 
     def __enter__(self) -> StopSignal:

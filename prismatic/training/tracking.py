@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -33,7 +34,11 @@ class Tracker:
     """
 
     def __init__(
-        self, run_dir: Path, start_step: int = 0, wandb_settings: dict | None = None, tensorboard: bool = False
+        self,
+        run_dir: Path,
+        start_step: int = 0,
+        wandb_settings: dict[str, Any] | None = None,
+        tensorboard: bool = False,
     ) -> None:
         self._wandb = self._tensorboard = None
         if wandb_settings is not None:

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,13 @@ from torch import Tensor
 from prismatic.craft import CRaFTWeightManager
 from prismatic.model_files import CheckpointError, existing, read_json, reading, regular_file
 from prismatic.models.vla_policy import VLAPolicyModel
+from prismatic.training.base_model import BaseModel
 from prismatic.training.checkpoint_files import contiguous, load_tensors, tensors_hash
 from prismatic.training.checkpoint_folder import TRAINING_STATE
 from prismatic.training.ema import WeightAverage
 from prismatic.training.retention.landing import Landing
 from prismatic.training.retention.protocol import Retention
+from prismatic.training.training_setup import TrainingSetup
 
 _MOST_SAMPLES = 1 << 62
 
@@ -54,14 +57,14 @@ class TrainingState:
     # The last measurement of the constraint, which the log repeats until the next one.
     constraint_metrics: dict[str, float] = field(default_factory=dict)
     sampler: dict[str, int] | None = None
-    generators: list[dict] | None = None
+    generators: list[dict[str, Any]] | None = None
 
     @property
     def anchor(self) -> CRaFTWeightManager | None:
         """The weights theta_0 the run is held to, if it is."""
         return None if self.retention is None else self.retention.weights
 
-    def policy_weights(self) -> AbstractContextManager:
+    def policy_weights(self) -> AbstractContextManager[Any]:
         """Context in which the model holds the weights of the policy: averaged or landed ones, if there are any."""
         if self.landing is not None:
             return self.landing.policy_weights()
@@ -71,10 +74,11 @@ class TrainingState:
 # ------------------------------------------------------------------------------------------------ generators
 
 
-def generator_states() -> dict:
+def generator_states() -> dict[str, Any]:
     """State of this process's generators, JSON-ready."""
     version, keys, gauss = random.getstate()
-    kind, numpy_keys, *rest = np.random.get_state()  # noqa: NPY002 - the global generator is what libraries use
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 - the global generator is what libraries use
+    kind, numpy_keys, *rest = numpy_state
     return {
         "python": [version, list(keys), gauss],
         "numpy": [kind, numpy_keys.tolist(), *rest],
@@ -84,7 +88,7 @@ def generator_states() -> dict:
     }
 
 
-def restore_generators(state: dict) -> None:
+def restore_generators(state: dict[str, Any]) -> None:
     """Inverse of `generator_states`; the CUDA generator stays as it is when either side has none."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
@@ -103,12 +107,13 @@ def _decode(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
 
 
-def _saved_generators(folder: Path) -> list[dict]:
+def _saved_generators(folder: Path) -> list[dict[str, Any]]:
     """Generators of each rank that was saved, in rank order."""
     file = folder / "generators.json"
     saved = read_json(file)
     if "ranks" in saved:
-        return saved["ranks"]
+        ranks: list[dict[str, Any]] = saved["ranks"]
+        return ranks
     with reading(folder / "rng.pt"):  # an earlier version, which saved rank 0 only
         rng = torch.load(regular_file(folder / "rng.pt"), weights_only=True)
         cuda = _encode(rng["cuda"][0]) if rng["cuda"] else None
@@ -118,7 +123,9 @@ def _saved_generators(folder: Path) -> list[dict]:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def training_state_files(setup, state: TrainingState, copy: Callable[[Tensor], Tensor]) -> tuple[dict, dict]:
+def training_state_files(
+    setup: TrainingSetup, state: TrainingState, copy: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Content of `training_state/`: {file: tensors} and {file: JSON value}; tensors pass through `copy`."""
     values, optimizer_tensors = _optimizer_content(state.optimizer)
     tensors = {"trainable.safetensors": trainable_tensors(setup.model), "optimizer.safetensors": optimizer_tensors}
@@ -143,6 +150,7 @@ def training_state_files(setup, state: TrainingState, copy: Callable[[Tensor], T
             "anchor_sha256": tensors_hash(anchor),
             "base_sha256": None if setup.base is None else setup.base.sha256,
         }
+        assert state.retention is not None  # whose anchor it is
         documents["craft.json"] = record | state.retention.state_dict()
         tensors["craft_anchor.safetensors"] = anchor
     copied = {file: {name: copy(tensor) for name, tensor in group.items()} for file, group in tensors.items()}
@@ -154,15 +162,15 @@ def trainable_tensors(model: VLAPolicyModel) -> dict[str, Tensor]:
     return {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def fingerprints(setup) -> dict[str, str]:
+def fingerprints(setup: TrainingSetup) -> dict[str, str]:
     """{data set name: hash of its content}; empty for data sets that have none."""
     return dict(getattr(setup.dataset, "fingerprints", None) or {})
 
 
-def _optimizer_content(optimizer: torch.optim.Optimizer) -> tuple[dict, dict[str, Tensor]]:
+def _optimizer_content(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    values: dict[str, dict] = {}
+    values: dict[str, dict[str, Any]] = {}
     for index, entry in state["state"].items():
         for name, value in entry.items():
             if isinstance(value, Tensor):
@@ -175,7 +183,7 @@ def _optimizer_content(optimizer: torch.optim.Optimizer) -> tuple[dict, dict[str
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def restore_training_state(folder: str | Path, setup, state: TrainingState, rank: int = 0) -> int:
+def restore_training_state(folder: str | Path, setup: TrainingSetup, state: TrainingState, rank: int = 0) -> int:
     """Put the objects of `state` and the model of `setup` back where the checkpoint left them; returns its step.
 
     Fills in `samples_seen`, `sampler` and `generators` of `state`. The generators of this process are restored when
@@ -213,10 +221,11 @@ def restore_training_state(folder: str | Path, setup, state: TrainingState, rank
     return state.step
 
 
-def _read_counters(file: Path, setup) -> dict:
+def _read_counters(file: Path, setup: TrainingSetup) -> dict[str, Any]:
     counters = read_json(file)
-    for name, kind in (("step", int), ("samples_seen", int), ("constraint_metrics", dict)):
-        value = counters.get(name)
+    kinds: dict[str, type[Any]] = {"step": int, "samples_seen": int, "constraint_metrics": dict}
+    for name, kind in kinds.items():
+        value: Any = counters.get(name)
         if type(value) is not kind or (kind is int and not 0 <= value < _MOST_SAMPLES):
             raise CheckpointError(f"{file}: {name} is {str(value)[:80]!r}, expected {kind.__name__}")
     saved, current = counters.get("dataset_fingerprints") or {}, fingerprints(setup)
@@ -230,7 +239,7 @@ def _read_counters(file: Path, setup) -> dict:
     return counters
 
 
-def _check_trainable(file: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _check_trainable(file: Path, found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     if found.keys() != expected.keys():
         difference = sorted(found.keys() ^ expected.keys())[:5]
         raise CheckpointError(f"{file}: trained parameters differ from this configuration's, e.g. {difference}")
@@ -255,12 +264,12 @@ def _restore_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
         optimizer.load_state_dict({"state": state, "param_groups": [_group(g) for g in values["param_groups"]]})
 
 
-def _group(values: dict) -> dict:
+def _group(values: dict[str, Any]) -> dict[str, Any]:
     # JSON has no tuples; the only list of an optimizer is its parameters.
     return {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in values.items()}
 
 
-def _restore_anchor(folder: Path, base, state: TrainingState) -> None:
+def _restore_anchor(folder: Path, base: BaseModel | None, state: TrainingState) -> None:
     file, record_file = folder / "craft_anchor.safetensors", folder / "craft.json"
     record, anchor = read_json(record_file), load_tensors(file)
     if tensors_hash(anchor) != record.get("anchor_sha256"):
@@ -274,5 +283,6 @@ def _restore_anchor(folder: Path, base, state: TrainingState) -> None:
             f"base {base.path}: sha256 of its weights is {base.sha256}, the interrupted run in {folder} started from "
             f"{record.get('base_sha256')}"
         )
+    assert state.retention is not None  # it has the anchor
     with reading(record_file):
         state.retention.load_state_dict(record, anchor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class Validator:
     def __init__(
         self,
         dataset: VLADataset,
-        collate: Callable[[list[dict]], dict],
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
         settings: ValidationSettings,
         device: torch.device,
     ) -> None:
@@ -82,7 +83,7 @@ class Validator:
     def measure(
         self,
         model: VLAPolicyModel,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         reduce_sum: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[str, float]:
         """`VLA Val/...` as means over all samples of all processes. Every process must call it, with a bare model.

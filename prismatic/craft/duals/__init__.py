@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from prismatic.craft.duals.ascent import Ascent
 from prismatic.craft.duals.base import Dual
@@ -61,7 +62,7 @@ class CRaFTDualOptimizer:
         """Multiplier and memory."""
         return self.rule.state_dict() | {"loss_ema": self.gate.loss_mean}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`; ValueError when the multiplier is outside [0, lambda_max]."""
         self.rule.load_state_dict(state)
         self.gate.loss_mean = state.get("loss_ema")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from prismatic.craft.settings import CRaFTConfig, DualError
 
@@ -44,7 +45,7 @@ class Dual:
         """Multiplier and memory, JSON-ready."""
         return {"lambda": self.value}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`; ValueError when the multiplier is outside [0, lambda_max]."""
         if not 0 <= state["lambda"] <= self.config.lambda_max:
             raise ValueError(f"CRaFT lambda is {state['lambda']}, expected 0 <= lambda <= {self.config.lambda_max}")

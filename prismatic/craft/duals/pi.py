@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prismatic.craft.duals.base import Dual, is_finite
 from prismatic.craft.settings import CRaFTConfig
 
@@ -29,6 +31,6 @@ class PI(Dual):
     def state_dict(self) -> dict[str, float | None]:
         return super().state_dict() | {"xi": self._xi}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._xi = state.get("xi")

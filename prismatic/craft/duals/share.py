@@ -14,6 +14,7 @@ wind up.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from prismatic.craft.duals.base import Dual, is_finite
 from prismatic.craft.settings import CRaFTConfig
@@ -76,7 +77,7 @@ class Share(Dual):
         own = {"drift": self.drift, "act": self.act, "ret": self.ret, "z": self.z, "u": self._u, "stuck": self.stuck}
         return super().state_dict() | own
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.drift, self.act, self.ret = state["drift"], state["act"], state["ret"]
         self.z, self._u, self.stuck = float(state["z"]), float(state["u"]), int(state["stuck"])

@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 _READ_BACK = torch.ops.aten._local_scalar_dense.default
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> int:
-    return flop_counter.sdpa_flop_count(query.shape, key.shape, value.shape)
+    flops: int = flop_counter.sdpa_flop_count(query.shape, key.shape, value.shape)
+    return flops
 
 
 def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> int:
-    return flop_counter.sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+    flops: int = flop_counter.sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+    return flops
 
 
 # The registry lacks the fused attention of CPUs; its formulas are those of the CUDA kernels.
@@ -51,9 +54,11 @@ class Ledger(TorchDispatchMode):
         self.now = self.peak = self.flops = 0
         self.by_kind: Counter[str] = Counter()
         self.peak_by_kind: Counter[str] = Counter()
-        self._live: dict[int, tuple[weakref.ref, int, str]] = {}
+        self._live: dict[int, tuple[weakref.ref[Any], int, str]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is _READ_BACK and isinstance(args[0], FakeTensor):
             return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else 1
         out = func(*args, **(kwargs or {}))
@@ -76,7 +81,7 @@ class Ledger(TorchDispatchMode):
         if key in self._live:
             return
         size = storage.nbytes()
-        self._live[key] = weakref.ref(storage, lambda _, key=key: self._leave(key)), size, self.kind
+        self._live[key] = weakref.ref(storage, lambda _: self._leave(key)), size, self.kind
         self._add(size, self.kind)
 
     def _leave(self, key: int) -> None:
@@ -113,7 +118,7 @@ class Ledger(TorchDispatchMode):
         finally:
             self.kind = before
 
-    def follow(self, module: nn.Module, kind: str) -> list:
+    def follow(self, module: nn.Module, kind: str) -> list[RemovableHandle]:
         """What a module makes in its forward pass is for `kind`, but for what its own followed parts make.
 
         Returns the handles of its hooks.

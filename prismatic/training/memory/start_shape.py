@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class _Shape:
     """What decides the sizes of a start model, and where it comes from (`StartModel.origin`)."""
 
     config: OpenVLAConfig
-    head: dict
+    head: dict[str, Any]
     spec: ActionSpec
     has_proprio: bool
     legacy_slices: bool

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.hooks import RemovableHandle
 
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.config import FinetuneConfig, RetentionMethod
@@ -65,7 +67,7 @@ class _StandIn(Memory):
         super().__init__(size)
         self.name = name
 
-    def batch(self, training: dict) -> dict:
+    def batch(self, training: dict[str, Any]) -> dict[str, Any]:
         rows = len(training["input_ids"])
         return take_rows(training, [i % rows for i in range(self.size or rows)])
 
@@ -105,7 +107,8 @@ def materialise(module: nn.Module) -> None:
     """Give the meta tensors of a module a device, in place; shared ones stay shared. Without content in a fake mode."""
     done: dict[int, tuple[Tensor, Tensor]] = {}
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+        both: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in both:
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue
@@ -124,7 +127,7 @@ def run_step(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int = PR
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, fused=True)
 
-    def autocast() -> AbstractContextManager:
+    def autocast() -> AbstractContextManager[Any]:
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
 
     with ledger:
@@ -177,7 +180,7 @@ def _fill_state(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -
     optimizer.zero_grad(set_to_none=True)
 
 
-def step_batch(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int) -> dict:
+def step_batch(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int) -> dict[str, Any]:
     """A collated batch of the run's size."""
     batch = fixed_batch(model, cfg.batch_size, prompt_tokens)
     geometry = model.action_head.geometry
@@ -193,7 +196,7 @@ def step_batch(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int) -
 
 
 def retention_of(
-    cfg: FinetuneConfig, model: VLAPolicyModel, autocast: Callable[[], AbstractContextManager]
+    cfg: FinetuneConfig, model: VLAPolicyModel, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> Retention | None:
     """The method of the run with memories that only have a size, as in its most expensive step."""
     if cfg.retention is RetentionMethod.L2SP:
@@ -204,16 +207,18 @@ def retention_of(
         return None
     size = cfg.craft_memory_batch_size
     memories = [Memory(size) if name == BATCH_MEMORY else _StandIn(name, size) for name in cfg.memories]
+    assert cfg.craft_every is not None  # resolved with the preset
     return CRaFT(model, cfg.craft_config(), memories, SimpleNamespace(autocast=autocast), cfg.craft_every)
 
 
-def _follow(ledger: Ledger, model: VLAPolicyModel, trained: list[nn.Parameter]) -> list:
+def _follow(ledger: Ledger, model: VLAPolicyModel, trained: list[nn.Parameter]) -> list[RemovableHandle]:
     vla = model.vla.get_base_model() if isinstance(model.vla, PeftModel) else model.vla
     parts = [(vla.vision_backbone, TOWERS), (vla.projector, PROJECTOR), (vla.language_model.model, LLM)]
     parts += [(model.action_head, HEAD)] + [(p, PROJECTOR) for p in [model.proprio_projector] if p is not None]
     handles = [handle for part, kind in parts for handle in ledger.follow(part, kind)]
 
     def name_it(p: nn.Parameter) -> None:  # it began as a temporary of the backward pass
+        assert p.grad is not None  # it was just accumulated
         ledger.reclassify([p.grad], GRADIENTS)
 
     return handles + [p.register_post_accumulate_grad_hook(name_it) for p in trained]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prismatic.craft import CRaFTConfig, CRaFTConstraint, CRaFTWeightManager, SignalKind, unwrap
 from prismatic.craft.settings import Rule
-from prismatic.models.vla_policy import CraftRequest, PolicyOutput
+from prismatic.models.vla_policy import CraftRequest, PolicyOutput, VLAPolicyModel
 from prismatic.training.checkpoint_files import tensors_hash
 from prismatic.training.retention.memory import BATCH, Memory
 from prismatic.training.retention.protocol import Retention, StepFacts
@@ -34,6 +34,9 @@ class CRaFT(Retention):
         every: constrain every n-th optimizer step; the others are plain steps.
     """
 
+    weights: CRaFTWeightManager
+    _reference: Any  # of the micro-batch in progress
+
     def __init__(
         self,
         model: nn.Module,
@@ -42,7 +45,7 @@ class CRaFT(Retention):
         accelerator: Accelerator,
         every: int = 1,
     ) -> None:
-        policy = unwrap(model)
+        policy = cast(VLAPolicyModel, unwrap(model))  # DDP's type does not say what it wraps
         self.config, self.memories, self.every = config, list(memories), every
         self._autocast = accelerator.autocast
         self.held = SIGNALS[config.signal](config, accelerator.autocast)
@@ -53,17 +56,13 @@ class CRaFT(Retention):
         self.constraint = CRaFTConstraint(
             model, config, self.held.signal, reaches(policy, self.held.parts_of(policy)), count
         )
-        self._reference: Any = None
-
-    @property
-    def weights(self) -> CRaFTWeightManager:
-        """theta_0."""
-        return self.constraint.weights
+        self.weights = self.constraint.weights
+        self._policy, self._reference = policy, None
 
     def at(self, step: int) -> Retention | None:
         return self if step % self.every == 0 else None
 
-    def before_pass(self, batch: dict, share: float, loss_scale: float) -> dict:
+    def before_pass(self, batch: dict[str, Any], share: float, loss_scale: float) -> dict[str, Any]:
         batch = self._with_vision(batch)
         if self.shares_pass:
             # The reference pass may exchange weights, so it must be over before the graph of the training pass exists.
@@ -74,14 +73,14 @@ class CRaFT(Retention):
             self.constraint.hold(held, share, loss_scale, memory.name)
         return batch
 
-    def _with_vision(self, batch: dict) -> dict:
+    def _with_vision(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Frozen towers run once for all passes over the same images."""
         if "vision_features" in batch:
             return batch
         with self._autocast():
-            return self.constraint.module.share_vision(batch)
+            return self._policy.share_vision(batch)
 
-    def live_graph(self) -> AbstractContextManager:
+    def live_graph(self) -> AbstractContextManager[Any]:
         return self.constraint.live_graph()
 
     def value_of(self, output: PolicyOutput) -> Any:
@@ -144,7 +143,7 @@ class CRaFT(Retention):
             "constraint in every step (--craft_every 1) or a larger --craft_memory_batch_size may help"
         )
 
-    def memory_batches(self, training: Iterator[dict], count: int) -> list[dict]:
+    def memory_batches(self, training: Iterator[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         """Batches of all memories beside the next `count` training batches; the memories stay where they are."""
         positions = [memory.state_dict() for memory in self.memories]
         batches = [self._with_vision(m.batch(batch)) for batch in islice(training, count) for m in self.memories]
@@ -152,14 +151,14 @@ class CRaFT(Retention):
             memory.load_state_dict(position)
         return batches
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
         anchor = {"kind": self.constraint.anchor.kind.value, "sha256": tensors_hash(self.weights.state_dict())}
         return self.state_dict() | {"anchor": anchor, "achieved_drift": self.drift}
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return self.constraint.state_dict() | {"memory": {m.name: m.state_dict() for m in self.memories}}
 
-    def load_state_dict(self, state: dict, anchor: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any], anchor: dict[str, Tensor]) -> None:
         self.constraint.load_state_dict(state, anchor)
         for memory in self.memories:
             saved = state.get("memory", {}).get(memory.name)

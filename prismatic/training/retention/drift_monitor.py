@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prismatic.craft import CRaFTConstraint
 from prismatic.craft.telemetry import as_reported
 from prismatic.training.retention.craft import CRaFT
@@ -15,9 +17,9 @@ class DriftMonitor:
         batches: on the training device.
     """
 
-    def __init__(self, craft: CRaFT, batches: list[dict]) -> None:
+    def __init__(self, craft: CRaFT, batches: list[dict[str, Any]]) -> None:
         self._craft, self._batches = craft, batches
-        self._references: list | None = None
+        self._references: list[Any] | None = None
 
     def measure(self) -> dict[str, float]:
         """`CRaFT/Probe/Retention Loss` in the unit of the budget and the drift of each part, means over the samples."""
@@ -29,7 +31,9 @@ class DriftMonitor:
         return {f"CRaFT/Probe/{name}": value for name, value in reported(self._craft, measured).items()}
 
 
-def mean_measurement(constraint: CRaFTConstraint, batches: list[dict], references: list) -> dict[str, float]:
+def mean_measurement(
+    constraint: CRaFTConstraint, batches: list[dict[str, Any]], references: list[Any]
+) -> dict[str, float]:
     """`CRaFTConstraint.measure`, averaged over the samples of the batches."""
     totals: dict[str, float] = {}
     count = sum(len(batch["input_ids"]) for batch in batches)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.tracking import say
+from prismatic.training.training_setup import TrainingSetup
 
 _FLAG = "--craft_memory_instructions"
 
 
-def old_instructions(cfg: FinetuneConfig, setup, shown: Iterable[str] = ()) -> list[str]:
+def old_instructions(cfg: FinetuneConfig, setup: TrainingSetup, shown: Iterable[str] = ()) -> list[str]:
     """Distinct sentences, those of the new task left out with a warning.
 
     `shown` are those that a memory of data has images of. They are left out too, and said: on their own images the
@@ -67,7 +69,7 @@ def read_instructions(path: str) -> list[str]:
     return list(sentences.values())
 
 
-def _trained_on(manifest: dict[str, dict]) -> Iterable[str]:
+def _trained_on(manifest: dict[str, dict[str, Any]]) -> Iterable[str]:
     new = [entry for entry in manifest.values() if not entry.get("replay")]
     return (sentence for entry in new for sentence in entry["episodes"])
 

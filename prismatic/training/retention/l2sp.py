@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from prismatic.craft.reference import CRaFTWeightManager, adapter_layers, adapter_parameter_names, unwrap
+from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.retention.protocol import Retention, StepFacts
 from prismatic.training.retention.signals import reaches
 
@@ -23,7 +26,8 @@ class L2SP(Retention):
     """
 
     def __init__(self, module: nn.Module, weight: float) -> None:
-        bare, self.weight = unwrap(module), weight
+        # DDP's type does not say what it wraps.
+        bare, self.weight = cast(VLAPolicyModel, unwrap(module)), weight
         reaches_features = reaches(bare, [bare.vla])
         adapters = adapter_parameter_names(bare)
         self.weights = CRaFTWeightManager(bare, lambda name: reaches_features(name) and name not in adapters)
@@ -45,7 +49,7 @@ class L2SP(Retention):
             for name in layer.active_adapters:
                 if name in layer.lora_A:
                     factor = self.weight * layer.scaling[name] ** 2
-                    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                    a, b = (factors[name].get_parameter("weight") for factors in (layer.lora_A, layer.lora_B))
                     flat_a, flat_b = a.flatten(1), b.flatten(1)
                     _add(b, factor * (flat_b @ (flat_a @ flat_a.T)).view_as(b))
                     _add(a, factor * ((flat_b.T @ flat_b) @ flat_a).view_as(a))

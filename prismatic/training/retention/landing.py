@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,11 +36,11 @@ class Landing:
         self.scale: float | None = None
         self.drift: float | None = None
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
         """What the manifest says, JSON-ready; scale None before the landing."""
         return {"scale": self.scale, "drift": self.drift}
 
-    def land(self, batches: list[dict]) -> float:
+    def land(self, batches: list[dict[str, Any]]) -> float:
         """Choose s by bisection on fixed batches of the memories; returns it. All processes find the same."""
         constraint = self._craft.constraint
         references = [constraint.reference(batch) for batch in batches]

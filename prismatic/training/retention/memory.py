@@ -12,6 +12,7 @@ A new memory is a class here and a line in `methods.build_memories`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,16 +39,16 @@ class Memory:
     def __init__(self, size: int | None = None) -> None:
         self.size = size
 
-    def batch(self, training: dict) -> dict:
+    def batch(self, training: dict[str, Any]) -> dict[str, Any]:
         """The memory's batch beside this training batch, on the same device."""
         rows = len(training["input_ids"])
         return training if self.size in (None, rows) else take_rows(training, range(min(self.size, rows)))
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Position, JSON-ready."""
         return {}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
 
 
@@ -72,7 +73,7 @@ class InstructionMemory(Memory):
         self.instructions, self._collate, self._seed = list(instructions), collate, seed
         collate.tokenize(self.instructions)
 
-    def batch(self, training: dict) -> dict:
+    def batch(self, training: dict[str, Any]) -> dict[str, Any]:
         """The first samples of the training batch with old instructions."""
         keys = training["keys"]
         size = self.size or len(keys)
@@ -99,6 +100,7 @@ class DataMemory(Memory):
     """
 
     name = DATA
+    size: int
 
     def __init__(
         self, dataset: VLADataset, collate: VLACollator, size: int, seed: int, rank: int = 0, world: int = 1
@@ -108,9 +110,9 @@ class DataMemory(Memory):
         self._sampler = EpochSampler(dataset.group_sizes, seed, rank, world, dataset.weights)
         self._generator = torch.Generator().manual_seed(seed)  # the loader draws a seed when it starts
         self._samples = 0  # of all processes
-        self._batches: Iterator[dict] | None = None
+        self._batches: Iterator[dict[str, Any]] | None = None
 
-    def batch(self, training: dict) -> dict:
+    def batch(self, training: dict[str, Any]) -> dict[str, Any]:
         """The next batch of the data set."""
         if self._batches is None:
             self._batches = iter(
@@ -125,22 +127,22 @@ class DataMemory(Memory):
         self._samples += self.size * self._world
         return to_device(next(self._batches), training["input_ids"].device)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Position in the order, of all processes together."""
         return self._sampler.state_dict(self._samples)
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the samples that were used; ValueError when seed or data differ."""
         self._sampler.load_state_dict(state)
         self._samples, self._batches = int(state["samples"]), None
 
 
-def take_rows(batch: dict, rows: Sequence[int]) -> dict:
+def take_rows(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     """The samples `rows` of a batch, in this order; entries that are not per sample stay as they are."""
     count = len(batch["input_ids"])
     rows = list(rows)
     index: slice | list[int] = slice(len(rows)) if rows == list(range(len(rows))) else rows
-    taken = {}
+    taken: dict[str, Any] = {}
     for name, value in batch.items():
         if isinstance(value, Tensor) and value.ndim and len(value) == count:
             taken[name] = value[index]
@@ -151,6 +153,6 @@ def take_rows(batch: dict, rows: Sequence[int]) -> dict:
     return taken
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors on a device."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

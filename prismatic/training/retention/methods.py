@@ -14,6 +14,8 @@ Beside each: `--replay_data` mixes old samples into the batches. Interpolation w
 
 from __future__ import annotations
 
+from typing import Any
+
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -35,6 +37,7 @@ from prismatic.training.retention.memory import (
 from prismatic.training.retention.old_data import open_old_data
 from prismatic.training.retention.protocol import Retention
 from prismatic.training.retention.replay import DistilledReplay
+from prismatic.training.training_setup import TrainingSetup
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.sampler import EpochSampler
@@ -43,7 +46,7 @@ _NEW_HEADS = ("random", "native", "vlm")
 
 
 def build_retention(
-    cfg: FinetuneConfig, model: nn.Module, setup, accelerator: Accelerator, collate: VLACollator
+    cfg: FinetuneConfig, model: nn.Module, setup: TrainingSetup, accelerator: Accelerator, collate: VLACollator
 ) -> Retention | None:
     """The method of a run on the prepared model, None for plain fine-tuning. Nothing is written.
 
@@ -60,10 +63,11 @@ def build_retention(
     config = cfg.craft_config()
     if config.signal is SignalKind.ACTIONS:
         _check_skill("--craft_signal actions", cfg, setup, "hold the features (--craft_signal features)")
+    assert cfg.craft_every is not None  # resolved with the preset
     return CRaFT(model, config, build_memories(cfg, setup, accelerator, collate), accelerator, cfg.craft_every)
 
 
-def _check_skill(flag: str, cfg: FinetuneConfig, setup, instead: str) -> None:
+def _check_skill(flag: str, cfg: FinetuneConfig, setup: TrainingSetup, instead: str) -> None:
     if setup.origin in _NEW_HEADS:
         raise ValueError(
             f"{flag}: the start {cfg.config_file_path} has a new action head, which has no skill to keep; start from "
@@ -71,7 +75,9 @@ def _check_skill(flag: str, cfg: FinetuneConfig, setup, instead: str) -> None:
         )
 
 
-def build_memories(cfg: FinetuneConfig, setup, accelerator: Accelerator, collate: VLACollator) -> list[Memory]:
+def build_memories(
+    cfg: FinetuneConfig, setup: TrainingSetup, accelerator: Accelerator, collate: VLACollator
+) -> list[Memory]:
     """The memories that `--craft_memory` names, in its order, without `instructions` when `data` shows all of them."""
     size = cfg.craft_memory_batch_size
     memories: dict[str, Memory] = {}
@@ -79,6 +85,7 @@ def build_memories(cfg: FinetuneConfig, setup, accelerator: Accelerator, collate
     if BATCH in cfg.memories:
         memories[BATCH] = Memory(size)
     if DATA in cfg.memories:
+        assert cfg.craft_memory_data is not None  # demanded by `FinetuneConfig`
         dataset = observations("--craft_memory_data", cfg.craft_memory_data, setup, cfg)
         shown = {sentence for entry in dataset.manifest().values() for sentence in entry["episodes"]}
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -91,7 +98,9 @@ def build_memories(cfg: FinetuneConfig, setup, accelerator: Accelerator, collate
     return [memories[name] for name in cfg.memories if name in memories]
 
 
-def observations(flag: str, folder: str, setup, cfg: FinetuneConfig, image_aug: bool | None = None) -> VLADataset:
+def observations(
+    flag: str, folder: str, setup: TrainingSetup, cfg: FinetuneConfig, image_aug: bool | None = None
+) -> VLADataset:
     """Images, state and instructions of a data-set folder as the run sees them; what contradicts the start is said.
 
     `image_aug` None augments as in training. Raises what `open_old_data` does.
@@ -111,8 +120,11 @@ def observations(flag: str, folder: str, setup, cfg: FinetuneConfig, image_aug: 
     return open_old_data(flag, folder, settings)
 
 
-def monitored_batches(cfg: FinetuneConfig, setup, collate: VLACollator, accelerator: Accelerator) -> list[dict]:
+def monitored_batches(
+    cfg: FinetuneConfig, setup: TrainingSetup, collate: VLACollator, accelerator: Accelerator
+) -> list[dict[str, Any]]:
     """The `--craft_probe_size` samples of `--craft_probe_data` on which the drift is watched, always the same."""
+    assert cfg.craft_probe_data is not None
     dataset = observations("--craft_probe_data", cfg.craft_probe_data, setup, cfg, image_aug=False)
     sampler = iter(EpochSampler(len(dataset), cfg.seed))
     samples = [dataset[next(sampler)] for _ in range(min(cfg.craft_probe_size, len(dataset)))]

@@ -41,14 +41,14 @@ class Retention:
         """What acts in this optimizer step (0-based); None makes it a plain one."""
         return self
 
-    def before_pass(self, batch: dict, share: float, loss_scale: float) -> dict:
+    def before_pass(self, batch: dict[str, Any], share: float, loss_scale: float) -> dict[str, Any]:
         """Before the training pass of a micro-batch, while no graph is alive; returns the batch to train on.
 
         share: of this micro-batch in the step.
         """
         return batch
 
-    def live_graph(self) -> AbstractContextManager:
+    def live_graph(self) -> AbstractContextManager[Any]:
         """Held from the training pass to the end of its backward pass."""
         return nullcontext()
 
@@ -76,14 +76,15 @@ class Retention:
         """The line that the run prints at its end."""
         return None
 
-    def record(self) -> dict | None:
+    def record(self) -> dict[str, Any] | None:
         """What the checkpoint's manifest says about the method, JSON-ready."""
         return None
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """State beside theta_0, JSON-ready."""
         return {}
 
-    def load_state_dict(self, state: dict, anchor: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any], anchor: dict[str, Tensor]) -> None:
         """Restore `state_dict` and theta_0."""
+        assert self.weights is not None  # only a method with theta_0 has something to restore
         self.weights.load_state_dict(anchor)

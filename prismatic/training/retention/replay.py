@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,16 +33,14 @@ class DistilledReplay(Retention):
         autocast: context of the forward pass.
     """
 
-    def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager]) -> None:
+    weights: CRaFTWeightManager
+
+    def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
         self._module, self._autocast = unwrap(model), autocast
         self._anchor = build_anchor(AnchorKind.AUTO, model)
+        self.weights = self._anchor.weights
 
-    @property
-    def weights(self) -> CRaFTWeightManager:
-        """theta_0."""
-        return self._anchor.weights
-
-    def before_pass(self, batch: dict, share: float, loss_scale: float) -> dict:
+    def before_pass(self, batch: dict[str, Any], share: float, loss_scale: float) -> dict[str, Any]:
         rows = [row for row, is_replay in enumerate(batch["is_replay"]) if is_replay]
         if not rows:
             return batch
@@ -51,6 +50,7 @@ class DistilledReplay(Retention):
         actions[rows] = labels.to(actions.dtype)
         return batch | {"actions": actions}
 
-    def _actions(self, policy: nn.Module, batch: dict) -> torch.Tensor:
+    def _actions(self, policy: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         with self._autocast():
-            return policy.forward(batch).actions
+            actions: torch.Tensor = policy.forward(batch).actions
+            return actions

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from prismatic.craft import AnchorType, BridgeFeatures, CRaFTConfig, FeatureSignal, FeatureSource, OutputSignal, Signal
 from prismatic.craft.settings import SignalKind
+from prismatic.craft.signals import RawParts
 from prismatic.models.vla_policy import CraftRequest, PolicyOutput, VLAPolicyModel
 
 
@@ -33,14 +34,35 @@ def craft_request(config: CRaFTConfig) -> CraftRequest:
     )
 
 
+class PolicySignal(Protocol):
+    """What `CRaFT` asks of a signal of the policy."""
+
+    @property
+    def request(self) -> CraftRequest | None:
+        """Features that the training pass has to return for it."""
+
+    @property
+    def signal(self) -> Signal:
+        """The signal as the constraint knows it."""
+
+    def parts_of(self, policy: VLAPolicyModel) -> list[nn.Module]:
+        """Modules whose weights reach the signal."""
+
+    def comes_with_training_pass(self, policy: VLAPolicyModel) -> bool:
+        """Whether the training pass may stand in for a pass of the signal's own."""
+
+    def value_of(self, output: PolicyOutput) -> Any:
+        """The signal in the training pass."""
+
+
 class PolicyFeatures:
     """The bridge features: they come with every training pass, and head and proprio projector cannot change them."""
 
-    def __init__(self, config: CRaFTConfig, autocast: Callable[[], AbstractContextManager]) -> None:
+    def __init__(self, config: CRaFTConfig, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
         self.request, self._autocast = craft_request(config), autocast
         self.signal = FeatureSignal(config, self._compute)
 
-    def _compute(self, policy: VLAPolicyModel, batch: dict) -> tuple:
+    def _compute(self, policy: VLAPolicyModel, batch: dict[str, Any]) -> RawParts:
         with self._autocast():
             return policy.anchor_features(batch, self.request)
 
@@ -65,11 +87,11 @@ class PolicyActions:
 
     request: CraftRequest | None = None
 
-    def __init__(self, config: CRaFTConfig, autocast: Callable[[], AbstractContextManager]) -> None:
+    def __init__(self, config: CRaFTConfig, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
         self._autocast = autocast
         self.signal: Signal = OutputSignal(self._compute, "actions")
 
-    def _compute(self, policy: VLAPolicyModel, batch: dict) -> Any:
+    def _compute(self, policy: VLAPolicyModel, batch: dict[str, Any]) -> Any:
         # `forward` and not a call: exchanged weights must not meet a compiled graph (`compilation.py`).
         with self._autocast():
             return policy.forward(batch).actions
@@ -91,4 +113,5 @@ class PolicyActions:
         return output.actions
 
 
+SIGNALS: dict[SignalKind, Callable[[CRaFTConfig, Callable[[], AbstractContextManager[Any]]], PolicySignal]]
 SIGNALS = {SignalKind.FEATURES: PolicyFeatures, SignalKind.ACTIONS: PolicyActions}
