@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from craft_experiments.common_utils.terminal import say
@@ -116,6 +116,7 @@ def _job(s: Settings, wanted: Table, name: str) -> int:
         return 1
     of_cell = [other for other in plan.values() if job.cell is not None and other.cell == job.cell]
     if of_cell and all(other.has_result(s) for other in of_cell):
+        assert job.cell is not None  # or `of_cell` would be empty
         set_states(s.records_dir, {job.cell.name: State.EVALUATED})
     return 0
 
@@ -131,7 +132,7 @@ def _graph(s: Settings, wanted: Table, file: str) -> int:
     return 0
 
 
-_COMMANDS = {"run": _run, "report": _report, "list": _list, "job": _job, "graph": _graph}
+_COMMANDS: dict[str, Callable[..., int]] = {"run": _run, "report": _report, "list": _list, "job": _job, "graph": _graph}
 
 if __name__ == "__main__":
     sys.exit(main())

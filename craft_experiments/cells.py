@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from craft_experiments.presets import Demonstrations
 
@@ -29,7 +30,7 @@ class Method:
 
     key: str
     label: str
-    train: Mapping[str, object] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
     evaluate: Mapping[str, object] = field(default_factory=dict)
     role: Role = Role.TRAINED
     parent: str = ""

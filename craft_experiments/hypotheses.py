@@ -120,7 +120,7 @@ def closest(data: TableData, training: Training, family: str) -> str | None:
         if pairs:
             ours, theirs = next(iter(pairs.values()))
             distances[key] = abs(ours - theirs)
-    return min(distances, key=distances.get) if distances else None
+    return min(distances, key=distances.__getitem__) if distances else None
 
 
 # --- H2, H3 -------------------------------------------------------------------------------------------------------
@@ -148,6 +148,7 @@ def _simpler_means(
     for family in ("penalty_", "interpolate_"):
         if family in tests:
             rival = closest(data, training, family)
+            assert rival is not None  # it was tested
             seeds = list(_paired(data, training, ("craft", rival), ERROR).items())
             errors = fmean(a / b - 1 for _, (a, b) in seeds[1:])
             lines.append(

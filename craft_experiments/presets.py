@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
@@ -67,7 +68,7 @@ class Preset:
     pro_trials: int
     start_trials: int
     craft: Mapping[str, object]
-    perturbed: Mapping[str, object]
+    perturbed: Mapping[str, Any]
     budgets: tuple[float, ...]
     penalties: tuple[float, ...]
     shots: tuple[int, ...]
@@ -82,7 +83,7 @@ class Preset:
     metric_flags: Mapping[str, object] = field(default_factory=dict)
     train: Mapping[str, object] = field(default_factory=dict)
     evaluate: Mapping[str, object] = field(default_factory=dict)
-    start_perturbed: Mapping[str, object] = field(default_factory=dict)
+    start_perturbed: Mapping[str, Any] = field(default_factory=dict)
     collect: Mapping[str, object] | None = None
     start_collect: Mapping[str, object] = field(default_factory=dict)
     heldout_collect: Mapping[str, object] = field(default_factory=dict)

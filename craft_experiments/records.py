@@ -227,5 +227,5 @@ def _lock_on_windows(descriptor: int) -> None:
 
     while True:
         with contextlib.suppress(OSError):  # raised after ten seconds of waiting
-            msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
+            msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)  # type: ignore[attr-defined]  # mypy reads it for Linux
             return

@@ -37,7 +37,8 @@ def suite_rates(records_dir: Path, table: Table, method: Method) -> Rates:
 
 def _one_value(values: list[float | FailureCode]) -> float | FailureCode:
     failed = [value for value in values if isinstance(value, FailureCode)]
-    return failed[0] if failed else fsum(values) / len(values)
+    rates = [value for value in values if not isinstance(value, FailureCode)]
+    return failed[0] if failed else fsum(rates) / len(rates)
 
 
 def write_result_lists(records_dir: Path, results_dir: Path, table: Table) -> list[Path]:

@@ -120,14 +120,14 @@ def _run(s: Settings, job: Job, command: list[str], lock: int) -> None:
     if s.slots > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // s.slots)))
     # The program inherits the lock of its job: if this one is killed, the next driver waits until the program is over.
-    inherited = {"pass_fds": (lock,)} if os.name == "posix" else {}  # Windows knows no such thing
+    inherited = (lock,) if os.name == "posix" else ()  # Windows knows no such thing
     prefix = f"{job.name}: ".encode() if s.slots > 1 else b""
     with log.open("ab") as stream:
         stream.write(f"+ {shlex.join(command)}\n".encode())
         stream.flush()
         try:
             process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, **inherited
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, pass_fds=inherited
             )
         except OSError as error:  # no such program
             stream.write(f"{error}\n".encode())
@@ -137,8 +137,9 @@ def _run(s: Settings, job: Job, command: list[str], lock: int) -> None:
         raise JobFailed(job.failure, f"exit code {process.returncode}, see {log}")
 
 
-def _copy(process: subprocess.Popen, stream: BinaryIO, prefix: bytes) -> None:
+def _copy(process: subprocess.Popen[bytes], stream: BinaryIO, prefix: bytes) -> None:
     """Everything a program prints, to the log and to the terminal, until it ends."""
+    assert process.stdout is not None  # it was started with a pipe
     with process:
         for line in process.stdout:
             stream.write(line)

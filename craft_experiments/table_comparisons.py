@@ -74,10 +74,12 @@ def best_of(entries: Mapping[str, Entry]) -> str | None:
     """
     if len(entries) < 2 or not all(entry.complete and entry.trials for entry in entries.values()):
         return None
-    best = max(entries, key=lambda key: entries[key].mean)
+    means = {key: entry.mean for key, entry in entries.items() if entry.mean is not None}  # complete: all have one
+    best = max(means, key=means.__getitem__)
     found = {key: compare(entries[best], entry) for key, entry in entries.items() if key != best}
-    if not all(comparison and comparison.same_pairs for comparison in found.values()):
+    same = {key: comparison for key, comparison in found.items() if comparison and comparison.same_pairs}
+    if len(same) < len(found):
         return None
-    tested = with_holm(found).values()
-    clear = all(c.p_holm < ALPHA and min(c.by_seed.values()) > 0 for c in tested)
+    tested = with_holm(same).values()
+    clear = all(c.p_holm is not None and c.p_holm < ALPHA and min(c.by_seed.values()) > 0 for c in tested)
     return best if clear else None

@@ -14,6 +14,7 @@ from typing import Any
 from craft_experiments.cells import Cell, Evaluation, Kind, Method
 from craft_experiments.jobs.base import Job
 from craft_experiments.jobs.evaluate import Evaluate
+from craft_experiments.jobs.measure import Measure
 from craft_experiments.jobs.plan import plan
 from craft_experiments.records import RETENTION, RecordError, check_settings, read_manifest, read_record
 from craft_experiments.settings import Settings
@@ -222,24 +223,32 @@ def _values(
             values = training_values(metrics, float(record["seconds"]))
         elif job.kind == "measure":
             values = retention_values(record[RETENTION], str(job.record(s)))
+            assert isinstance(job, Measure)  # what its kind says
             if job.data.dataset != s.preset.start_dataset:
                 values = target_values(values)
         else:
             continue
-        place = found.setdefault((job.cell.method.key, training_of(job.cell)), {})
+        cell = _policy(job)
+        place = found.setdefault((cell.method.key, training_of(cell)), {})
         for key, value in values.items():
-            place.setdefault(key, {})[job.cell.seed] = value
+            place.setdefault(key, {})[cell.seed] = value
     return found
+
+
+def _policy(job: Job) -> Cell:
+    """The policy of a job that trains, measures or evaluates one."""
+    assert job.cell is not None
+    return job.cell
 
 
 def _metrics(
     s: Settings, jobs: Mapping[str, Job], records: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, TrainingMetrics]:
     trained = {name: record for name, record in records.items() if jobs[name].kind == "train"}
-    return {jobs[n].cell.name: training_metrics(r, str(jobs[n].record(s))) for n, r in trained.items()}
+    return {_policy(jobs[n]).name: training_metrics(r, str(jobs[n].record(s))) for n, r in trained.items()}
 
 
-def _with_lost_success(data: TableData) -> dict[tuple[str, Training], dict[str, dict[int, float]]]:
+def _with_lost_success(data: TableData) -> dict[tuple[str, Training], dict[str, Mapping[int, float]]]:
     """`data.values` with the start checkpoint's rate on its tasks minus the rate after training, per seed, in points.
 
     A seed the start checkpoint was not evaluated with takes the mean of the seeds it was evaluated with.

@@ -70,9 +70,11 @@ class Entry:
     @property
     def interval(self) -> tuple[float, float] | None:
         """Over the seeds (Student t, cut at 0 and 1); with one seed over its episodes (Wilson)."""
-        if self.half_width is None:
+        mean, half_width = self.mean, self.half_width
+        if half_width is None:
             return self.wilson
-        return max(0.0, self.mean - self.half_width), min(1.0, self.mean + self.half_width)
+        assert mean is not None  # it has rates
+        return max(0.0, mean - half_width), min(1.0, mean + half_width)
 
     @property
     def episodes(self) -> dict[tuple[int, int, int], bool]:

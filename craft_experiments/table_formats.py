@@ -96,7 +96,8 @@ def _latex_header(grid: Grid) -> list[str]:
 
 
 def _latex_rows(grid: Grid) -> list[str]:
-    lines, ruled = [], False
+    lines: list[str] = []
+    ruled = False
     for row in grid.rows:
         if row.control and not ruled and lines:
             lines.append(r"\midrule")

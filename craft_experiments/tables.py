@@ -196,7 +196,8 @@ def _rows_retention(preset: Preset, known: Mapping[str, Method]) -> list[str]:
 
 def _requests_retention(preset: Preset, method: Method) -> list[Request]:
     """The target suite, the start's tasks (read by the policy's own head and by the start's), and the features."""
-    suite, before = preset.ablation_suite, ()
+    suite = preset.ablation_suite
+    before: tuple[Evaluation, ...] = ()
     if preset.start_suite:
         before = (Evaluation(Kind.START_TASKS, preset.start_suite),)
         if not method.control:

@@ -28,7 +28,10 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from typing import Any, NoReturn, TypeVar
 
-Config = TypeVar("Config")
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 LARGEST = 2**31 - 1
 """Largest whole number of a flag that states no other limit."""
@@ -86,7 +89,7 @@ class ForeignFlag:
         return self.harmless is None or value.lower() in self.harmless
 
 
-def flag(default: Any, text: str = "", *, choices: Sequence[str] = (), is_name: bool = False, **limits: float) -> Any:
+def flag(default: Any, text: str = "", *, choices: Sequence[str] = (), is_name: bool = False, **limits: Any) -> Any:
     """A dataclass field with its help text and its `Range`, given by the names of its limits, or its choices.
 
     is_name: the text becomes the name of a file or folder and must be one.
@@ -171,7 +174,7 @@ def _value(entry: Field, kind: Any, word: str) -> Any:
     return _read(entry, options[-1], word)
 
 
-def _read(entry: Field, kind: type, word: str) -> Any:
+def _read(entry: Field, kind: Any, word: str) -> Any:
     if kind is str:
         return word
     if kind is bool:
@@ -322,9 +325,10 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def in_range(kind: type, **limits: float) -> Callable[[str], float]:
+def in_range(kind: type, **limits: Any) -> Callable[[str], float]:
     """`type=` of an argparse flag: an int or a float in the `Range` of these limits."""
-    allowed = Range(**{"at_most": LARGEST} | limits)
+    all_limits: dict[str, Any] = {"at_most": LARGEST} | limits
+    allowed = Range(**all_limits)
 
     def read(word: str) -> float:
         try:

@@ -243,6 +243,7 @@ def write_manifest(cfg: DemoConfig, jobs: list[Job]) -> None:
         if job.kind == "train":
             row = job.name.removeprefix("train-")
             entry = {"name": row, "metrics": f"metrics/{row}.jsonl", "checkpoint": f"metrics/{row}.json"}
+            assert job.progress is not None  # every training logs its steps
             write_text(work / entry["metrics"], job.progress.read_text(encoding="utf-8"))
             write_text(work / entry["checkpoint"], job.result.read_text(encoding="utf-8"))
             runs.append(entry)

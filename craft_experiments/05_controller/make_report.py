@@ -33,7 +33,9 @@ from prismatic.evidence.statistics import mean_and_half_width
 SLACK = 1.1
 """A run meets its budget when its drift is at most this multiple of it."""
 SEEDS = (0, 1, 2)
-PLAN = [(controller, budget) for controller in ("share", "pi") for budget in (0.01, 0.003, 0.001)]
+PLAN: list[tuple[str, float | None]] = [
+    (controller, budget) for controller in ("share", "pi") for budget in (0.01, 0.003, 0.001)
+]
 PLAN += [(f"fixed {value:g}", None) for value in (0, 1, 3, 10, 30, 100)]
 """Variant and budget of the runs that the answer is to rest on, for every seed."""
 LATE = 0.1
@@ -280,7 +282,7 @@ def fixed_cells(runs: list[dict], budget: float) -> list[str]:
     for run in runs:
         if run["budget"] is None:
             seeds[run["seed"]].append(run)
-    best = [run for seed in seeds if (run := rival(runs, budget, seed))]
+    best = [found for seed in seeds if (found := rival(runs, budget, seed))]
     lowest = [min(own, key=lambda run: run["achieved"]) for own in seeds.values()]
     name = "best fixed" if best else "none of the fixed; their lowest drift"
     return [name, *measured_cells(best or lowest), f"{len(best)} of {len(seeds)}"]

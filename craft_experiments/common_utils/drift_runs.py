@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from prismatic.command_line import bad_input_in_one_line, faults_in_one_line
 from prismatic.evidence.checks import is_count, is_number, parse_object, read_text
@@ -119,8 +120,11 @@ def command(cfg: DriftConfig, cell: Cell) -> list[str]:
     return ["vla-scripts/finetune.py", *words, *cell.flags]
 
 
+AnyConfig = TypeVar("AnyConfig", bound=DriftConfig)
+
+
 def run_experiment(
-    cfg: DriftConfig, cells_of: Callable[[DriftConfig], list[Cell]], kept: tuple[str, ...], compact: bool = False
+    cfg: AnyConfig, cells_of: Callable[[AnyConfig], list[Cell]], kept: tuple[str, ...], compact: bool = False
 ) -> None:
     """`run_missing` for a program: it is the only writer of both folders, and what fails is said in one piece."""
     program = os.path.basename(sys.argv[0])
@@ -211,7 +215,9 @@ def compacted(record: dict) -> dict:
 def _grouped(values: list[float | None]) -> list[float | None]:
     groups = [[value] for value in values[:HEAD]]
     groups += [values[i : i + GROUP] for i in range(HEAD, len(values), GROUP)]
-    return [None if None in group else _rounded(statistics.fmean(group), DIGITS) for group in groups]
+    known = [[value for value in group if value is not None] for group in groups]
+    means = zip(groups, known, strict=True)
+    return [None if None in group else _rounded(statistics.fmean(values), DIGITS) for group, values in means]
 
 
 def expanded(record: dict) -> dict:

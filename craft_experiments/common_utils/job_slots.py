@@ -304,7 +304,7 @@ def _start(job: Job, log_dir: Path, lock: int) -> Running:
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
             start_new_session=True,
             # A program outlives a driver that is killed. It keeps the lock, so that no second one is started beside it.
-            **({"pass_fds": (lock,)} if os.name == "posix" else {}),
+            pass_fds=(lock,) if os.name == "posix" else (),
         )
     return Running(job, process, log, units_before=before)
 

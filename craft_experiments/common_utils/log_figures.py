@@ -41,6 +41,12 @@ class Rate:
         return abs(self.value - other.value) <= max(self.tolerance + other.tolerance, EXACT)
 
 
+def _figure_start(text: str) -> int:
+    lead = _LEAD.match(text)
+    assert lead is not None  # it matches the empty text, too
+    return lead.end()
+
+
 def read_rate(text: str, percent: bool = False) -> Rate:
     """The rate that `text` begins with.
 
@@ -53,7 +59,7 @@ def read_rate(text: str, percent: bool = False) -> Rate:
             the number that may be its unit. The message begins with what was found.
     """
     shown = f"found {text.strip()[:60]!r}"
-    match = _FIGURE.match(text, _LEAD.match(text).end())
+    match = _FIGURE.match(text, _figure_start(text))
     if match is None:
         raise ValueError(f"{shown}, {_EXPECTED}")
     rate = _rate(match, percent, shown)
@@ -101,7 +107,7 @@ def read_count(text: str) -> int:
         ValueError: none, one with separators (1,000 and 1.000 are read in two ways), or more than 18 digits. The
             message begins with what was found.
     """
-    match = _COUNT.match(text, _LEAD.match(text).end())
+    match = _COUNT.match(text, _figure_start(text))
     if match is None:
         raise ValueError(f"found {text.strip()[:60]!r}, expected a whole number without separators")
     if len(match[1]) > _MAX_DIGITS:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from craft_experiments.common_utils.log_figures import Rate, read_count, read_rate
 
@@ -112,7 +112,7 @@ class _Event(NamedTuple):
     """A statement of the log. start, end: where it stands in the text."""
 
     kind: str
-    value: str | int | Rate
+    value: Any  # as the kind says: text, a count (int) or a Rate
     start: int
     end: int
 
@@ -153,11 +153,15 @@ _VALUE = re.compile(r"\s*([^\n]{0,200})")
 
 def _events(path: Path, text: str) -> Iterator[_Event]:
     for match in _EVENTS.finditer(text):
-        kind = next(name for name in (*_NAMES, match.lastgroup) if name == match.lastgroup or match[name])
+        last = match.lastgroup
+        assert last is not None  # every pattern names what it finds
+        kind = next(name for name in (*_NAMES, last) if name == last or match[name])
         if kind not in _NAMES:
             yield _Event(kind, match[kind], *match.span())
             continue
-        value = _VALUE.match(text, match.end())[1]
+        behind = _VALUE.match(text, match.end())
+        assert behind is not None  # it matches the empty text, too
+        value = behind[1]
         if not value:
             return  # the file ends behind the name
         try:
@@ -246,7 +250,7 @@ class _Run:
         self.suite: str | None = None
         self.tasks: list[TaskOutcome] = []
         self.pending_task_name = ""
-        self.stated: dict[str, int | Rate] = {}
+        self.stated: dict[str, Any] = {}  # a count or a Rate, as the name says
         self.videos: list[int] = []
         self.errors = self.skipped = 0
         self.before = self.successes_before = 0  # of episodes that are counted and not shown
@@ -283,7 +287,7 @@ class _Run:
             self.tasks.append(TaskOutcome(self.pending_task_name))
         return self.tasks[-1]
 
-    def _take_number(self, kind: str, value: int | Rate) -> None:
+    def _take_number(self, kind: str, value: Any) -> None:
         shown = self.outcomes
         if kind == "counter":
             if not self.counts:
@@ -335,7 +339,7 @@ class _Run:
             path=str(path),
             task_suite=self.suite,
             complete=is_final or (even and len(self.tasks) == known),
-            overall_success_rate=overall.value if is_final else rate,
+            overall_success_rate=overall.value if is_final and overall is not None else rate,
             total_episodes=episodes,
             total_successes=successes,
             tasks=self.tasks,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from craft_experiments.cells import Cell
 from craft_experiments.common_utils.plots import new_figure
 from craft_experiments.figures.drawing import MARKERS, PALETTE, clean, legend_below
 from craft_experiments.figures.families import family
@@ -49,7 +50,7 @@ def _positive(values: Mapping[str, Mapping[int, float]]) -> list[float]:
 
 def traces_figure(data: TableData) -> Any:
     """L_ret and lambda over steps; of several trainings of a method the first."""
-    cells = {}
+    cells: dict[str, Cell] = {}
     for request in data.table.requests:
         if request.cell.name in data.metrics:
             cells.setdefault(request.cell.method.key, request.cell)

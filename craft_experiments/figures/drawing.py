@@ -56,8 +56,10 @@ def column_entries(data: TableData, column: Column) -> dict[str, Entry]:
 def draw_rate(axis: Any, place: float, entry: Entry, style: Mapping[str, str], **options: Any) -> None:
     """A point with its interval, in percent; `horizontal` puts the rate on the x axis."""
     horizontal = options.pop("horizontal", False)
-    rate = 100 * entry.mean
-    low, high = (100 * end for end in entry.interval or (entry.mean, entry.mean))
+    mean = entry.mean
+    assert mean is not None  # `has_rate`
+    rate = 100 * mean
+    low, high = (100 * end for end in entry.interval or (mean, mean))
     error = [[max(0.0, rate - low)], [max(0.0, high - rate)]]
     faint = {"linestyle": "none", "markersize": 5, "capsize": 2, "elinewidth": 1, "clip_on": False}
     if horizontal:

@@ -13,7 +13,7 @@ from craft_experiments.figures.families import family
 from craft_experiments.table_data import TableData
 from craft_experiments.table_grids import has_start_kinds
 
-Values = dict[str, dict[int, float]]  # method key -> seed -> number
+Values = Mapping[str, Mapping[int, float]]  # method key -> seed -> number
 
 
 def _success_values(data: TableData, kind: Kind) -> Values:

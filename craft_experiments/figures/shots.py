@@ -9,7 +9,7 @@ from craft_experiments.cells import Method
 from craft_experiments.common_utils.plots import new_figure
 from craft_experiments.figures.drawing import clean, column_entries, draw_rate, has_rate, legend_below, method_styles
 from craft_experiments.table_data import TableData
-from craft_experiments.table_entries import Column
+from craft_experiments.table_entries import Column, Entry
 from craft_experiments.table_grids import column_group
 
 
@@ -26,7 +26,7 @@ def shots_figure(data: TableData) -> Any:
     for axis, kind in zip(axes, kinds, strict=True):
         for method in data.table.methods:
             _shots_curve(axis, data, method, [c for c in columns if c.kind is kind], styles)
-        shots = sorted({column.shots for column in columns})
+        shots = sorted({_shots(column) for column in columns})
         axis.set_xscale("log")
         axis.set_xticks(shots, [str(number) for number in shots])
         axis.minorticks_off()
@@ -38,19 +38,32 @@ def shots_figure(data: TableData) -> Any:
     return figure
 
 
+def _shots(column: Column) -> int:
+    """Demonstrations per task; the columns of this figure name them."""
+    assert column.shots is not None
+    return column.shots
+
+
+def _mean(entry: Entry) -> float:
+    """Mean of an entry that has a rate."""
+    mean = entry.mean
+    assert mean is not None
+    return mean
+
+
 def _shots_curve(
     axis: Any, data: TableData, method: Method, columns: Sequence[Column], styles: Mapping[str, Mapping[str, str]]
 ) -> None:
     """A curve for a competitor; a control stands at one number and is a mark beside it, without interval."""
-    found = [(c.shots, data.entries[method.key, c]) for c in columns if has_rate(data, method, c)]
+    found = [(_shots(c), data.entries[method.key, c]) for c in columns if has_rate(data, method, c)]
     rank = [m.key for m in data.table.methods if m.control == method.control].index(method.key)
     shift = 1.2 + 0.1 * rank if method.control else 0.97 + 0.05 * rank  # side by side: nothing is hidden
     if method.control:
         options = {"linestyle": "none", "markersize": 6, "clip_on": False, "label": method.label}
-        axis.plot([c * shift for c, _ in found], [100 * e.mean for _, e in found], **options, **styles[method.key])
+        axis.plot([c * shift for c, _ in found], [100 * _mean(e) for _, e in found], **options, **styles[method.key])
         return
     for shots, entry in found:
         draw_rate(axis, shots * shift, entry, styles[method.key], label=method.label)
     if found:
-        xs, ys = zip(*[(shots * shift, 100 * entry.mean) for shots, entry in found], strict=True)
+        xs, ys = zip(*[(shots * shift, 100 * _mean(entry)) for shots, entry in found], strict=True)
         axis.plot(xs, ys, color=styles[method.key]["color"], linewidth=1.2)

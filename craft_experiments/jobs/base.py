@@ -111,7 +111,9 @@ class Job(ABC):
 
     def keep(self, s: Settings, record: Mapping[str, Any]) -> None:
         """Write the record."""
-        write_record(self.record(s), record)
+        path = self.record(s)
+        assert path is not None  # jobs without a record keep none
+        write_record(path, record)
 
 
 def as_words(flags: Mapping[str, object]) -> list[str]:

@@ -27,6 +27,7 @@ class Collect(Job):
 
     def commands(self, s: Settings) -> list[list[str]]:
         p, data = s.preset, self.data
+        assert p.collect is not None  # the plan has no such job then
         flags = {
             "task_suite_name": data.suite,
             "task_ids": data.task_ids or "all",

@@ -43,6 +43,7 @@ class Evaluate(Job):
         policy = expected_checkpoint(s, self.policy)
         if self.evaluation.kind is not Kind.START_TASKS_START_HEAD:
             return [self._command(s, policy)]
+        assert policy is not None  # a replay has no head
         grafted = s.runs_dir / (self.policy.name + _START_HEAD)
         graft = [] if grafted.is_dir() else [interpolation(s, policy, 0.0, "head", grafted)]
         return [*graft, self._command(s, grafted)]

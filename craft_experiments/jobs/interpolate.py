@@ -31,6 +31,7 @@ class Interpolate(Job):
 
     def commands(self, s: Settings) -> list[list[str]]:
         trained = expected_checkpoint(s, parent_of(s, self.policy))
+        assert trained is not None  # only a replay has no checkpoint
         return [interpolation(s, trained, self.policy.method.scale, "all", s.runs_dir / self.policy.name)]
 
     def has_result(self, s: Settings) -> bool:

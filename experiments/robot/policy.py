@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from prismatic.training.checkpoints import LoadedCheckpoint, load_checkpoint
+from prismatic.training.checkpoint_files import LoadedCheckpoint
+from prismatic.training.checkpoints import load_checkpoint
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.images import ImageSpec, prepare_eval_image

@@ -6,6 +6,7 @@ Block i (0-based) consumes hidden state i+1 of the LLM; hidden state 0 (the inpu
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
@@ -156,6 +157,7 @@ class MLPResNetBlock(nn.Module):
         keys = torch.cat([k_self, k_condition, gate * k_task], dim=2)
         y = F.scaled_dot_product_attention(query, keys, values, scale=1.0 / math.sqrt(query.shape[-1]))
         norm, linear, act = self.ffn
+        assert isinstance(norm, nn.LayerNorm)
         return act(linear(layer_norm(x + self.o_proj(y.transpose(1, 2).flatten(2)), norm)))
 
 
@@ -174,12 +176,14 @@ class MLPResNetBlockPro(MLPResNetBlock):
     def _keys_values(
         self, x: torch.Tensor, condition: torch.Tensor, task: torch.Tensor, tables: RopeTables | None
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        assert tables is not None  # a Pro head makes them
         sources = {"self": x, "adapter": condition, "task": task}
         keys = [rotate_pairs(self._heads(getattr(self, f"k_{s}")(t)), tables) for s, t in sources.items()]
         values = torch.cat([getattr(self, f"v_{s}")(t) for s, t in sources.items()], dim=1)
         return keys, self._heads(values)
 
     def _query(self, x: torch.Tensor, tables: RopeTables | None) -> torch.Tensor:
+        assert tables is not None  # a Pro head makes them
         return rotate_pairs(self._heads(self.q_proj(x)), tables)
 
 
@@ -190,6 +194,7 @@ class MLPResNet(nn.Module):
         """Parameter names equal the published ones below `model.`."""
         super().__init__()
         self.config = config
+        self._gradient_checkpointing_func: Callable[..., torch.Tensor]  # given with the next
         self.gradient_checkpointing = False  # set by `apply_tuning`
         start_dim = config.hidden_dim * config.action_dim
         block = MLPResNetBlockPro if config.use_pro_version else MLPResNetBlock
@@ -205,7 +210,7 @@ class MLPResNet(nn.Module):
         """Start (K, A*D): zeros or the learned rows, plus `noise` of the same shape."""
         weight = self.fc1.weight
         if self.config.chunk_start is ChunkStart.LEARNED:
-            start = self.chunk_start
+            start: torch.Tensor = self.chunk_start
         else:
             start = torch.zeros(self.config.chunk_len, weight.shape[1], dtype=weight.dtype, device=weight.device)
         return start if noise is None else start + noise.to(start)

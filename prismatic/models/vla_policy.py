@@ -137,6 +137,7 @@ class VLAPolicyModel(nn.Module):
         """
         with fewer_kept():
             output = self._run_vla(batch, craft, output_hidden_states=True)
+            assert output.hidden_states is not None  # asked for
             states = self.vla.bridge_states(output.hidden_states, batch["action_mask"], self.legacy_slices)
             actions = self.actions_of(states, batch)
         if craft is not None and craft.bridge:
@@ -165,5 +166,7 @@ class VLAPolicyModel(nn.Module):
         with fewer_kept():
             output = self._run_vla(batch, request, request.bridge, request.raw_only and not request.bridge)
         if request.bridge:
+            assert output.hidden_states is not None  # asked for
             return *self.vla.bridge_states(output.hidden_states, batch["action_mask"], self.legacy_slices), None
+        assert output.raw_latent_features is not None  # asked for
         return output.raw_latent_features, output.action_query_features, output.raw_latent_mask

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from prismatic.command_line import bad_input_in_one_line, flag, parse
 from prismatic.evidence.files import write_json
-from prismatic.model_files import BASE_CHECKPOINT, has_weights
+from prismatic.model_files import BASE_CHECKPOINT, has_weights, read_json
 from prismatic.output_folder import check_folder, held
 from prismatic.training.base_model import BaseModel
 from prismatic.training.checkpoint_files import read_manifest
-from prismatic.training.checkpoint_folder import LISTING, MANIFEST, TRAINING_STATE, publish, read_json, seal
+from prismatic.training.checkpoint_folder import LISTING, MANIFEST, TRAINING_STATE, publish, seal
 from prismatic.training.checkpoints import add_merged_model, load_checkpoint, load_unmerged
 from prismatic.training.folder_kinds import check_is_checkpoint
 from prismatic.training.interpolation import check_scale, scale_adapters

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -145,7 +146,10 @@ def prepare_train_images(
     image is finished before the next one starts, so that the intermediate results are few and stay in the cache.
     """
     size = (spec.size, spec.size)
-    draws = [None] * len(frames) if augment is None else draw_numbers(len(frames), rng)
+    draws: Sequence[Any] | np.ndarray = [None] * len(frames)
+    if augment is not None:
+        assert rng is not None  # it comes with `augment`
+        draws = draw_numbers(len(frames), rng)
     images = np.empty((len(frames), *size, 3), np.uint8)
     for frame, draw, out in zip(frames, draws, images, strict=True):
         planes = resized_planes(frame_pixels(frame), size, block=16)

@@ -60,7 +60,7 @@ def collect_checks(args: argparse.Namespace) -> list[Check]:
     if args.checkpoint:
         checks += _checkpoint_checks(args, data)
     checks += physics_checks()
-    recorded = data.metadata.get("render_mode") if args.data else None
+    recorded = data.metadata.get("render_mode") if args.data and data is not None else None
     mode = RenderMode(args.render_mode or recorded or RenderMode.PUBLISHED.value)
     if data is not None:
         found = data_checks(data)

@@ -10,7 +10,7 @@ import torch
 
 from experiments.robot.doctor.findings import Check, Status, judge
 from prismatic.models.vla_policy import CraftRequest
-from prismatic.training.checkpoints import LoadedCheckpoint
+from prismatic.training.checkpoint_files import LoadedCheckpoint
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.images import ImageSpec, prepare_eval_image
 from prismatic.vla.normalization import resolve_statistics_key
@@ -79,7 +79,7 @@ def _key(loaded: LoadedCheckpoint, wanted: Wanted) -> str:
         if wanted.unnorm_key is not None:
             raise
         similar = [key for key in loaded.statistics if wanted.suite and key.startswith(wanted.suite)]
-        if wanted.data_name in loaded.statistics:
+        if wanted.data_name is not None and wanted.data_name in loaded.statistics:
             return wanted.data_name
         if len(similar) == 1:
             return similar[0]

@@ -102,9 +102,11 @@ def _conventions(data: DataSet) -> tuple[Status, str]:
 
 def _first_frames(data: DataSet) -> tuple[Any, dict[str, list[np.ndarray]]]:
     """Task with the most usual first instruction, and thumbnails of its first recorded frames per camera."""
+    assert data.suite is not None  # checked by the caller
     tasks = [load_task(data.suite, number) for number in range(task_count(data.suite))]
     by_language = {task.language.lower(): task for task in tasks}
-    task, frames = None, {camera: [] for camera in CAMERAS}
+    task = None
+    frames: dict[str, list[np.ndarray]] = {camera: [] for camera in CAMERAS}
     for index in np.flatnonzero(data.source.lengths).tolist():
         found = by_language.get(data.source.instructions[index].strip().lower())
         task = task or found
@@ -198,6 +200,7 @@ def replay_episode(env: simulator.LiberoEnv, data: DataSet, start: RecordedStart
     Returns:
         (success, what happened in words).
     """
+    assert data.reader is not None  # only RLDS records starts
     episode = data.reader.episode(start.episode)
     policy = DemonstrationPolicy(episode)
     number = start.start.standard_state

@@ -104,7 +104,8 @@ def recorded_starts(data: DataSet) -> list[RecordedStart]:
 
 
 def _starts_by_seed(metadata: dict[str, Any]) -> dict[int, tuple[int, Start]]:
-    settings = SimpleNamespace(**{k: metadata[k] for k in ("seed", "initial_states", "noise_std", "noise_fraction")})
+    known = {name: metadata[name] for name in ("seed", "initial_states", "noise_std", "noise_fraction")}
+    settings: Any = SimpleNamespace(**known)  # what a start depends on, of the settings of the collection
     starts = {}
     for task_id, facts in metadata["tasks"].items():
         for number in range(facts["episodes"] + facts["unsolved"]):

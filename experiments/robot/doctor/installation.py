@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from experiments.robot.doctor.findings import Check, Status, judge
@@ -40,7 +41,7 @@ def installed_version(package: str) -> str:
 def version_checks() -> list[Check]:
     """One check per pinned package, and one for all the others."""
     checks = [
-        Check(f"{name} version", expected, cost, lambda name=name, expected=expected: _exact(name, expected))
+        Check(f"{name} version", expected, cost, partial(_exact, name, expected))
         for name, (expected, cost) in EXACT.items()
     ]
     expected = ", ".join(f"{name} {wanted}" for name, wanted in TESTED.items())

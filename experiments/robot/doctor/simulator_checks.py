@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def render_checks(mode: RenderMode, suites: tuple[str, ...] = render_reference.S
             f"colours of {suite}",
             f"the stored mean colours ({mode.value} mode, both cameras) within the back end's tolerance",
             "a darker floor (mujoco from 3.3.3): libero_object 88 -> 69 %; other suites not measured",
-            lambda suite=suite: _colours(suite, mode),
+            partial(_colours, suite, mode),
         )
         for suite in suites
     ]

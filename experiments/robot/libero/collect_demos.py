@@ -69,7 +69,9 @@ def _check_task_ids(settings: CollectSettings) -> None:
     if wrong or not settings.task_ids:
         raise UsageError(f"--task_ids: {settings.task_suite_name} has tasks 0..{count - 1}, found {settings.task_ids}")
     states = standard_states(settings.initial_states)
-    for task in settings.task_ids if states is not None else ():
+    if states is None:
+        return
+    for task in settings.task_ids:
         found = len(load_task(settings.task_suite_name, task).init_states)
         if states[-1] >= found:
             raise UsageError(
@@ -97,7 +99,8 @@ class CollectFlags(CollectSettings):
     """The command line: settings whose tasks are still text."""
 
     task_suite_name: str = flag("", "LIBERO suite (required)")
-    task_ids: str = flag("", "comma separated, or 'all' (required)")
+    # Another type than the field it replaces: still text, of which `settings` makes numbers.
+    task_ids: str = flag("", "comma separated, or 'all' (required)")  # type: ignore[assignment]
     output_dir: str = flag("", "root that holds data sets (required)")
     dataset_name: str = flag("", "name of the data set (required)")
 

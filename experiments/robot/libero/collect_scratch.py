@@ -7,7 +7,7 @@ import json
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -107,4 +107,5 @@ def _split(joined: np.ndarray, lengths: np.ndarray) -> list[bytes]:
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write a scratch file, whole or not at all."""
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **arrays)
+        # cast: numpy lets a keyword be `allow_pickle`, a bool.
+        np.savez(stream, **cast("dict[str, Any]", arrays))

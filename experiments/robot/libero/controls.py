@@ -26,7 +26,8 @@ class Control(str, Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> Control | None:
-        return {"blind": cls.GREY_IMAGES, "frozen": cls.FROZEN_IMAGE}.get(value)
+        short: dict[object, Control] = {"blind": cls.GREY_IMAGES, "frozen": cls.FROZEN_IMAGE}
+        return short.get(value)
 
 
 class Actor(Protocol):
@@ -73,7 +74,7 @@ class PolicyActor:
             raise ValueError("PolicyActor: control: expected none, grey_images or frozen_image, found replay")
         self.policy, self.num_open_loop_steps, self.control = policy, num_open_loop_steps, control
         self._instruction = ""
-        self._frozen: tuple[np.ndarray, np.ndarray] | None = None
+        self._frozen: tuple[np.ndarray, ...] | None = None  # both cameras
 
     def reset(self, instruction: str) -> None:
         """Start an episode; forwards to the policy's own `reset()` where it has one."""
@@ -97,7 +98,7 @@ class PolicyActor:
             raise ValueError(f"policy.predict: expected finite actions, found {chunk[~np.isfinite(chunk)].ravel()[:3]}")
         return to_simulator_actions(chunk[: self.num_open_loop_steps])
 
-    def _views(self, observation: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _views(self, observation: Any) -> tuple[np.ndarray, ...]:
         true_views = observation.image, observation.wrist_image
         if self.control is Control.GREY_IMAGES:
             return tuple(np.full_like(view, GREY_LEVEL) for view in true_views)

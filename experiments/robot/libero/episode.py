@@ -29,7 +29,8 @@ from experiments.robot.libero.policy_facts import (
 from experiments.robot.libero.suite_names import perturbation, with_language
 from experiments.robot.libero.surroundings import SimulatorUnavailableError
 from experiments.robot.libero.video import PUBLISHED_FPS, keeps_video, rollout_path, write_video
-from prismatic.training.checkpoint_folder import MANIFEST, CheckpointError, read_json
+from prismatic.model_files import CheckpointError, read_json
+from prismatic.training.checkpoint_folder import MANIFEST
 
 ENV_SEED = 0
 """Published protocol: the environment is seeded with 0. Seeded before every episode here, so that an episode does not
@@ -168,7 +169,7 @@ def run_episode(env: Any, actor: Actor, limits: EpisodeLimits) -> Rollout:
     for step in range(limits.max_steps):
         frame_due = limits.frame_interval > 0 and step % limits.frame_interval == 0
         query_due = not queue
-        observation = env.observe() if frame_due or (query_due and actor.needs_observation) else None
+        observation: Any = env.observe() if frame_due or (query_due and actor.needs_observation) else None
         if frame_due:
             frames.append(observation.image)
         if query_due:
@@ -225,6 +226,7 @@ def with_policy_protocol(cfg: EvalConfig, backend: Backend) -> EvalConfig:
     if cfg.pretrained_checkpoint:
         metadata = _manifest(cfg.pretrained_checkpoint)
     else:
+        assert cfg.replay_dataset is not None  # the one or the other is given
         demonstrations = backend.open_demonstrations(cfg.replay_dataset)
         metadata = {"datasets": {"replayed": getattr(demonstrations, "metadata", None)}}
     facts = read_policy_facts(SimpleNamespace(metadata=metadata))
@@ -278,7 +280,9 @@ class EpisodeRunner:
         for attempt in (1, 2):
             started = time.monotonic()
             try:
-                rollout = self._attempt(self._states[planned.init_idx], limits, planned.init_idx)
+                init_state = self._states[planned.init_idx]
+                assert init_state is not None  # trials without one are not assigned
+                rollout = self._attempt(init_state, limits, planned.init_idx)
             except SimulatorUnavailableError:
                 raise
             except Exception as exception:  # noqa: BLE001 - any exception is an outcome of the episode
@@ -308,6 +312,7 @@ class EpisodeRunner:
         if self.cfg.control is not Control.REPLAY:
             return PolicyActor(self.policy, self.cfg.num_open_loop_steps, self.cfg.control)
         if self._demonstrations is None:
+            assert self.cfg.replay_dataset is not None  # `--control replay` needs it
             self._demonstrations = self.backend.open_demonstrations(self.cfg.replay_dataset)
         try:
             actions = find_demonstration(self._demonstrations, self._task.language, self.cfg.replay_episode)
@@ -325,6 +330,7 @@ class EpisodeRunner:
             )
             self._setup_s = time.monotonic() - started
         seed_everything(self.cfg.seed)
+        assert self._actor is not None  # it comes with the task
         self._actor.reset(self._task.language)
         self._env.reset(init_state=init_state, seed=ENV_SEED)
         self._offsets = None
@@ -362,6 +368,7 @@ class EpisodeRunner:
             return None
         folder = f"{self.cfg.rollout_dir}/{self.cfg.save_version}"
         started, task = self.run_info.started, self._task.language
+        assert planned.number is not None  # skipped trials have no frames
         path = rollout_path(folder, started, planned.number, rollout.success, task)
         # A sparser video keeps its duration.
         return write_video(path, rollout.frames, PUBLISHED_FPS / self._frame_interval())

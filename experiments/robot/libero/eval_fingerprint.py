@@ -51,13 +51,14 @@ def run_fingerprint(cfg: EvalConfig) -> tuple[str, str]:
     Two runs with the same fingerprint may share a results folder. Raises EvalInputError for a missing checkpoint.
     """
     if cfg.control is Control.REPLAY:
+        assert cfg.replay_dataset is not None  # `--control replay` needs it
         content = folder_hash(cfg.replay_dataset)  # None: opening it says what is wrong
         data = f"{cfg.replay_dataset}@{content}" if content else cfg.replay_dataset
         checkpoint = f"replay:{data}#{'auto' if cfg.replay_episode is None else cfg.replay_episode}"
     else:
         checkpoint = f"{cfg.pretrained_checkpoint}@{checkpoint_fingerprint(cfg.pretrained_checkpoint)}"
-    names = ("task_suite_name", "control", "seed", "num_open_loop_steps", "num_steps_wait", "env_img_res")
-    names += ("initial_states_path", "render_mode", "reset_mode", "unnorm_key", "init_noise_mm")
+    names: tuple[str, ...] = ("task_suite_name", "control", "seed", "num_open_loop_steps", "num_steps_wait")
+    names += ("env_img_res", "initial_states_path", "render_mode", "reset_mode", "unnorm_key", "init_noise_mm")
     names += ("batch_inference",) if cfg.batch_inference else ()  # as the default, it changes nothing
     names += ("robot_platform",) if cfg.robot_platform is not None else ()  # else the checkpoint says it
     settings = {name: plain(getattr(cfg, name)) for name in names} | {"checkpoint": checkpoint.rpartition("@")[2]}

@@ -206,7 +206,7 @@ class OrderedTextLog:
         sink: receives each line (without line end; some lines are empty).
     """
 
-    def __init__(self, plans: Sequence[TaskPlan], initial_states: str, sink: Callable[[str], None]) -> None:
+    def __init__(self, plans: Sequence[TaskPlan], initial_states: str, sink: Callable[[str], object]) -> None:
         self._sink = sink
         self._states_line = (
             "Using default initial states"
@@ -347,7 +347,8 @@ def summarize_group(tasks: Sequence[Sequence[EpisodeRecord]]) -> dict[str, Any]:
 def summarize_run(plans: Sequence[TaskPlan], records: dict[EpisodeKey, EpisodeRecord]) -> dict[str, Any]:
     """`per_task`, `per_suite` and `overall` of results.json, with `complete` (every planned episode has a record) and
     `valid` (complete, and none of them is an error)."""
-    per_task, groups, suites, missing = [], [], {}, 0
+    per_task, groups, missing = [], [], 0
+    suites: dict[str, list[list[EpisodeRecord]]] = {}
     for plan in plans:
         wanted = [(plan.task_id, planned.init_idx) for planned in plan.episodes if planned.number is not None]
         found = [records[key] for key in wanted if key in records]

@@ -68,7 +68,7 @@ class GraspPlanner:
 
     def _rim(self, body: str, points: np.ndarray, base: float) -> Grasp:
         others = self._geometry.others(body)
-        candidates = []
+        candidates: list[tuple[float, int, Grasp]] = []
         for turn in (0.0, 0.35, -0.35, 0.7, -0.7, 1.05, -1.05, 1.4, -1.4):
             for side in (0.0, np.pi):
                 grasp = self._rim_candidate(points, base + turn + side, turn)

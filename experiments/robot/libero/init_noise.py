@@ -38,7 +38,7 @@ class Settled:
 
     positions: dict[str, np.ndarray]
     up: dict[str, np.ndarray]
-    contacts: frozenset[tuple[str, str]]
+    contacts: frozenset[tuple[str, ...]]
 
 
 def draw_offsets(
@@ -105,7 +105,7 @@ def faulty_objects(offsets: dict[str, np.ndarray], reference: Settled, found: Se
     return faulty
 
 
-def stacks(names: Sequence[str], contacts: frozenset[tuple[str, str]]) -> list[tuple[str, ...]]:
+def stacks(names: Sequence[str], contacts: frozenset[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Partition of the movable objects into those that touch each other, in the order of `names`."""
     group = {name: {name} for name in names}
     for first, second in contacts:
@@ -161,7 +161,7 @@ class SceneProbe:
             qpos[address : address + 2] += offset
         return np.concatenate([[self._start.time], qpos, self._start.qvel])
 
-    def _contacts(self, data: Any) -> frozenset[tuple[str, str]]:
+    def _contacts(self, data: Any) -> frozenset[tuple[str, ...]]:
         names = {body: name for name, (_, body) in self.objects.items()}
         geoms = data.contact.geom
         roots = self._model.body_rootid[self._model.geom_bodyid[geoms]] if len(geoms) else np.empty((0, 2), int)

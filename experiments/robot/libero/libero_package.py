@@ -265,7 +265,7 @@ def _array_globals() -> list[Any]:
     try:
         from numpy._core import multiarray
     except ImportError:  # numpy 1
-        from numpy.core import multiarray
+        from numpy.core import multiarray  # type: ignore[no-redef]  # the same module under its old name
 
     made = [multiarray._reconstruct, multiarray.scalar]
     named = [(entry, f"{module}.{entry.__name__}") for entry in made for module in _MULTIARRAY]

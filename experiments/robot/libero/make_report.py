@@ -86,7 +86,8 @@ class VideoFinder:
 
 def is_mp4(path: Path) -> bool:
     """Whether a file is made of the boxes of an MP4: `ftyp` first, then others up to its end, one of them `moov`."""
-    size, place, kinds = path.stat().st_size, 0, []
+    size, place = path.stat().st_size, 0
+    kinds: list[bytes] = []
     with open(path, "rb") as file:
         while place < size and len(kinds) < 10_000:
             file.seek(place)

@@ -264,9 +264,10 @@ def _suite_row(name: str, run: RecordedRun, tasks: Sequence[Task]) -> list[objec
     return [name, *(el("td", text, class_="num") for text in texts)]
 
 
-def failures_section(data: ReportData) -> list[Html]:
+def failures_section(data: ReportData) -> list[Html | None]:
     """Errors with their text, failures with their videos, then the videos of successes."""
-    episodes, parts = data.run.episodes, [el("h2", "Failures")]
+    episodes = data.run.episodes
+    parts: list[Html | None] = [el("h2", "Failures")]
     errors = [key for key, record in episodes.items() if record["status"] == "error"]
     failures = sorted(key for key, record in episodes.items() if record["status"] == "failure")
     if errors:

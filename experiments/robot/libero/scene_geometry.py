@@ -52,7 +52,8 @@ class SceneGeometry:
 
     def _geoms(self, root: int) -> list[int]:
         model = self._env.sim.model._model
-        stack, geoms = [root], []
+        stack = [root]
+        geoms: list[int] = []
         while stack:
             body = stack.pop()
             start = int(model.body_geomadr[body])

@@ -57,7 +57,7 @@ class SceneSampler:
         def sample(_cache: dict) -> np.ndarray:
             return self._sample()
 
-        sample.__modality__ = "policy_view"
+        sample.__modality__ = "policy_view"  # type: ignore[attr-defined]  # robosuite reads it from the function
         # robosuite's own class keeps the time, with its rounding: it decides the sub-step.
         view = Observable(name="policy_view", sensor=sample, sampling_rate=self._domain.control_freq)
         return OrderedDict(policy_view=view)

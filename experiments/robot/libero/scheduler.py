@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -266,7 +266,8 @@ class WorkerPool:
         """Wait for messages; answer the queries among them first, as their episodes stand still."""
         reports: list[Report] = []
         queries: list[tuple[Connection, _Query]] = []
-        for connection in wait(list(self._active), timeout=1.0):
+        # cast: `wait` gives back some of what it got, which its annotation does not say.
+        for connection in cast("list[Connection]", wait(list(self._active), timeout=1.0)):
             message = self._receive(connection, reports)
             if isinstance(message, _Query):
                 queries.append((connection, message))
@@ -287,6 +288,7 @@ class WorkerPool:
             raise message
         if isinstance(message, EpisodeRecord):
             if message.video is None:
+                assert worker.assignment is not None  # what the record is of
                 self._queue.without_video(worker.assignment)
             reports.append(message)
         if isinstance(message, EpisodeRecord | _Ready):

@@ -45,7 +45,7 @@ def describe_suite(name: str) -> SuiteRow:
         differs += task.language.lower() != bddl_language(task.bddl_file).lower()
     span = sorted(set(states))
     text = "-" if not span else str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}"
-    limit = SUITE_MAX_STEPS.get(base)
+    limit = None if base is None else SUITE_MAX_STEPS.get(base)
     return SuiteRow(name, base, changed, count, len(states), text, limit, differs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
@@ -124,8 +124,10 @@ class VisionTowerSpec:
 
 def published_tower(timm_model_id: str, image_size: int, activation: str | None) -> VisionTowerSpec:
     """Geometry of one of the published timm backbones; unknown ids raise ValueError."""
-    large = {"image_size": image_size, "embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_hidden_dim": 4096}
+    large: dict[str, Any] = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_hidden_dim": 4096}
+    large["image_size"] = image_size
     act = activation or "gelu"
+    extra: dict[str, Any]
     if timm_model_id == _DINO_ID:
         extra = {"class_token": True, "reg_tokens": 4, "layer_scale": True, "pos_embed": "patches"}
         return VisionTowerSpec(**large, patch_size=14, activation=act, **extra)
@@ -135,7 +137,8 @@ def published_tower(timm_model_id: str, image_size: int, activation: str | None)
     if timm_model_id.startswith("vit_large_patch16_224"):
         return VisionTowerSpec(**large, patch_size=16, activation=act, class_token=True, pos_embed="all")
     if timm_model_id.startswith("vit_so400m_patch14_siglip_"):
-        so400m = {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_hidden_dim": 4304, "attention_pool": True}
+        so400m: dict[str, Any] = {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_hidden_dim": 4304}
+        so400m["attention_pool"] = True
         return VisionTowerSpec(image_size=image_size, patch_size=14, activation=act, **so400m)
     raise ValueError(
         f"config field `timm_model_ids`: {timm_model_id!r} is unknown; give the tower's geometry in `vision_towers`"
@@ -152,7 +155,8 @@ class PrismaticConfig(PretrainedConfig):
 
     model_type = "prismatic"
     is_composition = False
-    sub_configs = {"text_config": AutoConfig}
+    # The library, too, puts AutoConfig here, which its own annotation leaves out.
+    sub_configs = {"text_config": cast("type[PretrainedConfig]", AutoConfig)}
 
     def __init__(  # noqa: PLR0913 -- published constructor fields
         self,

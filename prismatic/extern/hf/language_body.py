@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from prismatic.models.activations import gated, product_dtype, rms_norm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BODIES = ("llama", "qwen2")
 """Values of `text_config.model_type` that the model is built for; prompt and special tokens follow from them."""
@@ -23,6 +27,9 @@ def require_body(model_type: str, where: str = "config") -> None:
 class _LeanNorm(nn.Module):
     """The library's root-mean-square norm; under autocast it keeps its input as it is and nothing else."""
 
+    weight: torch.Tensor
+    variance_epsilon: float
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if product_dtype(hidden_states) is None or torch.compiler.is_compiling():
             return super().forward(hidden_states)
@@ -32,6 +39,10 @@ class _LeanNorm(nn.Module):
 class _LeanMLP(nn.Module):
     """The library's gated MLP; under autocast it keeps its two products and nothing else."""
 
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
@@ -39,10 +50,11 @@ class _LeanMLP(nn.Module):
 def keep_less(body: nn.Module) -> None:
     """Let the norms and gated MLPs of an LLM body keep less under autocast, in place. Values stay what they are."""
     for module in body.modules():
+        kind: type = type(module)
         if hasattr(module, "variance_epsilon"):
-            module.__class__ = _derived(_LeanNorm, type(module))
+            module.__class__ = _derived(_LeanNorm, kind)
         elif hasattr(module, "gate_proj") and isinstance(module.act_fn, nn.SiLU):
-            module.__class__ = _derived(_LeanMLP, type(module))
+            module.__class__ = _derived(_LeanMLP, kind)
 
 
 @functools.cache
@@ -62,7 +74,7 @@ def hide_right_padding(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask if bool((mask[:, 1:] & ~mask[:, :-1]).any()) else torch.ones_like(mask)
 
 
-def plain_causal_mask(body: nn.Module, mask: torch.Tensor | None) -> dict[str, None] | torch.Tensor | None:
+def plain_causal_mask(body: PreTrainedModel, mask: torch.Tensor | None) -> dict[str, None] | torch.Tensor | None:
     """What makes the body causal without a look at the mask, whose padding must be on the right.
 
     The library would read an all-ones mask back to see that it is one. A prepared entry per layer type skips that; its
@@ -80,8 +92,10 @@ def first_layers(body: nn.Module, count: int) -> nn.Module:
 
     With all layers it is the body itself, whose last output is normed.
     """
-    if count >= len(body.layers):
+    layers = body.layers
+    assert isinstance(layers, nn.ModuleList)  # in every body of the library
+    if count >= len(layers):
         return body
     view = copy.copy(body)
-    view._modules = {**body._modules, "layers": body.layers[:count], "norm": nn.Identity()}
+    view._modules = {**body._modules, "layers": layers[:count], "norm": nn.Identity()}
     return view

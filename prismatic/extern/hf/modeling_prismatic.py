@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -44,21 +44,21 @@ _TIED = {"language_model.lm_head.weight": "language_model.model.embed_tokens.wei
 class PrismaticCausalLMOutputWithPast(ModelOutput):
     """Model output. B batch, S multimodal length, N vision tokens, Q action queries, D width, V vocabulary."""
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None  # (B, S, V), only on request
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None  # (B, S, V), only on request
     past_key_values: Any | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None  # layers + 1 tensors (B, S, D); the last is normed
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    projector_features: torch.FloatTensor | None = None  # (B, N, D)
-    raw_latent_features: torch.FloatTensor | None = None  # (B, N, D); (B, S, D) in vision_plus_prompt mode
-    raw_latent_mask: torch.BoolTensor | None = None  # (B, S), only in vision_plus_prompt mode
-    action_query_features: torch.FloatTensor | None = None  # (B, Q, D)
+    hidden_states: tuple[torch.Tensor, ...] | None = None  # layers + 1 tensors (B, S, D); the last is normed
+    attentions: tuple[torch.Tensor, ...] | None = None
+    projector_features: torch.Tensor | None = None  # (B, N, D)
+    raw_latent_features: torch.Tensor | None = None  # (B, N, D); (B, S, D) in vision_plus_prompt mode
+    raw_latent_mask: torch.Tensor | None = None  # (B, S), only in vision_plus_prompt mode
+    action_query_features: torch.Tensor | None = None  # (B, Q, D)
 
 
 class PrismaticPreTrainedModel(PreTrainedModel):
     """Hugging Face plumbing shared by the model classes."""
 
-    config_class = PrismaticConfig
+    config_class: Any = PrismaticConfig  # the base class has None, so its type says None
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -94,7 +94,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
     """Vision towers, projector, causal language model and the table of action queries."""
 
     # transformers 4 wants a list of tied keys, transformers 5 a mapping target -> source.
-    _tied_weights_keys = _TIED if int(transformers.__version__.split(".")[0]) >= 5 else list(_TIED)
+    _tied_weights_keys: Any = _TIED if int(transformers.__version__.split(".")[0]) >= 5 else list(_TIED)
 
     def __init__(self, config: PrismaticConfig) -> None:
         """Random weights; towers and LLM geometry come from `config` alone. ValueError for another LLM body."""
@@ -162,10 +162,12 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
 
         Raises ValueError when neither is given or a row does not hold exactly Q slots.
         """
-        if action_mask is None and labels is None:
+        if action_mask is not None:
+            mask = action_mask.bool()
+        elif labels is not None:
+            mask = action_mask_from_labels(labels, self.config.text_config.model_type)
+        else:
             raise ValueError("a multimodal forward needs `action_mask` or `labels` to place the action queries")
-        body = self.config.text_config.model_type
-        mask = action_mask.bool() if action_mask is not None else action_mask_from_labels(labels, body)
         self.bridge_layout.require_query_slots(mask)
         return mask
 
@@ -198,7 +200,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         past_key_values: Any | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
@@ -236,9 +238,14 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             raise ValueError("CRaFT features need `pixel_values`")
         projected, mask, full_mask = None, None, attention_mask
         if pixel_values is not None:
-            mask = action_mask.bool() if trusted_masks else self.resolve_action_mask(action_mask, labels)
+            if trusted_masks:
+                assert action_mask is not None  # who vouches for the masks gives them
+                mask = action_mask.bool()
+            else:
+                mask = self.resolve_action_mask(action_mask, labels)
             features = self.vision_backbone(pixel_values) if vision_features is None else vision_features
             projected = self.projector(features)
+            assert input_ids is not None  # images come with text
             inputs_embeds, full_mask = self._multimodal_inputs(input_ids, attention_mask, projected, mask)
         body = self.language_model.model
         if craft_raw_only:
@@ -261,6 +268,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         if output_craft_features:
             options = craft_layer_idx, CrTokenMode(craft_cr_token_mode)
             # A body cut to no layers records no states: its only one is its input.
+            assert inputs_embeds is not None and mask is not None  # made from `pixel_values`
             states = output.hidden_states or (inputs_embeds,)
             self._add_craft_features(result, states, (attention_mask, mask), *options)
         elif craft_raw_only:
@@ -271,7 +279,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         self,
         result: PrismaticCausalLMOutputWithPast,
         hidden_states: Sequence[torch.Tensor],
-        masks: tuple[torch.Tensor, torch.Tensor],
+        masks: tuple[torch.Tensor | None, torch.Tensor],
         layer_idx: int | None,
         mode: CrTokenMode,
     ) -> None:
@@ -292,7 +300,9 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
 class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
     """The model with data-set statistics and single-sample action prediction."""
 
-    config_class = OpenVLAConfig
+    config_class: Any = OpenVLAConfig
+    if TYPE_CHECKING:
+        config: OpenVLAConfig
 
     def __init__(self, config: OpenVLAConfig) -> None:
         """Adds the action bins and their centres."""
@@ -301,7 +311,7 @@ class OpenVLAForActionPrediction(PrismaticForConditionalGeneration):
         self.bin_centers = (self.bins[:-1] + self.bins[1:]) / 2.0
         # Undo the vocabulary padding; only the discrete decoder of Llama checkpoints would use it.
         self.vocab_size = config.text_config.vocab_size - config.pad_to_multiple_of
-        self.version = None
+        self.version: str | None = None
 
     @property
     def norm_stats(self) -> dict[str, Any] | None:

@@ -104,7 +104,8 @@ class PrismaticImageProcessor(BaseImageProcessor):
         scale, offset = self._scale.to(pixels.device), self._offset.to(pixels.device)
         return torch.addcmul(offset, pixels, scale).reshape(batch, count * scale.shape[0] * 3, size, size)
 
-    def preprocess(self, images: Image.Image | list[Image.Image], **_: Any) -> BatchFeature:
+    # It gives the general BatchFeature, as published; the base class names a subclass.
+    def preprocess(self, images: Image.Image | list[Image.Image], **_: Any) -> BatchFeature:  # type: ignore[override]
         """PIL images, one per sample -> {"pixel_values": (B, 3*towers, H, W)}; resized (bicubic) when needed."""
         images = images if isinstance(images, (list, tuple)) else [images]
         pixels = self.preprocess_batch(np.stack([self._resize(image)[None] for image in images]))
@@ -142,22 +143,24 @@ class PrismaticImageProcessor(BaseImageProcessor):
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], **options: Any) -> PrismaticImageProcessor:
+    def from_dict(cls, image_processor_dict: dict[str, Any], **options: Any) -> PrismaticImageProcessor:
         """Inverse of `to_dict`; accepts the published file content.
 
         `options`: loading options of the Auto classes, without effect. TypeError when one names a stored field.
         """
-        overridden = sorted(options.keys() & values.keys())
+        overridden = sorted(options.keys() & image_processor_dict.keys())
         if overridden:
             raise TypeError(f"{PREPROCESSOR_FILE}: fields {overridden} cannot be replaced while loading")
-        return cls(**values)
+        return cls(**image_processor_dict)
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path) -> None:  # type: ignore[override]  # nothing goes to the Hub
         """Write preprocessor_config.json."""
         write_json(Path(directory) / PREPROCESSOR_FILE, self.to_dict())
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, **options: Any) -> PrismaticImageProcessor:
+    def from_pretrained(  # type: ignore[override]  # no download: a local folder is all it takes
+        cls, directory: str | Path, **options: Any
+    ) -> PrismaticImageProcessor:
         """Read preprocessor_config.json of a local folder; FileNotFoundError when absent. `options`: `from_dict`."""
         return cls.from_dict(read_json(Path(directory) / PREPROCESSOR_FILE), **options)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -144,6 +146,7 @@ class VisionTransformer(nn.Module):
         """Build every parameter the published layout names."""
         super().__init__()
         self.spec = spec
+        self._gradient_checkpointing_func: Callable[..., torch.Tensor]  # given with the next
         self.gradient_checkpointing = False  # set by `apply_tuning`, or Hugging Face's `gradient_checkpointing_enable`
         dim = spec.embed_dim
         if spec.class_token:

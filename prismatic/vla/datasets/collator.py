@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class VLACollator:
 
         Raises ValueError for samples with different numbers or sizes of images.
         """
-        batch = self.tokenize([sample["instruction"] for sample in samples])
+        batch: dict[str, Any] = self.tokenize([sample["instruction"] for sample in samples])
         shapes = {sample["images"].shape for sample in samples}
         if len(shapes) != 1:
             raise ValueError(f"samples of one batch have images of shapes {sorted(shapes)}, expected one shape")

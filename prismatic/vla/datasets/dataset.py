@@ -240,12 +240,14 @@ class VLADataset(Dataset):
         settings, config = self.settings, get_data_set_config(name)
         source = self._open(data_root, name, config)
         part = self._make_part(name, source, config)
-        known = None if normalizer is not None else known_key(settings.known_statistics or {}, name)
+        statistics = settings.known_statistics or {}
+        known = None if normalizer is not None else known_key(statistics, name)
         if known is not None:
-            normalizer = Normalizer(settings.known_statistics[known], settings.action_spec, name)
+            normalizer = Normalizer(statistics[known], settings.action_spec, name)
             self.warnings += part.contradiction(normalizer.statistics)
         given = normalizer is not None
-        normalizer = normalizer if given else part.own_normalizer(config, settings.action_spec)
+        if normalizer is None:
+            normalizer = part.own_normalizer(config, settings.action_spec)
         # Statistics of actions that were not read are made up: nobody may act with them.
         if given or part.actions is not None:
             self.normalizers[name] = normalizer

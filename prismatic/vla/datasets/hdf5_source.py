@@ -242,7 +242,13 @@ def _chosen(file, path: Path, split: str) -> list[str]:
     else:  # a file without this mask has only training data
         held_out = {name for other in _HELD_OUT for name in masks.get(other, [])}
         names = [name for name in names if name not in held_out] if split == "train" else []
-    return sorted(set(names), key=lambda name: (int(_DEMO.fullmatch(name)[1]), name))
+    return sorted(set(names), key=lambda name: (_number(name), name))
+
+
+def _number(name: str) -> int:
+    match = _DEMO.fullmatch(name)
+    assert match is not None  # other names are left out or refused
+    return int(match[1])
 
 
 def _add_file(writer: IndexWriter, path: Path, keys: SourceKeys, split: str) -> float | None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -83,7 +84,7 @@ class IndexWriter:
         sizes that no demonstration has.
         """
         (length,) = self._checked_lengths(arrays)
-        runs = [[0, texts]] if isinstance(texts, str) else text_runs(texts)
+        runs: list[list[Any]] = [[0, texts]] if isinstance(texts, str) else text_runs(texts)
         for _, text in runs:
             try:
                 text.encode()

@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_range
 from prismatic.evidence.files import write_json
@@ -127,7 +128,7 @@ def inspect(
 
 
 def _inspect(source: EpisodeSource, config: DataSetConfig, name: str, output: Path, max_images: int) -> dict:
-    report = {
+    report: dict[str, Any] = {
         "data_set": name,
         "directory": str(source.directory),
         "format": source.keys.format,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from prismatic.vla.datasets.inspect_measures import interpret, measure_content
 from prismatic.vla.datasets.registry import DataSetConfig
@@ -36,7 +37,7 @@ _ELSEWHERE = ("empty instruction", "no episodes", "short episodes", "state not f
 Finding = tuple[str, str, str]
 
 
-def find_problems(report: dict) -> list[dict[str, str]]:
+def find_problems(report: dict) -> list[dict[str, Any]]:
     """Warnings [{check, found, expected, contradiction}] for a report of `measure`; empty when nothing stands out."""
     checks = [*_check_texts(report), *_check_numbers(report), *_check_episodes(report)]
     for camera, content in report["cameras"].items():
@@ -63,7 +64,7 @@ def check_for_training(source: EpisodeSource, config: DataSetConfig, data_set: s
     kind = "observations" if source.keys.action is None else "measures"
     content = source.cached(f"{kind}-{_CONTENT_VERSION}", lambda: measure_content(source, _TRAINING_IMAGES))
     report = interpret(content, source, config) | {"data_set": data_set}
-    lines = {True: [], False: []}
+    lines: dict[bool, list[str]] = {True: [], False: []}
     for entry in find_problems(report):
         if entry["check"] not in _ELSEWHERE:
             line = f"{entry['check']}: found {entry['found']}; expected {entry['expected']}"

@@ -62,7 +62,8 @@ def measure_content(source: EpisodeSource, max_images: int) -> dict:
 
 def interpret(content: dict, source: EpisodeSource, config: DataSetConfig) -> dict:
     """The report of `measure` from its first part."""
-    libero = isinstance(config.standardize, LiberoStandardization)
+    standardize = config.standardize
+    libero = isinstance(standardize, LiberoStandardization)
     report = content | {
         "chunk_len": config.action_spec.chunk_len,
         "short_episodes": np.flatnonzero(source.lengths < config.action_spec.chunk_len).tolist(),
@@ -70,11 +71,11 @@ def interpret(content: dict, source: EpisodeSource, config: DataSetConfig) -> di
         "conventions": "libero" if libero else "own",
         "gripper_use": None,
     }
-    if not libero:
+    if not isinstance(standardize, LiberoStandardization):
         return report | {"noops": None, "rotation": None}
     actions, states = _numbers(source)
     if actions:
-        report["gripper_use"] = measure_gripper(actions, states, config.standardize.opens, config.standardize.closes)
+        report["gripper_use"] = measure_gripper(actions, states, standardize.opens, standardize.closes)
     return report
 
 
@@ -132,11 +133,11 @@ def _opens_when_high(actions: list[np.ndarray], states: list[np.ndarray]) -> boo
     single = [
         _difference(*pair) for pair in zip(width, np.split(high, np.cumsum([len(w) for w in width[:-1]])), strict=True)
     ]
-    single = [difference for difference, error in filter(None, single)]
+    differences = [difference for difference, error in filter(None, single)]
     both = _difference(np.concatenate(width), high)
     if both is None or not abs(both[0]) > _CLEAR * both[1]:
         return None
-    agree = np.mean([np.sign(difference) == np.sign(both[0]) for difference in single]) if single else 0.0
+    agree = np.mean([np.sign(difference) == np.sign(both[0]) for difference in differences]) if differences else 0.0
     return bool(both[0] > 0) if agree >= _AGREEING else None
 
 

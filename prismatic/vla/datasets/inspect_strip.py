@@ -52,8 +52,8 @@ def _tile(source: EpisodeSource, camera: str, episode: int, step: int) -> Image.
         tile.paste(_MISSING, (0, 0, _TILE, _TILE))
         return tile
     scale = _TILE / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
-    tile.paste(image.resize(size, Image.Resampling.BICUBIC), (0, 0))
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    tile.paste(image.resize((width, height), Image.Resampling.BICUBIC), (0, 0))
     return tile
 
 

@@ -77,7 +77,7 @@ class _Comparison:
 
     def __init__(self, reader: RLDSReader, decode) -> None:
         self.reader, self.decode = reader, decode
-        self.result = {
+        self.result: dict[str, Any] = {
             "episodes": 0,
             "values": 0,
             "images": 0,
@@ -137,7 +137,7 @@ class _Comparison:
             step = next((i for i, pair in enumerate(zip(theirs, ours, strict=False)) if pair[0] != pair[1]), -1)
             self.differ(episode, name, *(f"{values[step:][:1]} at step {step}" for values in (theirs, ours)))
 
-    def _images(self, episode: int, name: str, theirs: list[bytes], ours: list[bytes]) -> None:
+    def _images(self, episode: int, name: str, theirs: list[bytes], ours: list[bytes] | np.ndarray) -> None:
         camera = name.rsplit("/", 1)[-1]
         for step, (their, our) in enumerate(zip(theirs, ours, strict=True)):
             self.result["images"] += 1

@@ -99,6 +99,7 @@ def _place_v30(info: Info, row: Mapping, where: str) -> Place:
             raise DataSetError(f"{where}: {key} from {start} s, expected a time in the video")
         stop = row.get(f"videos/{key}/to_timestamp")
         # Not needed: some tools write the time of the last frame, others that of its end.
+        assert info.fps is not None  # videos have a rate
         if isinstance(stop, float) and not abs((stop - start) * info.fps - length) <= _END_SLACK:
             info.warnings.append(
                 f"{where}: {key} from {start} s to {stop} s, but it has {length} steps at {info.fps} fps"
@@ -110,6 +111,7 @@ def _place_v30(info: Info, row: Mapping, where: str) -> Place:
 def _check_overlaps(info: Info, places: Sequence[Place], folder: Path) -> None:
     """Episodes of one video follow each other: one that begins within another has frames that are not its own."""
     for key in info.video_cameras:
+        assert info.fps is not None  # videos have a rate
         spans = sorted(
             (str(place.videos[key][0]), place.videos[key][1], place.length, place.number) for place in places
         )

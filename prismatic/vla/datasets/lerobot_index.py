@@ -66,9 +66,10 @@ class Builder:
         arrays |= {f"place.{camera}": rows for camera, rows in images.items()}
         for camera, (file, start) in place.videos.items():
             scan = self._scan(camera, file)
-            rows = scan.locate(start + numbers["timestamp"][:, 0], self._info.fps, f"{file}: episode {place.number}")
-            arrays[f"place.{camera}"] = np.stack([scan.pts[rows], scan.seeks[rows]], axis=1)
-            content += scan.digests[rows].tobytes()
+            assert self._info.fps is not None  # videos have a rate
+            at = scan.locate(start + numbers["timestamp"][:, 0], self._info.fps, f"{file}: episode {place.number}")
+            arrays[f"place.{camera}"] = np.stack([scan.pts[at], scan.seeks[at]], axis=1)
+            content += scan.digests[at].tobytes()
         record = {
             camera: file.relative_to(self._info.directory).as_posix() for camera, (file, _) in place.videos.items()
         }
@@ -79,6 +80,7 @@ class Builder:
 
     def _read_rows(self, first: int, count: int, where: str):
         """Numbers {key: (T, width)}, texts, places {camera: (T, 2)} of the embedded images and the images' hashes."""
+        assert self._stream is not None  # `_rows` opened it
         widths = self._widths | {name: 1 for name in (*_HELPERS, "timestamp") if name in self._stream.columns}
         if self._keys.instruction is not None and self._keys.instruction not in widths:
             widths[self._keys.instruction] = 1
@@ -93,9 +95,9 @@ class Builder:
                     texts += found
                 else:
                     pieces[name].append(matrix(column, width, f"{where}: {name}"))
-            for camera, found in images.items():
+            for camera, places in images.items():
                 for image in embedded_images(batch.column(camera), f"{where}: {camera}"):
-                    found.append(self._blobs[camera].append(image, f"{where} step {len(found)}: {camera}"))
+                    places.append(self._blobs[camera].append(image, f"{where} step {len(places)}: {camera}"))
                     digests[camera].update(len(image).to_bytes(8, "little") + image)
         numbers = {name: np.concatenate(parts) for name, parts in pieces.items() if parts}
         content = b"".join(digest.digest() for digest in digests.values())

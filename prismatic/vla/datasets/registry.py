@@ -149,6 +149,7 @@ def load_data_set_file(path: str | os.PathLike) -> None:
     if getattr(sys.modules.get(name), "__file__", None) == str(path):
         return
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # a file that ends in .py has a loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -185,9 +186,9 @@ def expand_data_set_names(name: str) -> dict[str, float]:
     """
     weights: dict[str, float] = {}
     for part in name.split(","):
-        part, _, factor = part.strip().partition(":")
+        part, _, given = part.strip().partition(":")
         try:
-            factor = float(factor) if factor else 1.0
+            factor = float(given) if given else 1.0
         except ValueError:
             factor = float("nan")
         if not 0 < factor < float("inf"):

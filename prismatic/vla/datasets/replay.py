@@ -95,7 +95,8 @@ class ReplayMixture(Dataset):
 
     def manifest(self) -> dict[str, dict]:
         """Which episodes are used, as `VLADataset.manifest`; entries of old data say `replay`."""
-        new, old = self._all[0].manifest(), {}
+        new = self._all[0].manifest()
+        old: dict[str, dict] = {}
         for part in self._all[1:]:
             old |= {name: entry | {"replay": True} for name, entry in part.manifest().items()}
         return new | old

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -187,7 +188,7 @@ class RLDSReader:
         return split, name, lengths, paths
 
     def _index(self) -> list[tuple[Path, RecordSpan]]:
-        records = []
+        records: list[tuple[Path, RecordSpan]] = []
         for path, declared in zip(self.shard_paths, self.shard_lengths, strict=True):
             count = len(records)
             try:
@@ -307,7 +308,7 @@ def _episode_payload(episode: Episode, image_shape: tuple[int, int, int]) -> byt
     def given(value: np.ndarray | None, default: np.ndarray) -> np.ndarray:
         return default if value is None else value
 
-    arrays = {
+    arrays: dict[str, tuple[Any, tuple[int, ...]]] = {
         _ACTION: (episode.actions, (length, 7)),
         _STATE: (episode.state, (length, 8)),
         _JOINTS: (episode.joint_state, (length, 7)),

@@ -75,6 +75,7 @@ def _collect(node: dict, name: str, outer: tuple[int, ...] | None, leaves: dict[
 
 def _leaf(node: dict, name: str, outer: tuple[int, ...] | None) -> FeatureSpec:
     per_step, outer = outer is not None, outer or ()
+    shape: tuple[int, ...]
     if "text" in node:
         kind, dtype, shape = "text", "string", ()
     elif "image" in node:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -121,6 +121,14 @@ class EpisodeSource(ABC):
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @abstractmethod
+    def cached(self, name: str, compute: Callable[[], dict]) -> dict:
+        """What `compute` gives, kept with the index."""
+
+    @abstractmethod
+    def forget_actions(self) -> None:
+        """From now on only observations can be read."""
 
     @abstractmethod
     def actions(self, episode: int) -> np.ndarray:
