@@ -187,7 +187,7 @@ class RetentionFlags:
     group: ClassVar[str] = "keeping what the start could do"
 
     retention_method: str | None = flag(
-        None, "None: as use_craft says", choices=("none", "craft", "feature_penalty", "l2sp", "frozen")
+        None, "None: as use_craft says", choices=("none", "craft", "l2sp", "feature_penalty", "frozen")
     )
     l2sp_weight: float = flag(0.01, "of L2-SP", more_than=0)
     replay_data: str | None = flag(None, "data-set folders, comma separated, whose samples are mixed into the batches")
