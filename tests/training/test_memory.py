@@ -1,5 +1,6 @@
 """The predicted memory is what a real step takes, and the step takes little."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def empty(cfg: FinetuneConfig):
 
 def allocated_at_peak(run) -> int:
     """Largest sum of what the CPU allocator gave out, from its own events."""
+    gc.collect()  # what earlier tests left must not be given back in between
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         kept = run()
     events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
