@@ -46,13 +46,18 @@ def measure(cfg: MeasureConfig) -> None:
         if not getattr(cfg, name):
             raise ValueError(f"--{name} is missing")
     check_file(cfg.output, "--output")
+    _require_new(cfg)
     with held(Path(cfg.output), "--output"):
+        _require_new(cfg)  # of another process that was quicker
         _measure(cfg)
 
 
-def _measure(cfg: MeasureConfig) -> None:
+def _require_new(cfg: MeasureConfig) -> None:
     if Path(cfg.output).exists():
         raise FileExistsError(f"--output {cfg.output} exists already")
+
+
+def _measure(cfg: MeasureConfig) -> None:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     settings = MeasureSettings(cfg.max_samples, cfg.batch_size, cfg.seed, device, cfg.unnorm_key)
     if cfg.data_set_file is not None:
