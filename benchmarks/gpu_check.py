@@ -144,7 +144,7 @@ def page(record: dict) -> str:
         lines.append(f"| {name} | {part['status']} | {part['seconds']:.0f} | {_cell(part['why'])} |")
     for name, part in record["parts"].items():
         if part["checks"]:
-            lines += ["", f"## {name}", "", PARTS[name].__doc__.strip(), ""]
+            lines += ["", f"## {name}", "", " ".join(PARTS[name].__doc__.split()), ""]
             lines += ["| | found | expected | |", "|---|---|---|---|"]
             words = {True: "passed", False: "**failed**", None: "not judged"}
             lines += [

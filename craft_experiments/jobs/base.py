@@ -116,6 +116,21 @@ class Job(ABC):
         write_record(path, record)
 
 
+@dataclass(frozen=True)
+class PolicyJob(Job):
+    """A job of one policy, after which it is named."""
+
+    policy: Cell
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.policy.name,)
+
+    @property
+    def cell(self) -> Cell:
+        return self.policy
+
+
 def as_words(flags: Mapping[str, object]) -> list[str]:
     """{"a": 1} -> ["--a", "1"]."""
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]

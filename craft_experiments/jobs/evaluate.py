@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from craft_experiments.cells import PRO_SUFFIX, Cell, Evaluation, Kind, Role
-from craft_experiments.jobs.base import Job, JobFailed, as_words, data_root, program
+from craft_experiments.cells import PRO_SUFFIX, Evaluation, Kind, Role
+from craft_experiments.jobs.base import JobFailed, PolicyJob, as_words, data_root, program
 from craft_experiments.jobs.interpolate import interpolation
 from craft_experiments.jobs.policies import expected_checkpoint
 from craft_experiments.presets import Demonstrations, Preset
@@ -21,10 +21,9 @@ _START_HEAD = "--start_head"
 
 
 @dataclass(frozen=True)
-class Evaluate(Job):
+class Evaluate(PolicyJob):
     """One evaluation; it continues what is there."""
 
-    policy: Cell
     evaluation: Evaluation
 
     kind = "evaluate"
@@ -34,10 +33,6 @@ class Evaluate(Job):
     @property
     def parts(self) -> tuple[str, ...]:
         return self.policy.name, self.evaluation.name
-
-    @property
-    def cell(self) -> Cell:
-        return self.policy
 
     def commands(self, s: Settings) -> list[list[str]]:
         policy = expected_checkpoint(s, self.policy)

@@ -5,29 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from craft_experiments.cells import Cell
-from craft_experiments.jobs.base import Job, as_words, program
+from craft_experiments.jobs.base import PolicyJob, as_words, program
 from craft_experiments.jobs.policies import checkpoint_of, expected_checkpoint, parent_of
 from craft_experiments.settings import Settings
 from prismatic.evidence.failure_codes import FailureCode
 
 
 @dataclass(frozen=True)
-class Interpolate(Job):
+class Interpolate(PolicyJob):
     """All weights on the way from the start to the cell's trained parent, at the method's scale."""
-
-    policy: Cell
 
     kind = "interpolate"
     failure = FailureCode.NO_CHECKPOINT
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return (self.policy.name,)
-
-    @property
-    def cell(self) -> Cell:
-        return self.policy
 
     def commands(self, s: Settings) -> list[list[str]]:
         trained = expected_checkpoint(s, parent_of(s, self.policy))

@@ -6,8 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from craft_experiments.cells import Cell
-from craft_experiments.jobs.base import Job, as_words, data_root, program
+from craft_experiments.jobs.base import PolicyJob, as_words, data_root, program
 from craft_experiments.jobs.policies import expected_checkpoint
 from craft_experiments.presets import Demonstrations
 from craft_experiments.records import RETENTION, record_path
@@ -16,10 +15,9 @@ from prismatic.evidence.failure_codes import FailureCode
 
 
 @dataclass(frozen=True)
-class Measure(Job):
+class Measure(PolicyJob):
     """Drift, similarity, probes and action error of a trained policy on held-out demonstrations."""
 
-    policy: Cell
     data: Demonstrations
 
     kind = "measure"
@@ -29,10 +27,6 @@ class Measure(Job):
     @property
     def parts(self) -> tuple[str, ...]:
         return self.policy.name, self.data.name
-
-    @property
-    def cell(self) -> Cell:
-        return self.policy
 
     def commands(self, s: Settings) -> list[list[str]]:
         flags = {

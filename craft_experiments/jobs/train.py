@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from craft_experiments.cells import Cell
 from craft_experiments.common_utils.terminal import say
-from craft_experiments.jobs.base import Job, JobFailed, as_words, program
+from craft_experiments.jobs.base import JobFailed, PolicyJob, as_words, program
 from craft_experiments.jobs.policies import checkpoint_of
 from craft_experiments.records import METRICS, TRAINING, State, read_record, record_path, set_states, write_record
 from craft_experiments.settings import Settings
@@ -19,25 +18,15 @@ from prismatic.evidence.results import read_jsonl
 
 
 @dataclass(frozen=True)
-class Train(Job):
+class Train(PolicyJob):
     """One run; it continues from its own newest checkpoint.
 
     A policy of several suites gets as many steps as the policies of the single suites together.
     """
 
-    policy: Cell
-
     kind = "train"
     failure = FailureCode.TRAINING_FAILED
     measured = "metrics"
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return (self.policy.name,)
-
-    @property
-    def cell(self) -> Cell:
-        return self.policy
 
     def commands(self, s: Settings) -> list[list[str]]:
         p, cell = s.preset, self.policy

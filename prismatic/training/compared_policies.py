@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prismatic.training.checkpoint_files import LoadedCheckpoint, tensors_hash
-from prismatic.vla.datasets.registry import alternative_name
+from prismatic.vla.datasets.known_statistics import known_key
 from prismatic.vla.normalization import STATISTICS_FILE, StatisticsError, resolve_statistics_key
 
 
@@ -47,17 +47,9 @@ def describe_checkpoint(loaded: LoadedCheckpoint) -> dict[str, Any]:
     }
 
 
-def find_key(statistics: dict[str, Any], name: str) -> str | None:
-    """Key of a data set under either spelling of its name, None without one."""
-    for candidate in (name, alternative_name(name)):
-        if candidate in statistics:
-            return candidate
-    return None
-
-
 def start_key(start: LoadedCheckpoint, name: str) -> str:
     """Key of the start model's statistics for a data set; StatisticsError naming file and keys when none is meant."""
-    key = find_key(start.statistics, name)
+    key = known_key(start.statistics, name)
     if key is not None:
         return key
     try:

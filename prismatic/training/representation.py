@@ -27,7 +27,7 @@ import torch
 from prismatic.craft.reference import quiet_pass
 from prismatic.evidence.files import write_json
 from prismatic.training.checkpoint_files import LoadedCheckpoint, package_versions
-from prismatic.training.compared_policies import check_comparable, describe_checkpoint, find_key, start_key
+from prismatic.training.compared_policies import check_comparable, describe_checkpoint, start_key
 from prismatic.training.linear_cka import cka_of_parts
 from prismatic.training.linear_probe import ProbeTargets, probe_features
 from prismatic.training.representation_passes import Pooled, Record
@@ -35,6 +35,7 @@ from prismatic.training.retention.memory import to_device
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
+from prismatic.vla.datasets.known_statistics import known_key
 from prismatic.vla.datasets.registry import expand_data_set_names
 from prismatic.vla.datasets.selection import select_validation
 from prismatic.vla.image_resampling import center_crop
@@ -117,7 +118,7 @@ class MeasuredSamples:
         if len(names) != 1:
             raise ValueError(f"--dataset_name {dataset_name}: names {len(names)} data sets, expected one")
         self.start_key = start_key(start, settings.unnorm_key or names[0])
-        own_key = find_key(trained.statistics, names[0]) or find_key(trained.statistics, self.start_key)
+        own_key = known_key(trained.statistics, names[0]) or known_key(trained.statistics, self.start_key)
         self.trained_key = own_key or self.start_key
         statistics = start.statistics[self.start_key]
         own = trained.statistics[own_key] if own_key else statistics

@@ -21,8 +21,6 @@ from experiments.robot.libero.simulator import LiberoEnv
 OPEN, CLOSE = -1.0, 1.0
 MAX_ACTION = 0.9375  # largest component in the published data
 NOOP_NORM = 1e-4  # actions below this with an unchanged gripper are idle (published filter)
-POSITION_SCALE = 0.05  # metres per unit of action (operational-space controller)
-ROTATION_SCALE = 0.5  # radians per unit of action
 FINGERS_AT_REST = 0.001  # closing by less than this in a control step, m: they hold something, or are closed
 
 
