@@ -4,15 +4,16 @@
     python benchmarks/craft_overhead.py --report_only True
 
 Random weights and one random batch. Writes raw times to results/craft_overhead/{size}_{tuning}.json (with `--rounds 0`
-FLOPs alone, to {size}_{tuning}_flops.json) and its section of docs/performance.md, made from all files there. All rows
-share one model and one optimizer; a row sets which weights are trained and runs its steps. The order of the rows is
-shuffled in each round, and a row is compared with the plain step of the same round.
+FLOPs alone, to {size}_{tuning}_flops.json), and from all files there report.md beside them and a section of
+docs/performance.md. All rows share one model and one optimizer; a row sets which weights are trained and runs its
+steps. The order of the rows is shuffled in each round, and a row is compared with the plain step of the same round.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 import random
 import resource
@@ -23,7 +24,7 @@ from benchmark_page import write, write_section
 from overhead_bench import Bench
 from overhead_config import SIZES, OverheadConfig
 from overhead_flops import count_flops
-from overhead_page import report
+from overhead_page import report, summary
 from overhead_rows import ROWS
 
 from prismatic.command_line import parse_or_exit
@@ -123,7 +124,11 @@ def main() -> None:
     output = Path(cfg.output.format(size=cfg.size, tuning=cfg.tuning, only="_flops" * (cfg.rounds == 0)))
     if not cfg.report_only:
         write(output, json.dumps(run_all(cfg), indent=1) + "\n")
-    write_section(Path(cfg.report), "craft_overhead", report(read_results(output.parent)))
+    results, details = read_results(output.parent), output.with_name("report.md")
+    write(details, report(results))
+    page = Path(cfg.report)
+    link = Path(os.path.relpath(details, page.parent)).as_posix()
+    write_section(page, "craft_overhead", summary(results, link))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page of `craft_overhead.py`, made from its results."""
+"""The report of `craft_overhead.py` and its summary in the documentation, made from its results."""
 
 from __future__ import annotations
 
@@ -96,11 +96,10 @@ def above_floor(result: dict, tolerance: float = 0.05) -> list[str]:
 
 def section(result: dict) -> list[str]:
     """Heading, facts, table and the two lists of one result."""
-    machine, rank, is_timed = result["machine"], result["lora_rank"], result["rounds"] > 0
-    tuning = f"LoRA rank {rank}" if rank else "full tuning"
+    machine, is_timed = result["machine"], result["rounds"] > 0
     sizes = result["parameters"]
     lines = [
-        f"## {result['size']}, {tuning}, batch {result['batch_size']}" + ", FLOPs only" * (not is_timed),
+        f"## {_title(result)}" + ", FLOPs only" * (not is_timed),
         "",
         f"{sizes['total'] / 1e6:.1f} M parameters, {sizes['trained'] / 1e6:.1f} M of them trained; "
         f"{result['rounds']} rounds, {machine['threads']} thread(s), torch {machine['torch']}, "
@@ -166,10 +165,9 @@ def derived_section(results: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
-HEAD = """# What CRaFT costs
+HEAD = """# The cost of every setting
 
-This section is written by `python benchmarks/craft_overhead.py` from the files in `results/craft_overhead/`.
-Do not edit.
+Written by `python benchmarks/craft_overhead.py` from the files in this folder. Do not edit.
 
 Each row is an optimizer step with one random batch and random weights. All rows of a table run in one process, in an
 order that is shuffled in each round. A ratio is the median over rounds of the row's time divided by the plain step's
@@ -181,10 +179,6 @@ more than the range of the rounds. Rows with `craft_every` k time k steps in a r
   `torch.utils.flop_counter`: matrix products, convolutions and attention. That counter does not know the fused
   attention of CPUs, so the script adds its formulas. Elementwise work, normalisation and the optimizer are not counted.
 - `executed FLOPs / floor`: what the step really runs. Above 1 it does more than it must.
-- `original procedure`: weights copied out and in, two backward passes over cloned gradients, the causal LM with
-  logits, a Python loop over tensors. Its floor is that of the preset `original`.
-- `gate closed`: the drift is below the budget. With lambda 0 only the drift is measured; with lambda > 0 one backward
-  pass serves both losses. `gate open`: the drift is above the budget, the two gradients are kept apart.
 - `vision frozen`: `--freeze_vision True`. The towers run once per constrained step. These rows are compared with the
   plain step that trains the vision towers and with the one that does not.
 - `C_R only`: preset `budget` and `--craft_anchor_type raw_only`. The anchor pass and the retention backward pass stop
@@ -198,17 +192,71 @@ more than the range of the rounds. Rows with `craft_every` k time k steps in a r
   the time of starting each operation. These rows show how much, and what CRaFT adds to it.
 - Peak memory is that of a process that runs three rounds of this row only.
 
-Measured on a CPU. Nothing here was measured on a GPU. How well preset `budget` keeps the drift at its budget with
-`craft_every` 1 and 4 is measured in `results/budget/budget.md`; there the gate is open in a part of the constrained
-steps only (its last column), so that a run costs less than the rows with an open gate: with a share p of open steps
-`(1 - p) x` the row with the gate closed and lambda > 0, plus `p x` the row with it open.
-
 Commands:
 """
 
+SUMMARY = """# What CRaFT costs
+
+This section is written by `python benchmarks/craft_overhead.py` from the files in `results/craft_overhead`. Do not
+edit. Every setting, with intervals and memory: [the whole report]({details}).
+
+Time of an optimizer step as a ratio to the plain step that trains the same weights, in the same process and round, on
+a CPU. In brackets the floor: the same ratio in FLOPs that the setting cannot do without. Nothing here was measured on a
+GPU.
+
+- `gate open`: the drift is above the budget, and the two gradients are kept apart. `gate closed`: below it; with
+  lambda 0 the drift is only measured, with lambda > 0 one backward pass serves both losses.
+- With a share p of open steps a run costs `(1 - p) x` the row with the gate closed and lambda > 0, plus `p x` the row
+  with it open. How well `budget` keeps the drift: [results/budget](../results/budget/budget.md).
+- `original procedure`: weights copied out and in, two backward passes over cloned gradients, logits nobody reads, a
+  Python loop over tensors. It computes what the preset `original` does.
+- `bare passes` do the passes of `keep` without anything of CRaFT's: what starting the operations of a small pass costs.
+"""
+SHOWN = (
+    "procedure",
+    "original",
+    "open",
+    "priced",
+    "closed",
+    "open_every4",
+    "keep_quarter",
+    "keep_quarter_every2",
+    "bare_quarter_every2",
+    "frozen_open",
+)
+"""Rows of the summary."""
+
+
+def summary(results: list[dict], details: str) -> str:
+    """The section of the documentation: chosen rows beside each other. `details` is the link to the whole report."""
+    lines = [*SUMMARY.format(details=details).splitlines(), ""]
+    titles = [_title(r) for r in results]
+    lines += [f"| setting | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for name in SHOWN:
+        cells = [_summarised(result, name) for result in results]
+        if any(cells):
+            lines.append(f"| {ROWS[name].label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _summarised(result: dict, name: str) -> str:
+    base = ROWS[name].baseline
+    if name not in result["seconds"] or base not in result["seconds"]:
+        return ""
+    floor = result["flops"][name]["floor"] / result["flops"][base]["floor"]
+    if not result["rounds"]:
+        return f"({floor:.2f})"
+    times = (per_step(result["seconds"][row]) for row in (name, base))
+    return f"{paired_ratio(*times)[0]:.2f} ({floor:.2f})"
+
+
+def _title(result: dict) -> str:
+    tuning = f"LoRA rank {result['lora_rank']}" if result["lora_rank"] else "full tuning"
+    return f"{result['size']}, {tuning}, batch {result['batch_size']}"
+
 
 def report(results: list[dict]) -> str:
-    """The page."""
+    """Everything that was measured."""
     lines = HEAD.splitlines() + [""]
     lines += [f"    {command_of(r)}" for r in results] + [""]
     for result in results:

@@ -1,5 +1,7 @@
 """The benchmarks: statistics, floors and pages; short runs."""
 
+from pathlib import Path
+
 import craft_overhead
 import pytest
 import torch
@@ -8,12 +10,13 @@ from benchmark_page import put_section
 from overhead_config import OverheadConfig
 from overhead_flops import floor_flops
 from overhead_memory import RandomPrompts, memory_of
-from overhead_page import DERIVED, report
+from overhead_page import DERIVED, report, summary
 from overhead_rows import ROWS
 from paired_times import paired_ratio, per_step
 
 from prismatic.craft import Plan
 
+ROOT = Path(__file__).parents[1]
 PARTS = {"shared": 5, "forward": 10, "backward": 20, "anchor": 9, "retention": 18, "fused": 21}
 MEMORY_PARTS = {"reference": 3, "memory_forward": 4, "memory_backward": 8}
 
@@ -119,6 +122,17 @@ def test_short_run_makes_a_page():
     page = report([result])
     assert all(ROWS[name].label in page for name in names)
     assert "--rows plain,procedure,open,frozen_plain,frozen_raw_closed" in page
+    short = summary([result, result | {"seconds": {"plain": [[1.0]]}}], "details.md").splitlines()
+    shown = [line for line in short if line.startswith("| ") and "setting" not in line]
+    assert [line.split(" | ")[0] for line in shown] == [f"| {ROWS[name].label}" for name in ("procedure", "open")]
+    assert all(line.endswith(") |  |") for line in shown)  # the second result has a plain row alone
+
+
+def test_the_committed_page_has_the_summary_of_the_committed_results():
+    results = craft_overhead.read_results(ROOT / "results" / "craft_overhead")
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert summary(results, "../results/craft_overhead/report.md") in page
+    assert (ROOT / "results" / "craft_overhead" / "report.md").read_text() == report(results)
 
 
 def test_sections_of_a_page_are_replaced_alone():
