@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from gpu_agreement import agreement, precision
 from gpu_findings import Checks, PartConfig
 from gpu_latency import latency
@@ -19,7 +18,6 @@ from gpu_rendering import rendering
 
 def run_part(name: str, cfg: PartConfig, output: Path) -> None:
     """Run a part and append each check to `output` as one line of JSON."""
-    torch.set_num_threads(2 if cfg.device.type == "cpu" else max(2, torch.get_num_threads()))
     with output.open("a", encoding="utf-8") as file:
         for check in PARTS[name](cfg):
             file.write(json.dumps(asdict(check)) + "\n")

@@ -53,8 +53,8 @@ def build(scenario: dict) -> Trainer:
     trainer = Trainer(cfg, setup, Accelerator(cpu=True))
     if scenario.get("sgd"):
         # AdamW's first steps are sign(gradient), which turns rounding of tiny gradients into full steps.
-        trainer.optimizer = torch.optim.SGD([p for p in trainer.bare_model.parameters() if p.requires_grad], lr=0.1)
-        trainer.cfg.learning_rate = 0.1
+        trainer.optimizer = torch.optim.SGD([p for p in trainer.bare_model.parameters() if p.requires_grad], lr=0.01)
+        trainer.cfg.learning_rate = 0.01
     return trainer
 
 

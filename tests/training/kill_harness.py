@@ -125,9 +125,9 @@ def kill_after_some_steps(rng: random.Random, pid: int, ready: int, target: int)
 def kill_once(rng: random.Random) -> dict:
     """One run that ends by SIGKILL: before a random call of a save, or at a random time."""
     at_call = rng.random() < 0.5
-    flags = {"resume": "auto", "async_save": rng.random() < 0.5, "keep_last": 3, "keep_every": 100}
-    call, target = rng.randint(1, 120) if at_call else None, logged_steps() + rng.randint(0, 12)
-    pid, ready = start("killed", call, None if at_call else target + 6, **flags)
+    flags = {"resume": "auto", "async_save": rng.random() < 0.5, "keep_last": 3, "keep_every": 50}
+    call, target = rng.randint(1, 120) if at_call else None, logged_steps() + rng.randint(0, 5)
+    pid, ready = start("killed", call, None if at_call else target + 3, **flags)
     status = os.waitpid(pid, 0)[1] if at_call else kill_after_some_steps(rng, pid, ready, target)
     os.close(ready)
     died = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
@@ -143,7 +143,7 @@ def main() -> None:
     assert status == 0, f"the undisturbed run failed: see {root / 'whole.log'}"
     seconds = time.perf_counter() - before
     hits = [kill_once(rng) for _ in range(kills)]
-    pid, ready = start("killed", resume="auto", keep_last=3, keep_every=100)
+    pid, ready = start("killed", resume="auto", keep_last=3, keep_every=50)
     _, status = os.waitpid(pid, 0)
     assert status == 0, f"the last run failed: see {root / 'killed.log'}"
     print(json.dumps({"hits": hits, "undisturbed_seconds": seconds, "seconds": time.perf_counter() - before}))

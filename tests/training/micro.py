@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from prismatic.models.presets import PRESETS, Preset, get_preset
 
 DATA = Path(__file__).resolve().parents[1] / "golden" / "rlds_mini"
+SHIPPED = Path(__file__).resolve().parents[2] / "datasets" / "rlds"
 
 # What no two runs share: times and memory.
 MEASURED = {
@@ -55,3 +58,23 @@ def flags(folder: Path | str, name: str = "run") -> dict:
         "craft_log_freq": 1,
         "device": "cpu",
     }
+
+
+def start_checkpoint(folder: Path) -> Path:
+    """A checkpoint of the small model after one step on another suite than `DATA`: a start that has something to keep."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from prismatic.training.config import FinetuneConfig
+    from prismatic.training.loop import Trainer
+    from prismatic.training.setup import build_setup
+
+    cfg = FinetuneConfig(
+        config_file_path="tiny", data_root_dir=str(SHIPPED), dataset_name="libero_object_scripted_no_noops",
+        run_root_dir=str(folder), run_id_override="start", batch_size=2, max_steps=1, device="cpu",
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", MICRO)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        Trainer(cfg, build_setup(cfg), Accelerator(cpu=True)).fit()
+    return folder / "start--1_chkpt"

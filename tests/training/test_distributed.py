@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import micro
 import pytest
 import torch
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT / "tests" / "golden" / "rlds_mini"
-START = ROOT / "pretrained_models" / "tiny-libero-object"
+DATA = micro.DATA
 
 LORA = {"use_lora": True, "lora_rank": 4}
 PRESETS = {
@@ -22,7 +22,7 @@ PRESETS = {
     # rate keeps lambda near 1.
     "budget": {
         "craft_preset": "budget",
-        "craft_retention_budget": 1e-5,
+        "craft_retention_budget": 3e-2,
         "craft_dual_lr": 0.005,
         "craft_projection_granularity": "module",
     },
@@ -91,9 +91,9 @@ HEAD = {"name": "head", "head": True, "flags": {"max_steps": 1}}
 pytestmark = pytest.mark.slow
 
 
-def run(folder: Path, processes: int, scenarios: list[dict]) -> list[dict]:
+def run(folder: Path, processes: int, start: Path, scenarios: list[dict]) -> list[dict]:
     folder.mkdir()
-    arguments = [str(WORKER), str(folder), str(DATA), str(START), json.dumps(scenarios)]
+    arguments = [str(WORKER), str(folder), str(DATA), str(start), json.dumps(scenarios)]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *(launcher if processes > 1 else []), *arguments]
@@ -103,13 +103,18 @@ def run(folder: Path, processes: int, scenarios: list[dict]) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("distributed") / "two", 2, [*SCENARIOS, *POISONED, VALIDATED, HEAD])
+def start(tmp_path_factory):
+    return micro.start_checkpoint(tmp_path_factory.mktemp("start"))
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("distributed") / "one", 1, [*SCENARIOS, VALIDATED])[0]
+def two(tmp_path_factory, start):
+    return run(tmp_path_factory.mktemp("distributed") / "two", 2, start, [*SCENARIOS, *POISONED, VALIDATED, HEAD])
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, start):
+    return run(tmp_path_factory.mktemp("distributed") / "one", 1, start, [*SCENARIOS, VALIDATED])[0]
 
 
 @pytest.mark.parametrize("name", [s["name"] for s in SCENARIOS])

@@ -47,18 +47,18 @@ def final_state(folder: Path) -> dict:
 @pytest.mark.slow
 def test_thirty_kills_leave_no_trace(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(HARNESS), str(tmp_path), "300", "30", "3"],
+        [sys.executable, str(HARNESS), str(tmp_path), "160", "30", "3"],
         capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     hits = report["hits"]
-    assert len(hits) == 30 and hits[-1]["step"] < 300
+    assert len(hits) == 30 and hits[-1]["step"] < 160
     assert sum(hit["inside"] for hit in hits) >= 10 and len({hit["step"] for hit in hits}) >= 10
-    whole, killed = tmp_path / "whole--300_chkpt", tmp_path / "killed--300_chkpt"
+    whole, killed = tmp_path / "whole--160_chkpt", tmp_path / "killed--160_chkpt"
     assert final_state(killed) == final_state(whole)
     assert metrics(tmp_path, "killed") == metrics(tmp_path, "whole")
-    assert [step for step, _ in find_checkpoints(tmp_path, "killed")] == [100, 200, 290, 295, 300]
+    assert [step for step, _ in find_checkpoints(tmp_path, "killed")] == [50, 100, 150, 155, 160]
     assert all(check_files(folder, training_state=True) for _, folder in find_checkpoints(tmp_path, "killed"))
     assert [p.name for p in tmp_path.iterdir() if p.suffix in (".tmp", ".old", ".deleted")] == []
 
