@@ -61,7 +61,7 @@ def flags(folder: Path | str, name: str = "run") -> dict:
 
 
 def start_checkpoint(folder: Path) -> Path:
-    """A checkpoint of the small model after one step on another suite than `DATA`: a start that has something to keep."""
+    """A checkpoint of the small model after one step on another suite than `DATA`: it has something to keep."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 

@@ -33,7 +33,12 @@ def run(folder: Path, launcher: str, *flags: str) -> subprocess.CompletedProcess
 @pytest.mark.slow
 @pytest.mark.parametrize(  # every two of the three settings meet
     ("launcher", "accumulation", "lora"),
-    [("one process", "1", "True"), ("one process", "4", "False"), ("torchrun", "1", "False"), ("torchrun", "4", "True")],
+    [
+        ("one process", "1", "True"),
+        ("one process", "4", "False"),
+        ("torchrun", "1", "False"),
+        ("torchrun", "4", "True"),
+    ],
 )
 def test_a_craft_run_from_the_command_line(tmp_path, launcher, accumulation, lora):
     done = run(
