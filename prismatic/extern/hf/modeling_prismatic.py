@@ -30,6 +30,7 @@ from prismatic.extern.hf.published_inputs import (
     IGNORE_INDEX,  # noqa: F401 -- published here
     action_mask_from_labels,
     check_compat,
+    check_craft,
     check_unsupported,
 )
 from prismatic.extern.hf.vision_backbone import PrismaticProjector, PrismaticVisionBackbone
@@ -157,10 +158,12 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         """Token layout for the present number of images."""
         return BridgeLayout(self.vision_backbone.num_vision_tokens, self.num_action_queries)
 
-    def resolve_action_mask(self, action_mask: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor:
+    def resolve_action_mask(
+        self, action_mask: torch.Tensor | None, labels: torch.Tensor | None, trusted: bool = False
+    ) -> torch.Tensor:
         """Bool (B, L) mask of the action-query slots, from `action_mask` or, failing that, from `labels`.
 
-        Raises ValueError when neither is given or a row does not hold exactly Q slots.
+        Raises ValueError when neither is given or, unless it is trusted, a row does not hold exactly Q slots.
         """
         if action_mask is not None:
             mask = action_mask.bool()
@@ -168,7 +171,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             mask = action_mask_from_labels(labels, self.config.text_config.model_type)
         else:
             raise ValueError("a multimodal forward needs `action_mask` or `labels` to place the action queries")
-        self.bridge_layout.require_query_slots(mask)
+        if not trusted:
+            self.bridge_layout.require_query_slots(mask)
         return mask
 
     def _embed_text(self, input_ids: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
@@ -180,17 +184,43 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
 
     def _multimodal_inputs(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         projected: torch.Tensor,
         action_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (B, N+L, D) and padding mask (B, N+L) of the multimodal sequence."""
+        assert input_ids is not None  # images come with text
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids, dtype=torch.bool)
         layout, text = self.bridge_layout, as_stream(self._embed_text(input_ids, action_mask))
         embeddings = layout.insert_patches(text, projected.to(text.dtype))
         return embeddings, layout.multimodal_mask(attention_mask.bool(), True)
+
+    def _run_body(
+        self,
+        layers: int | None,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        mask: tuple[torch.Tensor | None, bool],
+        output_attentions: bool,
+    ) -> Any:
+        """The first `layers` of the LLM body, or all, on `inputs_embeds`, or without them on `input_ids`.
+
+        `mask`: (B, N+L), False where right padding is, and whether the caller vouches for that.
+        """
+        body, (full_mask, trusted) = self.language_model.model, mask
+        if layers is not None:
+            body = first_layers(body, layers)
+        return body(
+            input_ids=input_ids if inputs_embeds is None else None,
+            inputs_embeds=inputs_embeds,
+            attention_mask=plain_causal_mask(body, full_mask) if trusted else hide_right_padding(full_mask),
+            use_cache=False,
+            output_attentions=output_attentions,
+            output_hidden_states=True,
+            return_dict=True,
+        )
 
     # --------------------------------------------------------------------------------------------------- forward
 
@@ -226,39 +256,23 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             labels, action_mask: (B, L); bool mask of the Q placeholders, or published-style labels to derive it from.
             output_craft_features, craft_layer_idx: also return C_AQ, and C_R of this hidden state (None: the middle).
             craft_cr_token_mode: "vision_only", or "vision_plus_prompt" (whole layer plus `raw_latent_mask`).
-            craft_raw_only: return C_R alone and run the LLM only up to its layer; other hidden states are then missing.
-            vision_features: (B, N, embed_dim) output of the towers for these pixels, when it is known already.
+            craft_raw_only: return C_R alone; the LLM runs only up to its layer, later hidden states are missing.
+            vision_features: (B, N, embed_dim) output of the towers for these pixels, when known already.
             trusted_masks: the caller vouches for Q slots per row and right padding: nothing is read back to check.
             compat: published arguments without a role here; diffusion and FiLM inputs must be None/False.
         Raises ValueError for inconsistent images, masks or layer index, NotImplementedError for unsupported inputs.
         """
         check_compat(compat)
         check_unsupported(past_key_values is not None or use_cache, inputs_embeds, pixel_values)
-        if output_craft_features and pixel_values is None:
-            raise ValueError("CRaFT features need `pixel_values`")
+        check_craft(output_craft_features, craft_raw_only, pixel_values)
         projected, mask, full_mask = None, None, attention_mask
         if pixel_values is not None:
-            if trusted_masks:
-                assert action_mask is not None  # who vouches for the masks gives them
-                mask = action_mask.bool()
-            else:
-                mask = self.resolve_action_mask(action_mask, labels)
+            mask = self.resolve_action_mask(action_mask, labels, trusted_masks)
             features = self.vision_backbone(pixel_values) if vision_features is None else vision_features
             projected = self.projector(features)
-            assert input_ids is not None  # images come with text
             inputs_embeds, full_mask = self._multimodal_inputs(input_ids, attention_mask, projected, mask)
-        body = self.language_model.model
-        if craft_raw_only:
-            body = first_layers(body, resolve_craft_layer(craft_layer_idx, len(body.layers) + 1))
-        output = body(
-            input_ids=input_ids if inputs_embeds is None else None,
-            inputs_embeds=inputs_embeds,
-            attention_mask=plain_causal_mask(body, full_mask) if trusted_masks else hide_right_padding(full_mask),
-            use_cache=False,
-            output_attentions=bool(output_attentions),
-            output_hidden_states=True,
-            return_dict=True,
-        )
+        layers = resolve_craft_layer(craft_layer_idx, self._num_states) if craft_raw_only else None
+        output = self._run_body(layers, input_ids, inputs_embeds, (full_mask, trusted_masks), bool(output_attentions))
         result = PrismaticCausalLMOutputWithPast(
             logits=self.language_model.lm_head(output.last_hidden_state) if output_logits else None,
             hidden_states=output.hidden_states if output_hidden_states else None,
@@ -266,13 +280,9 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             projector_features=projected if output_projector_features else None,
         )
         if output_craft_features:
-            options = craft_layer_idx, CrTokenMode(craft_cr_token_mode)
-            # A body cut to no layers records no states: its only one is its input.
             assert inputs_embeds is not None and mask is not None  # made from `pixel_values`
-            states = output.hidden_states or (inputs_embeds,)
-            self._add_craft_features(result, states, (attention_mask, mask), *options)
-        elif craft_raw_only:
-            raise ValueError("craft_raw_only needs output_craft_features")
+            states = output.hidden_states or (inputs_embeds,)  # a body cut to no layers records none
+            self._add_craft_features(result, states, (attention_mask, mask), craft_layer_idx, craft_cr_token_mode)
         return result if return_dict is not False else result.to_tuple()
 
     def _add_craft_features(
@@ -281,14 +291,18 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         hidden_states: Sequence[torch.Tensor],
         masks: tuple[torch.Tensor | None, torch.Tensor],
         layer_idx: int | None,
-        mode: CrTokenMode,
+        token_mode: CrTokenMode | str,
     ) -> None:
         attention_mask, action_mask = masks
-        layout, num_states = self.bridge_layout, len(self.language_model.model.layers) + 1
-        layer = hidden_states[resolve_craft_layer(layer_idx, num_states)]
-        if len(hidden_states) == num_states:
+        layout, mode = self.bridge_layout, CrTokenMode(token_mode)
+        layer = hidden_states[resolve_craft_layer(layer_idx, self._num_states)]
+        if len(hidden_states) == self._num_states:
             result.action_query_features = layout.action_query_latent(hidden_states[-1], action_mask)
         result.raw_latent_features, result.raw_latent_mask = layout.raw_latent(layer, attention_mask, action_mask, mode)
+
+    @property
+    def _num_states(self) -> int:
+        return len(self.language_model.model.layers) + 1  # the embeddings are the first
 
     def bridge_states(
         self, hidden_states: Sequence[torch.Tensor], action_mask: torch.Tensor, legacy_slices: bool = False

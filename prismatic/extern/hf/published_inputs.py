@@ -28,6 +28,14 @@ def check_unsupported(cached: bool | None, inputs_embeds: Any, pixel_values: Any
         raise NotImplementedError("`inputs_embeds` together with `pixel_values` is not supported")
 
 
+def check_craft(features: bool | None, raw_only: bool, pixel_values: Any) -> None:
+    """ValueError for C_R alone without the features, and for features without images."""
+    if raw_only and not features:
+        raise ValueError("craft_raw_only needs output_craft_features")
+    if features and pixel_values is None:
+        raise ValueError("CRaFT features need `pixel_values`")
+
+
 def check_compat(compat: dict[str, Any]) -> None:
     """Reject inputs outside the implemented scope instead of ignoring them."""
     ignored = {"proprio", "proprio_projector"}
