@@ -44,8 +44,7 @@ def policy_inputs(obs: dict[str, Any], num_images: int) -> tuple[np.ndarray, np.
 def server_class() -> type:
     """The model server. A function, so that the rest of the package does without `vla-eval`.
 
-    Raises:
-        ModuleNotFoundError: `vla-eval` is not installed.
+    Raises ModuleNotFoundError when that is not installed.
     """
     from vla_eval.model_servers.predict import PredictModelServer
     from vla_eval.specs import GRIPPER_CLOSE_POS, IMAGE_RGB, LANGUAGE, POSITION_DELTA, ROTATION_AA

@@ -52,6 +52,7 @@ _MANIFEST_FIELDS: dict[str, tuple[str, type[Any]]] = {
 }
 _OPTIONAL_FIELDS: dict[str, tuple[str, type[Any]]] = {
     "base": _OBJECT,
+    "cameras": _OBJECT,
     "datasets": _OBJECT,
     "instructions": _OBJECT,
     "interpolation": _OBJECT,

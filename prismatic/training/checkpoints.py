@@ -249,6 +249,7 @@ def _manifest(cfg: FinetuneConfig, setup: TrainingSetup, state: TrainingState, s
         "legacy_slices": setup.model.legacy_slices,
         "action_head": setup.model.action_head.config,
         "datasets": setup.dataset_metadata,
+        "cameras": setup.dataset.cameras,
         "instructions": setup.instructions,
         "craft": None if state.retention is None else _retention_record(state, base),
         "training": cfg.to_dict(),

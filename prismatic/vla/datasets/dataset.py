@@ -149,6 +149,11 @@ class VLADataset(Dataset):
         return {part.name: part.source.metadata for part in self._parts}
 
     @property
+    def cameras(self) -> dict[str, tuple[str, ...]]:
+        """Names of the cameras of each data set, in the order of the model's images."""
+        return {part.name: part.source.keys.camera_names for part in self._parts}
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         """{data set name: hash of all its episodes}."""
         return {part.name: part.source.fingerprint for part in self._parts}

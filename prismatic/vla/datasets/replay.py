@@ -69,6 +69,11 @@ class ReplayMixture(Dataset):
         return self._merged("metadata")
 
     @property
+    def cameras(self) -> dict[str, tuple[str, ...]]:
+        """{data set name: names of its cameras}."""
+        return self._merged("cameras")
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         """{data set name: hash of all its episodes}."""
         return self._merged("fingerprints")

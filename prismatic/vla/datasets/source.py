@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -54,6 +55,12 @@ class SourceKeys:
     def numbers(self) -> tuple[str, ...]:
         """Keys of the number arrays: the action, if it is read, and the state's."""
         return self.state if self.action is None else (self.action, *self.state)
+
+    @property
+    def camera_names(self) -> tuple[str, ...]:
+        """What the cameras are called: the ends of their keys, whole keys where two ends are the same."""
+        ends = tuple(re.split(r"[./]", key)[-1] for key in self.cameras)
+        return ends if len(set(ends)) == len(ends) else self.cameras
 
     def without_action(self) -> SourceKeys:
         """The keys of the observations alone: actions are not read and need not be there."""
