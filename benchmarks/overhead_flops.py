@@ -92,7 +92,7 @@ def memory_parts(bench: Bench, name: str) -> dict[str, int]:
     backward = count(lambda: gradient(model, loss))
     return {
         "reference": reference,
-        "memory_forward": 0 if craft.shares_pass else forward,
+        "memory_forward": 0 if craft.uses_training_pass else forward,
         "memory_backward": backward,
     }
 

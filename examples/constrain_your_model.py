@@ -25,7 +25,7 @@ def train(model, inputs, targets, steps, memory=None):
     for _ in range(steps):
         optimizer.zero_grad()
         if memory is not None:
-            constraint.hold(memory, share=1.0)  # before the forward pass of the task's loss
+            constraint.hold(memory)  # before the forward pass of the task's loss
         loss = (model(inputs) - targets).square().mean()
         loss.backward()
         if memory is not None:

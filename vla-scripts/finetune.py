@@ -2,7 +2,7 @@
 
 python vla-scripts/finetune.py --help
 
-The program is prismatic/programs/finetune.py, installed as `craft-finetune`.
+The program is prismatic/programs/finetune.py, installed as `craft-finetune`. Its docstring says where the gradients meet.
 """
 
 from prismatic.programs.finetune import main

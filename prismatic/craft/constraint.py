@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prismatic.craft.duals import CRaFTDualOptimizer
 from prismatic.craft.finite import count_finite_, new_statistics
-from prismatic.craft.gradients import RetentionGradient, adam_scaling, inner_products, raising_share
+from prismatic.craft.gradients import RetentionGradient, adam_scaling, inner_products, raising_fraction
 from prismatic.craft.measurements import Measurements
 from prismatic.craft.plan import Plan, next_plan
 from prismatic.craft.projection import CRaFTGradientProjector, Groups
@@ -26,7 +26,7 @@ from prismatic.craft.reference import (
     quiet_pass,
     unwrap,
 )
-from prismatic.craft.rules import RULES, Price
+from prismatic.craft.rules import RULES, RuleInputs
 from prismatic.craft.settings import ConflictMetric, CRaFTConfig
 from prismatic.craft.signals import Signal
 from prismatic.craft.telemetry import conflicts_by_part, gradient_facts
@@ -39,11 +39,11 @@ class CRaFTConstraint:
         module: module whose trainable parameters are constrained; a DDP wrapper is removed.
         config: settings. The signal decides which of the two units its budget has.
         signal: what is held.
-        keep: which trainable parameters can change the signal, by name; None means all. The others are neither snapshot
-            nor changed.
+        reaches: which trainable parameters can change the signal, by name; None means all. The others are neither
+            snapshot nor changed.
         memories: number of memories that `hold` gets in every micro-batch, each with an equal say in L_ret; 0 when the
-            signal comes with the action loss (`accumulate`). Passes of their own tell the two gradients apart at no
-            cost.
+            signal comes with the action loss (`accumulate`). With passes of its own a memory's gradient is apart
+            anyway.
     """
 
     max_non_finite = 10
@@ -54,17 +54,17 @@ class CRaFTConstraint:
         module: nn.Module,
         config: CRaFTConfig,
         signal: Signal,
-        keep: Callable[[str], bool] | None = None,
+        reaches: Callable[[str], bool] | None = None,
         memories: int = 0,
     ) -> None:
         config = replace(config, signal=signal.kind)
         self.config, self.signal = config, signal
-        self.anchor = build_anchor(config.anchor, module, keep)
+        self.anchor = build_anchor(config.anchor, module, reaches)
         self.projector = CRaFTGradientProjector(config)
         self.dual = CRaFTDualOptimizer(config)
         self.module = unwrap(module)
         named = self.module.named_parameters()
-        candidates = {n: p for n, p in named if p.requires_grad and (keep is None or keep(n))}
+        candidates = {n: p for n, p in named if p.requires_grad and (reaches is None or reaches(n))}
         if not candidates:
             raise ValueError("no trainable parameter reaches the signal: CRaFT has nothing to constrain")
         self.gradient = RetentionGradient(candidates)
@@ -112,8 +112,8 @@ class CRaFTConstraint:
         with self.weights.live_graph():
             yield
 
-    def hold(self, batch: Any, share: float = 1.0, loss_scale: float = 1.0, name: str = "") -> None:
-        """Add `share` of the retention loss of one memory's batch and its gradient, by passes of their own.
+    def hold(self, batch: Any, fraction: float = 1.0, loss_scale: float = 1.0, name: str = "") -> None:
+        """Add `fraction` of the retention loss of one memory's batch and its gradient, by passes of their own.
 
         Must run before the forward pass of the action loss: the graph is gone when it begins. `name` tells this
         memory's drift from that of others in the log.
@@ -125,14 +125,14 @@ class CRaFTConstraint:
         reference = self.reference(batch)
         if self.plan is Plan.MEASURE:
             with quiet_pass(self.module):
-                self._measured.note(self.current(batch), reference, share, name)
+                self._measured.note(self.current(batch), reference, fraction, name)
             return
         with noise_free(self.module), self.live_graph():
-            loss = self._measured.note(self.current(batch), reference, share, name)
-            self.gradient.add(loss * (share / self._memories * loss_scale), retain_graph=False)
+            loss = self._measured.note(self.current(batch), reference, fraction, name)
+            self.gradient.add(loss * (fraction / self._memories * loss_scale), retain_graph=False)
 
-    def accumulate(self, value: Any, reference: Any, share: float, loss_scale: float = 1.0) -> Tensor | float:
-        """Add `share` of this micro-batch's retention loss and its gradient.
+    def accumulate(self, value: Any, reference: Any, fraction: float, loss_scale: float = 1.0) -> Tensor | float:
+        """Add `fraction` of this micro-batch's retention loss and its gradient.
 
         `value` is the signal in the graph of the action loss. Returns what has to be added to the (unscaled) action
         loss before its backward pass: lambda L_ret when one pass does for both, else 0. `loss_scale` is the factor of
@@ -140,11 +140,11 @@ class CRaFTConstraint:
 
         Raises ValueError when no trainable parameter reaches the signal.
         """
-        loss = self._measured.note(value, reference, share)
+        loss = self._measured.note(value, reference, fraction)
         if self.plan is Plan.FUSED:
             return self.dual.get_lambda() * loss
         if self.plan is Plan.SEPARATE:
-            self.gradient.add(loss * (share * loss_scale), retain_graph=True)
+            self.gradient.add(loss * (fraction * loss_scale), retain_graph=True)
         return 0.0
 
     # ------------------------------------------------------------------------------------------- the whole step
@@ -157,8 +157,8 @@ class CRaFTConstraint:
     ) -> dict[str, float]:
         """In place p.grad <- p.grad + kappa r, then move lambda; returns the step's measurements by log name.
 
-        The only place where the two gradients meet. Parameters without a retention gradient keep their gradient bit for
-        bit.
+        Where r is added to a; with `Plan.FUSED` their sum is in `p.grad` already. Parameters without a retention
+        gradient keep their gradient bit for bit.
 
         Args:
             reduce_mean: average of a flat tensor over the processes; None with one process. Projection is not linear:
@@ -182,8 +182,8 @@ class CRaFTConstraint:
         metrics |= {"CRaFT/Anchor Seconds": self._anchor_seconds, "CRaFT/Gate Open": float(self._gate_is_open)}
         self.statistics["constrained_steps"] += 1
         self.dual.step(loss, can_reduce)
-        if self.dual.rule.needs_norms:
-            metrics["CRaFT/Out Of Reach"] = float(self.dual.rule.out_of_reach)
+        if self.dual.controller.needs_norms:
+            metrics["CRaFT/Out Of Reach"] = float(self.dual.controller.out_of_reach)
         self._begin_step()
         return metrics
 
@@ -198,7 +198,7 @@ class CRaFTConstraint:
     def _combine_gradients(
         self, optimizer: torch.optim.Optimizer | None, loss_scale: float
     ) -> tuple[float, bool, dict[str, float]]:
-        """lambda of this step, whether r says anything, and the telemetry of the gradients."""
+        """lambda of this step, whether |r| is above rounding, and the telemetry of the gradients."""
         r = self.gradient
         assert r.flat is not None  # a gradient was added in this step
         if self._groups is None:
@@ -207,20 +207,20 @@ class CRaFTConstraint:
         if loss_scale != 1.0:
             r.flat.mul_(1.0 / loss_scale)
         products = inner_products([p.grad for p in r.parameters], r.tensors, self._metric(optimizer))
-        self.projector.conflict_ratio = (products.dot < 0).float().mean()
         rule, multiplier = RULES[self.config.rule], self.dual.get_lambda()
-        price = Price(multiplier, self._measured.loss - self.config.loss_budget, self._gate_is_open)
-        projection = rule.projection(products, self._groups, price, self.config)
+        inputs = RuleInputs(multiplier, self._measured.loss - self.config.loss_budget, self._gate_is_open)
+        projection = rule.projection(products, self._groups, inputs, self.config)
         # One transfer from the device: everything the host has to know about the gradients.
         facts = gradient_facts(products, rule.shed(projection), self._groups)
         count_finite_(self.statistics, facts.is_finite, self.max_non_finite)
         if not facts.is_finite:
             self._last_plan = None
             return multiplier, False, {}
-        multiplier = self.dual.rule.price(facts.act_norm, facts.ret_norm if facts.is_informative else 0.0)
+        ret_norm = facts.ret_norm if facts.is_informative else 0.0
+        multiplier = self.dual.controller.multiplier_for(facts.act_norm, ret_norm)
         r.add_to_action_gradients(rule.kappa(projection, multiplier)[self._groups.index])
         values = facts.metrics | conflicts_by_part(products, r.names)
-        if self.dual.rule.needs_norms:
+        if self.dual.controller.needs_norms:
             values["CRaFT/Share"] = multiplier * facts.ret_norm / max(facts.act_norm, sys.float_info.min)
         return multiplier, facts.is_informative, values
 
@@ -236,7 +236,7 @@ class CRaFTConstraint:
 
         To be called after the optimizer step and before the next constrained step. None when r was not computed.
         """
-        return raising_share(optimizer, self.gradient) if self._last_plan is Plan.SEPARATE else None
+        return raising_fraction(optimizer, self.gradient) if self._last_plan is Plan.SEPARATE else None
 
     # ------------------------------------------------------------------------------------------- state
 

@@ -23,7 +23,7 @@ class PartFeatures:
 
 @dataclass(frozen=True)
 class BridgeFeatures:
-    """C_R and C_AQ of a batch; a part that is not anchored is None."""
+    """C_R and C_AQ of a batch; a part that is not held is None."""
 
     raw: PartFeatures | None
     aq: PartFeatures | None
@@ -77,7 +77,7 @@ class CRaFTFeatureExtractor(nn.Module):
         )
 
     def _part(self, tokens: Tensor | None, mask: Tensor | None) -> PartFeatures:
-        assert tokens is not None  # only a part that is not anchored may be missing
+        assert tokens is not None  # only a part that is not held may be missing
         # Unchecked: the model's mask always has the patches, and a check would wait for the device.
         pooled = self._pool(tokens, mask)
         if tokens.ndim == 3:
@@ -95,7 +95,7 @@ def compute_retention_loss(f: Tensor, f_anchor: Tensor) -> Tensor:
     return (f.float() - f_anchor.detach().float()).square().mean()
 
 
-def require_same_shape(f: Tensor, anchor: Tensor) -> None:
+def require_same_shape(f: Tensor, reference: Tensor) -> None:
     """ValueError for features that cannot be compared."""
-    if f.shape != anchor.shape:
-        raise ValueError(f"features {tuple(f.shape)} and anchor features {tuple(anchor.shape)} differ in shape")
+    if f.shape != reference.shape:
+        raise ValueError(f"features {tuple(f.shape)} and anchor features {tuple(reference.shape)} differ in shape")

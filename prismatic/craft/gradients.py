@@ -145,7 +145,7 @@ def adam_updates(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
         yield change - decay * before
 
 
-def raising_share(optimizer: torch.optim.Optimizer, gradient: RetentionGradient) -> float | None:
+def raising_fraction(optimizer: torch.optim.Optimizer, gradient: RetentionGradient) -> float | None:
     """Share of tensors whose last AdamW update raises L_ret to first order, <update, r> > 0; None without updates."""
     updates = adam_updates(optimizer, gradient.parameters)
     pairs = zip(updates, gradient.tensors, strict=True)

@@ -24,8 +24,8 @@ class Measurements:
         self._signal, self._memories = signal, memories
         self._sums: dict[str, Tensor] = {}
 
-    def note(self, value: Any, reference: Any, share: float, memory: str = "") -> Tensor:
-        """Add `share` of what a batch says; returns its retention loss, with the graph of `value`.
+    def note(self, value: Any, reference: Any, fraction: float, memory: str = "") -> Tensor:
+        """Add `fraction` of what a batch says; returns its retention loss, with the graph of `value`.
 
         Parts of one memory are means over its own samples; the loss is one for all memories.
 
@@ -34,13 +34,13 @@ class Measurements:
         loss = self._signal.loss(value, reference)
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError("no trainable parameter reaches the signal: CRaFT has nothing to constrain")
-        self._add("loss", loss.detach(), share / self._memories)
+        self._add("loss", loss.detach(), fraction / self._memories)
         for part, drift in self._signal.parts(value, reference).items():
-            self._add(f"{memory}/{part}" if memory else part, drift, share)
+            self._add(f"{memory}/{part}" if memory else part, drift, fraction)
         return loss
 
-    def _add(self, name: str, value: Tensor, share: float) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + value.float() * share
+    def _add(self, name: str, value: Tensor, fraction: float) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + value.float() * fraction
 
     @property
     def loss(self) -> Tensor:

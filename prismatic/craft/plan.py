@@ -23,7 +23,7 @@ class Plan(str, Enum):
 
 def next_plan(rule: Rule, dual: CRaFTDualOptimizer, has_own_passes: bool) -> Plan:
     """The cheapest plan that gives the gradient of the rule; passes of their own tell gradients apart at no cost."""
-    if RULES[rule].separates(dual.gate.is_open) or dual.rule.needs_norms:
+    if RULES[rule].separates(dual.gate.is_open) or dual.controller.needs_norms:
         return Plan.SEPARATE
     if dual.get_lambda() > 0:
         return Plan.SEPARATE if has_own_passes else Plan.FUSED

@@ -35,7 +35,9 @@ class Groups:
 
 
 class CRaFTGradientProjector:
-    """Conflict-aware combination of the action and the retention gradient.
+    """Groups of the parameter tensors, and the projection as the original procedure documents it.
+
+    A training step takes the groups alone, and its coefficients from `rules.py`.
 
     Args:
         config: settings.

@@ -51,12 +51,12 @@ class CRaFTWeightManager:
 
     Args:
         module: the module being trained; a DDP wrapper is removed.
-        keep: which trainable parameters to snapshot, by name; None keeps all.
+        reaches: which trainable parameters to snapshot, by name; None takes all.
     """
 
-    def __init__(self, module: nn.Module, keep: Callable[[str], bool] | None = None) -> None:
+    def __init__(self, module: nn.Module, reaches: Callable[[str], bool] | None = None) -> None:
         named = unwrap(module).named_parameters()
-        self._parameters = {n: p for n, p in named if p.requires_grad and (keep is None or keep(n))}
+        self._parameters = {n: p for n, p in named if p.requires_grad and (reaches is None or reaches(n))}
         self._initial = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._current: dict[str, Tensor] | None = None
         self._graph_is_alive = False
@@ -145,14 +145,14 @@ class Anchor:
 
     Args:
         module: the module being trained; a DDP wrapper is removed.
-        keep: which trainable parameters reach the features, by name; None means all.
+        reaches: which trainable parameters reach the features, by name; None means all.
     """
 
     kind = AnchorKind.ONLINE_SWAP
 
-    def __init__(self, module: nn.Module, keep: Callable[[str], bool] | None = None) -> None:
+    def __init__(self, module: nn.Module, reaches: Callable[[str], bool] | None = None) -> None:
         self.module = unwrap(module)
-        self.weights = CRaFTWeightManager(self.module, keep)
+        self.weights = CRaFTWeightManager(self.module, reaches)
 
     def run(self, compute: Callable[[nn.Module], T]) -> T:
         """`compute` of the module under theta_0. The current weights are in place afterwards, however it ends."""
@@ -168,7 +168,7 @@ class DisableAdapterAnchor(Anchor):
 
     kind = AnchorKind.DISABLE_ADAPTER
 
-    def __init__(self, module: nn.Module, keep: Callable[[str], bool] | None = None) -> None:
+    def __init__(self, module: nn.Module, reaches: Callable[[str], bool] | None = None) -> None:
         self._layers = adapter_layers(unwrap(module))
         if not self._layers:
             raise ValueError("CRaFT anchor disable_adapter: the model has no adapters; use --use_lora True")
@@ -178,7 +178,7 @@ class DisableAdapterAnchor(Anchor):
                 "start model; use functional or online_swap"
             )
         adapter_names = adapter_parameter_names(unwrap(module))
-        super().__init__(module, lambda name: name not in adapter_names and (keep is None or keep(name)))
+        super().__init__(module, lambda name: name not in adapter_names and (reaches is None or reaches(name)))
 
     def run(self, compute: Callable[[nn.Module], T]) -> T:
         with self.weights.initial_weights(), self._disabled():
@@ -218,8 +218,8 @@ class FrozenCopyAnchor(Anchor):
 
     kind = AnchorKind.FROZEN_COPY
 
-    def __init__(self, module: nn.Module, keep: Callable[[str], bool] | None = None) -> None:
-        super().__init__(module, keep)
+    def __init__(self, module: nn.Module, reaches: Callable[[str], bool] | None = None) -> None:
+        super().__init__(module, reaches)
         snapshot = self.weights.state_dict()
         memo = {id(buffer): buffer for buffer in self.module.buffers()}
         for name, p in self.module.named_parameters():
@@ -245,7 +245,7 @@ class _Call(nn.Module):
 ANCHORS = {c.kind: c for c in (Anchor, DisableAdapterAnchor, FunctionalAnchor, FrozenCopyAnchor)}
 
 
-def build_anchor(kind: AnchorKind, module: nn.Module, keep: Callable[[str], bool] | None = None) -> Anchor:
+def build_anchor(kind: AnchorKind, module: nn.Module, reaches: Callable[[str], bool] | None = None) -> Anchor:
     """The anchor of a kind; `auto` disables adapters that start at zero and swaps otherwise, which costs the least.
 
     Raises ValueError for `disable_adapter` without such adapters.
@@ -253,7 +253,7 @@ def build_anchor(kind: AnchorKind, module: nn.Module, keep: Callable[[str], bool
     if kind is AnchorKind.AUTO:
         has_fresh_adapters = adapter_layers(unwrap(module)) and adapters_start_at_zero(unwrap(module))
         kind = AnchorKind.DISABLE_ADAPTER if has_fresh_adapters else AnchorKind.ONLINE_SWAP
-    return ANCHORS[kind](module, keep)
+    return ANCHORS[kind](module, reaches)
 
 
 def extract_anchor_features_online(

@@ -25,7 +25,7 @@ from prismatic.craft.settings import CRaFTConfig, Rule
 
 
 @dataclass(frozen=True)
-class Price:
+class RuleInputs:
     """What the coefficients depend on beside the gradients.
 
     `multiplier` is lambda, `violation` L_ret - eps (scalar tensor, for the barrier), `gate_is_open` whether projection
@@ -44,7 +44,7 @@ class ProjectionRule:
         """Whether kappa may differ from lambda in the coming step, so that the two gradients have to be told apart."""
         return False
 
-    def projection(self, products: Products, groups: Groups, price: Price, config: CRaFTConfig) -> Tensor:
+    def projection(self, products: Products, groups: Groups, inputs: RuleInputs, config: CRaFTConfig) -> Tensor:
         """What the projection adds or would add, per group (G,) fp32, >= 0."""
         return torch.zeros_like(groups.sum(products.dot))
 
@@ -63,9 +63,9 @@ class Add(ProjectionRule):
     def separates(self, gate_is_open: bool) -> bool:
         return gate_is_open
 
-    def projection(self, products: Products, groups: Groups, price: Price, config: CRaFTConfig) -> Tensor:
+    def projection(self, products: Products, groups: Groups, inputs: RuleInputs, config: CRaFTConfig) -> Tensor:
         projection = projection_coefficients(products, groups, config)
-        return projection if price.gate_is_open else torch.zeros_like(projection)
+        return projection if inputs.gate_is_open else torch.zeros_like(projection)
 
 
 class Max(Add):
@@ -81,9 +81,9 @@ class Barrier(ProjectionRule):
     def separates(self, gate_is_open: bool) -> bool:
         return True
 
-    def projection(self, products: Products, groups: Groups, price: Price, config: CRaFTConfig) -> Tensor:
+    def projection(self, products: Products, groups: Groups, inputs: RuleInputs, config: CRaFTConfig) -> Tensor:
         dot, ret, act = (groups.sum(x) for x in (products.dot, products.ret, products.act))
-        wanted = ((config.barrier_phi * price.violation - dot) / ret).clamp(0.0, config.lambda_max)
+        wanted = ((config.barrier_phi * inputs.violation - dot) / ret).clamp(0.0, config.lambda_max)
         return torch.where(ret > threshold(act), wanted, torch.zeros_like(ret))
 
     def kappa(self, projection: Tensor, multiplier: float) -> Tensor:
@@ -101,8 +101,8 @@ RULES: dict[Rule, ProjectionRule] = {
 }
 
 
-def kappa(products: Products, groups: Groups, price: Price, config: CRaFTConfig) -> tuple[Tensor, Tensor]:
+def kappa(products: Products, groups: Groups, inputs: RuleInputs, config: CRaFTConfig) -> tuple[Tensor, Tensor]:
     """Coefficients of the retention gradient, and the projection that is in them, both per group (G,) fp32."""
     rule = RULES[config.rule]
-    projection = rule.projection(products, groups, price, config)
-    return rule.kappa(projection, price.multiplier), rule.shed(projection)
+    projection = rule.projection(products, groups, inputs, config)
+    return rule.kappa(projection, inputs.multiplier), rule.shed(projection)

@@ -4,7 +4,8 @@ python vla-scripts/finetune.py --config_file_path CHECKPOINT_OR_PRESET --dataset
 torchrun --standalone --nproc-per-node N vla-scripts/finetune.py ...
 
 The way of a step: `run` (prismatic/training/run.py) builds a Trainer, its `fit` (loop.py) takes batches to
-`optimizer_step` (step.py), and the two gradients meet in `CRaFTConstraint.combine_` (prismatic/craft/constraint.py).
+`optimizer_step` (step.py), and `CRaFTConstraint.combine_` (prismatic/craft/constraint.py) has one added to the other in
+`RetentionGradient.add_to_action_gradients` (gradients.py).
 """
 
 from prismatic.command_line import bad_input_in_one_line

@@ -1,4 +1,4 @@
-"""One optimizer step over its micro-batches: the only place where gradients are made, combined and applied."""
+"""One optimizer step over its micro-batches: passes, `Retention.combine_`, clipping, the optimizer."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def optimizer_step(context: StepContext, micro_batches: Sequence[dict[str, Any]]
     `p.grad`.
     Raises NonFiniteLossError before the weights change.
     """
-    share, keep = 1.0 / len(micro_batches), context.retention
+    fraction, retention = 1.0 / len(micro_batches), context.retention
     means: dict[str, Tensor] = {}
     for k, batch in enumerate(micro_batches):
         is_last = k == len(micro_batches) - 1
         with nullcontext() if is_last else context.no_sync():
-            parts = _pass(context, batch, share)
-        for name, value in parts.items():
-            means[name] = means.get(name, 0.0) + value * share
+            values = _pass(context, batch, fraction)
+        for name, value in values.items():
+            means[name] = means.get(name, 0.0) + value * fraction
     own_loss = means["VLA Train/Loss"]
     if context.reduce_mean is not None:
         means = _mean_over_processes(means, context.reduce_mean)
@@ -75,8 +75,8 @@ def optimizer_step(context: StepContext, micro_batches: Sequence[dict[str, Any]]
     loss_scale = context.loss_scale
     if context.scaler is not None:
         context.scaler.unscale_(context.optimizer)
-    if keep is not None:
-        metrics |= keep.combine_(StepFacts(context.optimizer, context.reduce_mean, loss_scale))
+    if retention is not None:
+        metrics |= retention.combine_(StepFacts(context.optimizer, context.reduce_mean, loss_scale))
     metrics["VLA Train/Gradient Norm"] = norm = _gradient_norm(context)
     if context.scaler is None:  # with one, an overflow is expected now and then: the scaler skips the step
         _require_finite("gradient norm", norm, step, micro_batches)
@@ -84,8 +84,8 @@ def optimizer_step(context: StepContext, micro_batches: Sequence[dict[str, Any]]
     else:
         context.scaler.step(context.optimizer)
         context.scaler.update()
-    if keep is not None and context.measure_updates:
-        metrics |= keep.after_update(context.optimizer)
+    if retention is not None and context.measure_updates:
+        metrics |= retention.after_update(context.optimizer)
     context.optimizer.zero_grad(set_to_none=True)
     return {name: float(value) for name, value in metrics.items()}
 
@@ -94,20 +94,20 @@ def _mean_over_processes(metrics: dict[str, Tensor], reduce_mean: Callable[[Tens
     return dict(zip(metrics, reduce_mean(torch.stack(list(metrics.values()))).unbind(), strict=True))
 
 
-def _pass(context: StepContext, batch: dict[str, Any], share: float) -> dict[str, Tensor]:
+def _pass(context: StepContext, batch: dict[str, Any], fraction: float) -> dict[str, Tensor]:
     """Forward and backward pass of one micro-batch; returns its metrics."""
-    keep, scale = context.retention, context.loss_scale
-    if keep is None:
+    retention, scale = context.retention, context.loss_scale
+    if retention is None:
         with context.autocast():
             loss, metrics = run_forward_pass(context.model, batch)
-        (loss * (share * scale)).backward()
+        (loss * (fraction * scale)).backward()
         return metrics
-    batch = keep.before_pass(batch, share, scale)
-    with keep.live_graph():
+    batch = retention.before_pass(batch, fraction, scale)
+    with retention.live_graph():
         with context.autocast():
-            loss, metrics, value = run_forward_pass_craft(context.model, batch, keep)
-        loss = loss + keep.loss_term(value, share, scale)
-        (loss * (share * scale)).backward()
+            loss, metrics, value = run_forward_pass_craft(context.model, batch, retention)
+        loss = loss + retention.loss_term(value, fraction, scale)
+        (loss * (fraction * scale)).backward()
     return metrics
 
 

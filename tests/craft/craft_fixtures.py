@@ -143,10 +143,11 @@ def on_backbone(name: str) -> bool:
     return name.startswith("vla.")
 
 
-def make_constraint(module: nn.Module, config: CRaFTConfig | None = None, keep=on_backbone, **kwargs):
+def make_constraint(module: nn.Module, config: CRaFTConfig | None = None, reaches=on_backbone, **kwargs):
     """A constraint on the features of a `Policy`; `kwargs`: settings, when no config is given."""
     config = config or CRaFTConfig(**kwargs)
-    return CRaFTConstraint(module, config, FeatureSignal(config, lambda bare, batch: bare.anchor_features(batch)), keep)
+    signal = FeatureSignal(config, lambda bare, batch: bare.anchor_features(batch))
+    return CRaFTConstraint(module, config, signal, reaches)
 
 
 def make_trained(lora: bool = False, preset: str = "original", **kwargs) -> tuple[Policy, CRaFTConstraint]:

@@ -264,17 +264,17 @@ class TestCombine:
         for name, value in expected.items():
             assert torch.equal(actual[name], value) == name.startswith("action_head.")
 
-    def test_parameters_outside_of_keep_are_neither_kept_nor_changed(self):
+    def test_parameters_that_do_not_reach_the_signal_are_neither_kept_nor_changed(self):
         policy = make_policy()
-        keep = lambda name: ".layers.0." in name  # noqa: E731
-        constraint = make_constraint(policy, keep=keep)
-        assert set(constraint.weights.state_dict()) == {n for n in weight_names(policy) if keep(n)}
+        reaches = lambda name: ".layers.0." in name  # noqa: E731
+        constraint = make_constraint(policy, reaches=reaches)
+        assert set(constraint.weights.state_dict()) == {n for n in weight_names(policy) if reaches(n)}
         perturb(policy)
         expected = plain_gradients(policy, [make_batch()])
         constrained_backward(policy, constraint, [make_batch()])
         constraint.combine_()
         assert {n for n, g in gradients(policy).items() if not torch.equal(g, expected[n])} == {
-            n for n in weight_names(policy) if keep(n)
+            n for n in weight_names(policy) if reaches(n)
         }
 
     def test_agreement_without_lambda_changes_no_bit(self):
@@ -570,7 +570,7 @@ class TestOptimality:
     def train(self, steps: int, **settings):
         point = Point(self.X0)
         config = CRaFTConfig(anchor_type="raw_only", **settings)
-        constraint = make_constraint(point, config, keep=None)
+        constraint = make_constraint(point, config, reaches=None)
         optimizer = torch.optim.SGD(point.parameters(), lr=0.05)
         for _ in range(steps):
             anchor = constraint.reference({})
@@ -634,7 +634,7 @@ class TestOptimality:
         for dual in ("pi", "ascent"):
             module = Dead()
             config = CRaFTConfig(anchor_type="raw_only", dual=dual, retention_budget=0.1, retention_weight=0.5)
-            constraint = make_constraint(module, config, keep=None)
+            constraint = make_constraint(module, config, reaches=None)
             with torch.no_grad():
                 module.x.neg_()
             anchor = constraint.reference({})
@@ -684,7 +684,7 @@ class TestTelemetry:
         # One coordinate: r = 2 x at x = size / 2.
         point = Point(torch.zeros(1))
         config = CRaFTConfig(anchor_type="raw_only")
-        constraint = make_constraint(point, config, keep=None)
+        constraint = make_constraint(point, config, reaches=None)
         with torch.no_grad():
             point.x.add_(size / 2)
         anchor = constraint.reference({})

@@ -13,7 +13,7 @@ from torchjd.aggregation import PCGrad
 from prismatic.craft import CRaFTConfig, CRaFTGradientProjector
 from prismatic.craft.gradients import adam_scaling, adam_updates, inner_products
 from prismatic.craft.projection import Groups, group_label, part_label, threshold
-from prismatic.craft.rules import Price, kappa
+from prismatic.craft.rules import RuleInputs, kappa
 from prismatic.craft.settings import Granularity
 
 LAYER = "vla.base_model.model.language_model.model.layers.3"
@@ -353,7 +353,7 @@ class TestRules:
         tool = projector(
             granularity, len(a), projection_rule=rule, projection_guard=guard, barrier_phi=phi, lambda_max=100.0
         )
-        price = Price(multiplier, violation, gate)
+        price = RuleInputs(multiplier, violation, gate)
         groups = tool.groups(len(a))
         actual, projection = kappa(inner_products(a, r), groups, price, tool.config)
         assert actual.shape == projection.shape == (groups.count,)
@@ -371,7 +371,7 @@ class TestRules:
         a, r = pair
         tool = projector(granularity, len(a), projection_rule=rule)
         actual, projection = kappa(
-            inner_products(a, r), tool.groups(len(a)), Price(multiplier, 1.0, False), tool.config
+            inner_products(a, r), tool.groups(len(a)), RuleInputs(multiplier, 1.0, False), tool.config
         )
         assert not projection.any()
         assert torch.equal(actual, torch.full_like(actual, multiplier))
@@ -384,7 +384,7 @@ class TestRules:
         assume(is_informative(a, r))
         tool = projector("global", len(a), projection_rule="barrier", barrier_phi=phi, lambda_max=lambda_max,
                          retention_weight=0.0)  # fmt: skip
-        price = Price(3.0, torch.tensor(violation), False)  # neither lambda nor the gate enter
+        price = RuleInputs(3.0, torch.tensor(violation), False)  # neither lambda nor the gate enter
         value = float(kappa(inner_products(a, r), tool.groups(len(a)), price, tool.config)[0])
         g = [x.double() + value * y.double() for x, y in zip(a, r, strict=True)]
         target, scale = phi * violation, norm(a) * norm(r) + abs(phi * violation)
@@ -407,20 +407,20 @@ class TestRules:
     def test_the_barrier_without_information_does_nothing(self):
         tool = projector("global", 1, projection_rule="barrier")
         products = inner_products([torch.ones(3)], [torch.zeros(3)])
-        value, _ = kappa(products, tool.groups(1), Price(0.5, torch.tensor(7.0)), tool.config)
+        value, _ = kappa(products, tool.groups(1), RuleInputs(0.5, torch.tensor(7.0)), tool.config)
         assert value.tolist() == [0.0]
 
     def test_an_infinite_budget_never_makes_the_barrier_act(self):
         tool = projector("global", 1, projection_rule="barrier", retention_budget=math.inf)
         products = inner_products([-torch.ones(3)], [torch.ones(3)])
-        value, _ = kappa(products, tool.groups(1), Price(0.0, torch.tensor(-math.inf)), tool.config)
+        value, _ = kappa(products, tool.groups(1), RuleInputs(0.0, torch.tensor(-math.inf)), tool.config)
         assert value.tolist() == [0.0]
 
     @pytest.mark.parametrize(("size", "projects"), [(0.9e-7, False), (1.1e-7, True)])
     def test_the_exact_guard_is_relative_to_a_large_action_gradient(self, size, projects):
         # ||a||^2 = 1e6, so that ||r||^2 has to be above 1e-14.
         products = inner_products([torch.tensor([1e3])], [torch.tensor([-size])])
-        value, _ = kappa(products, projector(count=1).groups(1), Price(0.0), projector(count=1).config)
+        value, _ = kappa(products, projector(count=1).groups(1), RuleInputs(0.0), projector(count=1).config)
         assert bool(value > 0) == projects
 
     def test_tau(self):
@@ -461,7 +461,7 @@ class TestAdamMetric:
         tool = projector(granularity, 3, projection_metric="adam")
         groups = tool.groups(3)
         products = inner_products(a, r, adam_scaling(optimizer, parameters))
-        c = kappa(products, groups, Price(0.0), tool.config)[0][groups.index]
+        c = kappa(products, groups, RuleInputs(0.0), tool.config)[0][groups.index]
         g = [x + k * y for x, y, k in zip(a, r, c, strict=True)]
         for group in members(granularity, 3):
             root = [scaling[i].sqrt() for i in group]

@@ -30,9 +30,9 @@ def held_step(policy, constraint, micro_batches, memories) -> dict:
 
 
 def settle(constraint, lam: float = 0.7) -> None:
-    """A controller in the middle of a run, with means of norms that make its price known: lambda = `lam`."""
-    rule = constraint.dual.rule
-    rule.price = lambda act, ret: lam if ret else 0.0
+    """A controller in the middle of a run, with means of norms that make its multiplier known: lambda = `lam`."""
+    controller = constraint.dual.controller
+    controller.multiplier_for = lambda act, ret: lam if ret else 0.0
 
 
 @pytest.mark.parametrize("lora", [False, True])

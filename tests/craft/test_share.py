@@ -23,7 +23,7 @@ def run(dual: CRaFTDualOptimizer, trace) -> list[float]:
     """lambda of each step."""
     prices = []
     for loss, act, ret in trace:
-        prices.append(dual.rule.price(act, ret))
+        prices.append(dual.controller.multiplier_for(act, ret))
         dual.step(loss)
     return prices
 
@@ -78,21 +78,21 @@ def test_it_has_no_unit(trace, loss_unit, act_unit, ret_unit):
 def test_within_the_budget_it_comes_back_from_its_limit_within_120_steps_whatever_was_before(trace):
     dual = make_share(retention_budget=1.0)
     run(dual, [(1e9, act, ret) for _, act, ret in trace] * 8)
-    dual.rule.drift = 0.0  # the averaged loss is within the budget from now on
+    dual.controller.drift = 0.0  # the averaged loss is within the budget from now on
     run(dual, [(0.0, 1.0, 1.0)] * 120)
-    assert dual.rule.z == pytest.approx(-5.0)
-    dual.rule.act = dual.rule.ret = 1.0  # the means need not have forgotten the norms before
-    assert dual.rule.price(1.0, 1.0) == pytest.approx(math.exp(-5), rel=1e-9)
+    assert dual.controller.z == pytest.approx(-5.0)
+    dual.controller.act = dual.controller.ret = 1.0  # the means need not have forgotten the norms before
+    assert dual.controller.multiplier_for(1.0, 1.0) == pytest.approx(math.exp(-5), rel=1e-9)
 
 
 def test_it_is_never_away_from_a_loss_within_the_budget_for_long():
     """From the limit, the proportional part lets go as soon as the averaged loss is below the budget."""
     dual = make_share(retention_budget=1.0)
     run(dual, [(10.0, 1.0, 1.0)] * 300)
-    before = dual.rule.price(1.0, 1.0)
+    before = dual.controller.multiplier_for(1.0, 1.0)
     run(dual, [(0.0, 1.0, 1.0)] * 40)
     assert before == pytest.approx(math.e)
-    assert dual.rule.price(1.0, 1.0) < 0.1
+    assert dual.controller.multiplier_for(1.0, 1.0) < 0.1
 
 
 @given(st.floats(0.01, 100))
@@ -101,7 +101,7 @@ def test_a_higher_loss_never_gives_a_lower_price(loss):
     low, high = (make_share(retention_budget=1.0) for _ in range(2))
     run(low, [(loss, 1.0, 1.0)] * 30)
     run(high, [(2 * loss, 1.0, 1.0)] * 30)
-    assert low.rule.price(1.0, 1.0) <= high.rule.price(1.0, 1.0)
+    assert low.controller.multiplier_for(1.0, 1.0) <= high.controller.multiplier_for(1.0, 1.0)
 
 
 class TestOutOfReach:
@@ -109,7 +109,7 @@ class TestOutOfReach:
         dual, said = make_share(retention_budget=1.0), []
         for _ in range(250):
             dual.step(2.0)
-            said.append(dual.rule.out_of_reach)
+            said.append(dual.controller.out_of_reach)
         # z climbs from -4 to 1 by 0.05 ln 2 a step.
         first_at_limit = math.ceil(5 / (0.05 * math.log(2)))
         assert abs(said.index(True) - (first_at_limit + 99)) <= 1
@@ -117,25 +117,25 @@ class TestOutOfReach:
     def test_a_budget_that_is_met_takes_it_back(self):
         dual = make_share(retention_budget=1.0)
         run(dual, [(2.0, 1.0, 1.0)] * 300)
-        assert dual.rule.out_of_reach
+        assert dual.controller.out_of_reach
         run(dual, [(0.1, 1.0, 1.0)] * 10)
-        assert not dual.rule.out_of_reach
+        assert not dual.controller.out_of_reach
 
     def test_an_infinite_budget_only_monitors(self):
         dual = make_share(retention_budget=math.inf)
         run(dual, [(1e6, 1.0, 1.0)] * 300)
-        assert not dual.rule.out_of_reach
-        assert dual.rule.price(1.0, 1.0) == pytest.approx(math.exp(-4))
+        assert not dual.controller.out_of_reach
+        assert dual.controller.multiplier_for(1.0, 1.0) == pytest.approx(math.exp(-4))
 
 
 @pytest.mark.parametrize("nothing", [0.0, math.nan, math.inf])
 def test_norms_that_say_nothing_have_no_price_and_leave_the_means(nothing):
     dual = make_share(retention_budget=1.0)
-    assert dual.rule.price(1.0, nothing) == 0.0  # as at theta_0
-    price = dual.rule.price(2.0, 1.0)
-    assert dual.rule.price(1.0, nothing) == 0.0
-    assert dual.rule.price(nothing, 1.0) == 0.0
-    assert dual.rule.price(2.0, 1.0) == pytest.approx(price)
+    assert dual.controller.multiplier_for(1.0, nothing) == 0.0  # as at theta_0
+    price = dual.controller.multiplier_for(2.0, 1.0)
+    assert dual.controller.multiplier_for(1.0, nothing) == 0.0
+    assert dual.controller.multiplier_for(nothing, 1.0) == 0.0
+    assert dual.controller.multiplier_for(2.0, 1.0) == pytest.approx(price)
 
 
 @given(steps, steps)

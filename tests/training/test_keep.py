@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import micro
@@ -105,7 +106,7 @@ def test_what_changes_the_signal_is_reached_and_nothing_else(make, monkeypatch, 
     perturb(trainer)
     batch = next(trainer.batches())
     constraint = trainer.retention.constraint
-    constraint.dual.rule.price = lambda act, ret: 1.0
+    constraint.dual.controller.price = lambda act, ret: 1.0
     held = trainer.retention.memories[0].batch(batch)
     named = {n: p for n, p in trainer.bare_model.named_parameters() if p.requires_grad}
     loss = constraint.signal.loss(constraint.current(held), constraint.reference(held))
@@ -220,13 +221,18 @@ def test_gradient_checkpointing_changes_no_weight(make):
 
 def test_out_of_reach_is_said_once_logged_and_recorded(make, capsys):
     trainer = make(**keep(craft_retention_budget=1e-9, max_steps=4, craft_every=1))
-    trainer.retention.constraint.dual.rule.patience = 1
-    trainer.retention.constraint.dual.rule.z = 1.0
+    trainer.retention.constraint.dual.controller.patience = 1
+    trainer.retention.constraint.dual.controller.z = 1.0
     trainer.fit()
     said = capsys.readouterr().out
     assert said.count("is out of reach: the drift stays at") == 1
     assert "CRaFT: budget 1e-09 (RMS of normalised actions) out of reach" in said
     assert metrics(trainer)[-1]["CRaFT/Out Of Reach"] == 1.0
+    # A controller that had to pull with all it has, and meets the budget by it, has met it.
+    trainer.retention.config = replace(trainer.retention.config, retention_budget=trainer.retention.drift / 1.09)
+    assert " met: averaged drift" in trainer.retention.verdict()
+    trainer.retention.config = replace(trainer.retention.config, retention_budget=trainer.retention.drift / 1.11)
+    assert " out of reach: averaged drift" in trainer.retention.verdict()
 
 
 class TestLanding:

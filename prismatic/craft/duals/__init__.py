@@ -28,12 +28,12 @@ class CRaFTDualOptimizer:
         self.reset()
 
     def reset(self) -> None:
-        """Back to the initial value, without memory."""
-        self.rule, self.gate = DUALS[self.config.dual_kind](self.config), Gate(self.config)
+        """Back to the initial value and state."""
+        self.controller, self.gate = DUALS[self.config.dual_kind](self.config), Gate(self.config)
 
     def get_lambda(self) -> float:
         """Current multiplier, in [0, lambda_max]."""
-        return self.rule.value
+        return self.controller.value
 
     @property
     def is_active(self) -> bool:
@@ -51,18 +51,18 @@ class CRaFTDualOptimizer:
         l_ret = float(l_ret)
         if math.isfinite(l_ret):
             self.gate.step(l_ret)
-            self.rule.step(l_ret, can_reduce)
-        return self.rule.value
+            self.controller.step(l_ret, can_reduce)
+        return self.controller.value
 
     def error(self, l_ret: float) -> float:
         """The violation e of a loss; -inf or nan for an infinite budget."""
-        return self.rule.error(l_ret)
+        return self.controller.error(l_ret)
 
     def state_dict(self) -> dict[str, float | None]:
-        """Multiplier and memory."""
-        return self.rule.state_dict() | {"loss_ema": self.gate.loss_mean}
+        """Multiplier and what the controller remembers."""
+        return self.controller.state_dict() | {"loss_ema": self.gate.loss_mean}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`; ValueError when the multiplier is outside [0, lambda_max]."""
-        self.rule.load_state_dict(state)
+        self.controller.load_state_dict(state)
         self.gate.loss_mean = state.get("loss_ema")

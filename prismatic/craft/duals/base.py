@@ -15,20 +15,20 @@ class Dual:
     """
 
     needs_norms = False
-    """Whether `price` reads the norms of this step's two gradients, which then have to be told apart."""
+    """Whether `multiplier_for` reads the norms of this step's two gradients, which then have to be told apart."""
 
     def __init__(self, config: CRaFTConfig) -> None:
         self.config = config
         self.value = config.initial_lambda
 
-    def price(self, act_norm: float, ret_norm: float) -> float:
+    def multiplier_for(self, act_norm: float, ret_norm: float) -> float:
         """Multiplier of a step with these norms |a| and |r| of the gradients over the constrained weights."""
         return self.value
 
     def step(self, loss: float, can_reduce: bool) -> None:
         """Take in the retention loss of a step, a finite number.
 
-        `can_reduce`: False when the retention gradient vanished, so that a price would have no effect.
+        `can_reduce`: False when the retention gradient vanished, so that a larger multiplier would have no effect.
         """
 
     @property

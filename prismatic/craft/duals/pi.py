@@ -11,8 +11,8 @@ from prismatic.craft.settings import CRaFTConfig
 class PI(Dual):
     """xi <- nu xi + (1 - nu) e;  lambda <- clip(lambda + eta (K_I e + K_P (xi - xi_before)), 0, lambda_max).
 
-    The first xi is the first e; K_P = 0, K_I = 1 is ascent. A price that has no effect must not grow: positive errors
-    are skipped while the retention gradient vanishes (conditional integration).
+    The first xi is the first e; K_P = 0, K_I = 1 is ascent. A multiplier that has no effect must not grow: positive
+    errors are skipped while the retention gradient vanishes (conditional integration).
     """
 
     def __init__(self, config: CRaFTConfig) -> None:
@@ -25,8 +25,8 @@ class PI(Dual):
             return
         before = error if self._xi is None else self._xi
         self._xi = c.dual_nu * before + (1 - c.dual_nu) * error
-        held = error > 0 and not can_reduce
-        self._move(0.0 if held else c.dual_lr * (c.dual_ki * error + c.dual_kp * (self._xi - before)))
+        skip = error > 0 and not can_reduce
+        self._move(0.0 if skip else c.dual_lr * (c.dual_ki * error + c.dual_kp * (self._xi - before)))
 
     def state_dict(self) -> dict[str, float | None]:
         return super().state_dict() | {"xi": self._xi}

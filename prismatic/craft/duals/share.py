@@ -22,13 +22,13 @@ from prismatic.craft.settings import CRaFTConfig
 _LOW = -5.0
 _START = -4.0
 _INTEGRAL, _PROPORTIONAL = 0.05, 4.0
-_LOSS_MEMORY, _NORM_MEMORY = 0.9, 0.95
+_LOSS_DECAY, _NORM_DECAY = 0.9, 0.95
 
 
 class Share(Dual):
     """lambda |r| is at most e^`share_limit` |a|, in every single step.
 
-    The price is zero until a retention gradient has been seen: at theta_0 there is none.
+    The multiplier is zero until a retention gradient has been seen: at theta_0 there is none.
     """
 
     needs_norms = True
@@ -44,7 +44,7 @@ class Share(Dual):
         self.stuck = 0
         self._u = _START
 
-    def price(self, act_norm: float, ret_norm: float) -> float:
+    def multiplier_for(self, act_norm: float, ret_norm: float) -> float:
         """Takes in the norms as well; norms that say nothing (zero, not finite) leave the means as they are."""
         if not (is_finite(act_norm, ret_norm) and act_norm > 0 and ret_norm > 0):
             return 0.0
@@ -62,7 +62,7 @@ class Share(Dual):
         budget = self.config.loss_budget
         if not is_finite(budget):
             return
-        self.drift = loss if self.drift is None else _LOSS_MEMORY * self.drift + (1 - _LOSS_MEMORY) * loss
+        self.drift = loss if self.drift is None else _LOSS_DECAY * self.drift + (1 - _LOSS_DECAY) * loss
         # Logarithms apart: the quotient of a tiny drift may be zero.
         error = min(max(math.log(self.drift) - math.log(budget), -1.0), 1.0) if self.drift > 0 else -1.0
         self.z = min(max(self.z + _INTEGRAL * error, _LOW), self.limit)
@@ -84,4 +84,4 @@ class Share(Dual):
 
 
 def _mean(mean: float | None, value: float) -> float:
-    return value if mean is None else _NORM_MEMORY * mean + (1 - _NORM_MEMORY) * value
+    return value if mean is None else _NORM_DECAY * mean + (1 - _NORM_DECAY) * value

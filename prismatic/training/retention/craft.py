@@ -19,6 +19,9 @@ from prismatic.training.retention.memory import BATCH, Memory
 from prismatic.training.retention.protocol import Retention, StepFacts
 from prismatic.training.retention.signals import SIGNALS, reaches
 
+TOLERANCE = 1.1
+"""A drift of at most this multiple of the budget has met it."""
+
 
 class CRaFT(Retention):
     """Holds a signal of the policy on its memories.
@@ -48,13 +51,13 @@ class CRaFT(Retention):
         policy = cast(VLAPolicyModel, unwrap(model))  # DDP's type does not say what it wraps
         self.config, self.memories, self.every = config, list(memories), every
         self._autocast = accelerator.autocast
-        self.held = SIGNALS[config.signal](config, accelerator.autocast)
+        self.policy_signal = SIGNALS[config.signal](config, accelerator.autocast)
         alone = [m.name for m in self.memories] == [BATCH] and self.memories[0].size is None
-        self.shares_pass = alone and self.held.comes_with_training_pass(policy)
-        self.request: CraftRequest | None = self.held.request if self.shares_pass else None
-        count = 0 if self.shares_pass else len(self.memories)
+        self.uses_training_pass = alone and self.policy_signal.comes_with_training_pass(policy)
+        self.request: CraftRequest | None = self.policy_signal.request if self.uses_training_pass else None
+        count = 0 if self.uses_training_pass else len(self.memories)
         self.constraint = CRaFTConstraint(
-            model, config, self.held.signal, reaches(policy, self.held.parts_of(policy)), count
+            model, config, self.policy_signal.signal, reaches(policy, self.policy_signal.parts_of(policy)), count
         )
         self.weights = self.constraint.weights
         self._policy, self._reference = policy, None
@@ -62,15 +65,15 @@ class CRaFT(Retention):
     def at(self, step: int) -> Retention | None:
         return self if step % self.every == 0 else None
 
-    def before_pass(self, batch: dict[str, Any], share: float, loss_scale: float) -> dict[str, Any]:
+    def before_pass(self, batch: dict[str, Any], fraction: float, loss_scale: float) -> dict[str, Any]:
         batch = self._with_vision(batch)
-        if self.shares_pass:
+        if self.uses_training_pass:
             # The reference pass may exchange weights, so it must be over before the graph of the training pass exists.
             self._reference = self.constraint.reference(batch)
             return batch
         for memory in self.memories:
-            held = self._with_vision(memory.batch(batch))
-            self.constraint.hold(held, share, loss_scale, memory.name)
+            inputs = self._with_vision(memory.batch(batch))
+            self.constraint.hold(inputs, fraction, loss_scale, memory.name)
         return batch
 
     def _with_vision(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -84,13 +87,13 @@ class CRaFT(Retention):
         return self.constraint.live_graph()
 
     def value_of(self, output: PolicyOutput) -> Any:
-        return self.held.value_of(output) if self.shares_pass else None
+        return self.policy_signal.value_of(output) if self.uses_training_pass else None
 
-    def loss_term(self, value: Any, share: float, loss_scale: float) -> Tensor | float:
-        if not self.shares_pass:
+    def loss_term(self, value: Any, fraction: float, loss_scale: float) -> Tensor | float:
+        if not self.uses_training_pass:
             return 0.0
         reference, self._reference = self._reference, None
-        return self.constraint.accumulate(value, reference, share, loss_scale)
+        return self.constraint.accumulate(value, reference, fraction, loss_scale)
 
     def combine_(self, facts: StepFacts) -> dict[str, float]:
         return self.constraint.combine_(facts.reduce_mean, facts.optimizer, facts.loss_scale)
@@ -127,9 +130,10 @@ class CRaFT(Retention):
     def verdict(self) -> str | None:
         if self.drift is None:
             return None
-        state = "met" if self.drift <= 1.1 * self.config.retention_budget else "exceeded"
-        if self.constraint.dual.rule.out_of_reach:
-            state = "out of reach"
+        if self.drift <= TOLERANCE * self.config.retention_budget:
+            state = "met"  # also by a controller that has been at its limit for it
+        else:
+            state = "out of reach" if self.constraint.dual.controller.out_of_reach else "exceeded"
         return (
             f"CRaFT: budget {self.config.retention_budget:g} ({self.unit}) {state}: averaged drift at the end of "
             f"the training {self.drift:.3g}"

@@ -30,7 +30,7 @@ class StepFacts:
 class Retention:
     """A method of keeping. The step calls the hooks in this order; each does nothing unless a method says otherwise."""
 
-    shares_pass = False
+    uses_training_pass = False
     """Whether the method reads the policy's output of the training pass (`value_of`, `loss_term`)."""
     request: CraftRequest | None = None
     """Features that the training pass has to return beside the actions."""
@@ -41,10 +41,10 @@ class Retention:
         """What acts in this optimizer step (0-based); None makes it a plain one."""
         return self
 
-    def before_pass(self, batch: dict[str, Any], share: float, loss_scale: float) -> dict[str, Any]:
+    def before_pass(self, batch: dict[str, Any], fraction: float, loss_scale: float) -> dict[str, Any]:
         """Before the training pass of a micro-batch, while no graph is alive; returns the batch to train on.
 
-        share: of this micro-batch in the step.
+        fraction: what this micro-batch is of the step.
         """
         return batch
 
@@ -56,7 +56,7 @@ class Retention:
         """What the method reads of the training pass, with graph."""
         return None
 
-    def loss_term(self, value: Any, share: float, loss_scale: float) -> Tensor | float:
+    def loss_term(self, value: Any, fraction: float, loss_scale: float) -> Tensor | float:
         """What has to be added to the (unscaled) action loss of a micro-batch before its backward pass."""
         return 0.0
 

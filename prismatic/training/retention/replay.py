@@ -40,7 +40,7 @@ class DistilledReplay(Retention):
         self._anchor = build_anchor(AnchorKind.AUTO, model)
         self.weights = self._anchor.weights
 
-    def before_pass(self, batch: dict[str, Any], share: float, loss_scale: float) -> dict[str, Any]:
+    def before_pass(self, batch: dict[str, Any], fraction: float, loss_scale: float) -> dict[str, Any]:
         rows = [row for row, is_replay in enumerate(batch["is_replay"]) if is_replay]
         if not rows:
             return batch
