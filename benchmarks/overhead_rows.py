@@ -61,7 +61,9 @@ def _rows(frozen: bool) -> dict[str, Row]:
         return Row(label, "craft", frozen, every, plan, preset, settings)
 
     def keep(memory: str, instructions: float = 0.0, every: int = 1) -> Row:
-        label = f"preset `keep`, {memory}" + f", `craft_every` {every}" * (every > 1) + where
+        is_preset = (every, instructions) == (2, 0.25)
+        what = "preset `keep`" if is_preset else "`keep`" if every > 1 else "constrained step of `keep`"
+        label = f"{what}, {memory}" + f", `craft_every` {every}" * (every > 1) + where
         return Row(label, "craft", frozen, every, Plan.SEPARATE, "keep", instructions=instructions)
 
     def bare(instructions: float, every: int = 1) -> Row:
