@@ -214,7 +214,8 @@ def protocol(run: RecordedRun) -> dict[str, list[str]]:
     results.json: the resolution used and the flags that say how episodes run. A field nobody recorded is absent.
     """
     found: dict[str, set[str]] = {}
-    for name, value in [*_record_protocol(run), *_facts_protocol(run)]:
+    recorded = [entry for facts in run.facts for entry in facts_protocol(facts)]
+    for name, value in [*_record_protocol(run), *recorded]:
         found.setdefault(name, set()).add(value if isinstance(value, str) else json.dumps(value, sort_keys=True))
     return {name: sorted(values) for name, values in sorted(found.items())}
 
@@ -228,16 +229,16 @@ def _record_protocol(run: RecordedRun) -> Iterator[tuple[str, Any]]:
             yield f"versions.{name}", version
 
 
-def _facts_protocol(run: RecordedRun) -> Iterator[tuple[str, Any]]:
-    for facts in run.facts:
-        for name, value in (facts.get("config") or {}).items():
-            if name not in _NO_PROTOCOL:
-                # One file may lie in two places; records of earlier versions hold its path alone.
-                is_states = name == "initial_states_path"
-                yield name, facts.get("initial_states", value) if is_states else value
-        for name in _FACTS_AS_PROTOCOL:
-            if name in facts:
-                yield name, facts[name]
+def facts_protocol(facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(field, value) of the protocol as one results.json says it."""
+    for name, value in (facts.get("config") or {}).items():
+        if name not in _NO_PROTOCOL:
+            # One file may lie in two places; records of earlier versions hold its path alone.
+            is_states = name == "initial_states_path"
+            yield name, facts.get("initial_states", value) if is_states else value
+    for name in _FACTS_AS_PROTOCOL:
+        if name in facts:
+            yield name, facts[name]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from prismatic.output_folder import check_file, held
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.representation import MeasureSettings, measure_retention, write_report
 from prismatic.vla.action_spec import ActionSpec
+from prismatic.vla.datasets.formats import SKIP_BAD_EPISODES, SPLIT
 from prismatic.vla.datasets.registry import load_data_set_file
 
 
@@ -29,6 +30,8 @@ class MeasureConfig:
     start: str = ""
     data_root_dir: str = "datasets/rlds"
     dataset_name: str = ""
+    split: str | None = flag(None, SPLIT)
+    skip_bad_episodes: bool = flag(False, SKIP_BAD_EPISODES)
     data_set_file: str | None = flag(None, "Python file that registers data sets of your own (docs/datasets.md)")
     robot_platform: str | None = flag(None, ROBOT_PLATFORM)
     base_checkpoint: str | None = flag(None, BASE_CHECKPOINT)
@@ -59,7 +62,9 @@ def _require_new(cfg: MeasureConfig) -> None:
 
 def _measure(cfg: MeasureConfig) -> None:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    settings = MeasureSettings(cfg.max_samples, cfg.batch_size, cfg.seed, device, cfg.unnorm_key)
+    settings = MeasureSettings(
+        cfg.max_samples, cfg.batch_size, cfg.seed, device, cfg.unnorm_key, cfg.split, cfg.skip_bad_episodes
+    )
     if cfg.data_set_file is not None:
         load_data_set_file(cfg.data_set_file)
     trained = load_checkpoint(cfg.checkpoint, base=cfg.base_checkpoint, robot=cfg.robot_platform)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prismatic.model_files import CheckpointError, MissingFileError
+from prismatic.evidence.hashes import sha256_of
+from prismatic.model_files import CheckpointError, MissingFileError, weight_files
 from prismatic.training.checkpoint_files import load_tensors, tensors_hash, weights_hash
 from prismatic.training.folder_kinds import is_checkpoint, is_vlm
 
@@ -38,9 +39,8 @@ class BaseModel:
 
     @classmethod
     def of_vlm(cls, path: Path) -> BaseModel:
-        """Identity of a folder with a VLM alone."""
-        # The hash is None for an index without its shards; `find` then says so.
-        return cls("vlm", os.path.abspath(path), weights_hash(path))  # type: ignore[arg-type]  # see above
+        """Identity of a folder with a VLM alone; MissingFileError without its weights."""
+        return cls("vlm", os.path.abspath(path), sha256_of(*weight_files(path)))
 
     @classmethod
     def of_native(cls, file: Path, sha256: str) -> BaseModel:
@@ -113,6 +113,9 @@ class BaseModel:
             raise CheckpointError(
                 f"{chain[-1]}: the checkpoint is its own base: {' -> '.join(map(str, chain))} -> {place}"
             )
-        if self.kind == "vlm":
-            return BaseModel.of_vlm(place).sha256 if is_vlm(place) else "no VLM without a head"
-        return BaseModel.of_checkpoint(place).sha256 if is_checkpoint(place) else "no checkpoint"
+        try:
+            if self.kind == "vlm":
+                return BaseModel.of_vlm(place).sha256 if is_vlm(place) else "no VLM without a head"
+            return BaseModel.of_checkpoint(place).sha256 if is_checkpoint(place) else "no checkpoint"
+        except CheckpointError as error:  # incomplete: it may be whole elsewhere
+            return str(error)

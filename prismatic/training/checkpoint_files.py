@@ -24,6 +24,7 @@ from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 from prismatic.model_files import (
     CheckpointError,
     check_numbers,
+    has_weights,
     is_file_name,
     read_json,
     reading,
@@ -249,10 +250,12 @@ def load_processor(path: Path, vla: OpenVLAForActionPrediction) -> PrismaticProc
     return processor
 
 
-def weights_hash(path: Path | None) -> str | None:
-    """sha256 over the folder's `model*.safetensors` in name order; None for a model that was not read from one."""
-    files = [] if path is None else sorted(Path(path).glob("model*.safetensors"))
-    return sha256_of(*map(regular_file, files)) if files else None
+def weights_hash(path: Path) -> str | None:
+    """sha256 over the files of the folder's whole model in name order; None without one.
+
+    Raises MissingFileError for an index without its shards, CheckpointError as `weight_files`.
+    """
+    return sha256_of(*weight_files(path)) if has_weights(path) else None
 
 
 def tensors_hash(tensors: dict[str, Tensor]) -> str:

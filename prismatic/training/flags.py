@@ -14,6 +14,7 @@ from prismatic.command_line import flag
 from prismatic.craft.settings import PRESETS, CRaFTConfig
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 from prismatic.training.schedules import LRSchedule
+from prismatic.vla.datasets.formats import PLACE, SKIP_BAD_EPISODES, SPLIT
 
 _SETTINGS = {entry.name: entry for entry in fields(CRaFTConfig)}
 _KINDS = typing.get_type_hints(CRaFTConfig)
@@ -54,10 +55,8 @@ class StartFlags:
     resum_vla_path: str = flag("", "checkpoint folder to resume from; empty: found from run_root_dir and the run id")
     data_root_dir: str = flag("datasets/rlds", "folder of the data sets")
     dataset_name: str = flag("libero_spatial_no_noops", "several: a,b or, with weights, a:0.5,b:2")
-    split: str | None = flag(None, "of the data sets; None: train, or the only one there is")
-    skip_bad_episodes: bool = flag(
-        False, "leave out what cannot be read or is not finite; episodes without a sample (short, no text) always are"
-    )
+    split: str | None = flag(None, SPLIT)
+    skip_bad_episodes: bool = flag(False, SKIP_BAD_EPISODES)
     run_root_dir: str = flag("runs", "folder of the runs: metrics in {run_root_dir}/{run id}, checkpoints beside it")
     shuffle_buffer_size: int = flag(100_000, f"{_ONLY}sampling is a true permutation", at_least=1)
     n_shot_episodes: int | None = flag(None, "keep N demonstrations per instruction", at_least=1)
@@ -190,7 +189,9 @@ class RetentionFlags:
         None, "None: as use_craft says", choices=("none", "craft", "l2sp", "feature_penalty", "frozen")
     )
     l2sp_weight: float = flag(0.01, "of L2-SP", more_than=0)
-    replay_data: str | None = flag(None, "data-set folders, comma separated, whose samples are mixed into the batches")
+    replay_data: str | None = flag(
+        None, f"data-set folders, comma separated, whose samples are mixed into the batches; {PLACE}"
+    )
     replay_fraction: float = flag(0.2, "of replayed samples among all", at_least=0.001, at_most=0.999)
     replay_labels: str = flag("data", "start: the start policy's actions (distilled replay)", choices=("data", "start"))
 
@@ -211,7 +212,9 @@ class CRaFTFlags:
         "on which inputs: batch, data, instructions; several with commas. None: batch; keep: instructions, and data if "
         "given",
     )
-    craft_memory_data: str | None = flag(None, "data-set folder of the memory `data`: images, state, instructions")
+    craft_memory_data: str | None = flag(
+        None, f"data-set folder of the memory `data`: images, state, instructions; {PLACE}"
+    )
     craft_memory_instructions: str | None = flag(
         None, "text file, one a line; None: those the start checkpoint records"
     )
@@ -244,7 +247,7 @@ class CRaFTFlags:
         "anchor_layer_idx", "layer of C_R; None: the middle, negative from the end", at_least=-1000, at_most=1000
     )
     craft_cr_token_mode: str = craft_flag("cr_token_mode", "or vision_plus_prompt: C_R with the prompt's tokens")
-    craft_probe_data: str | None = flag(None, "held-out data-set folder on which the drift is watched")
+    craft_probe_data: str | None = flag(None, f"held-out data-set folder on which the drift is watched; {PLACE}")
     craft_probe_size: int = flag(64, "samples of it", at_least=1)
     craft_log_freq: int = flag(10, "steps between two lines of metrics; read in plain runs too", at_least=1)
 

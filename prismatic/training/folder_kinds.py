@@ -23,6 +23,7 @@ from prismatic.model_files import (
     weight_files,
 )
 from prismatic.training.checkpoint_folder import LATEST, MANIFEST, TRAINING_STATE
+from prismatic.vla.datasets.formats import is_data_set
 
 _STEP = re.compile(r"(.+)--(\d+)_chkpt")
 _HEAD = "action_head--*checkpoint.*"
@@ -192,8 +193,7 @@ def _vlm(path: Path) -> str | None:
 
 
 def _data_set(path: Path) -> str | None:
-    files = ("dataset_info.json", "features.json", "meta/info.json")
-    return "is a data set, expected a checkpoint" if any((path / name).is_file() for name in files) else None
+    return "is a data set, expected a checkpoint" if is_data_set(path) else None
 
 
 def _other_code_base(path: Path) -> str | None:

@@ -28,13 +28,14 @@ from prismatic.craft.reference import quiet_pass
 from prismatic.evidence.files import write_json
 from prismatic.training.checkpoint_files import LoadedCheckpoint, package_versions
 from prismatic.training.compared_policies import check_comparable, describe_checkpoint, start_key
+from prismatic.training.data_sets import open_data
 from prismatic.training.linear_cka import cka_of_parts
 from prismatic.training.linear_probe import ProbeTargets, probe_features
 from prismatic.training.representation_passes import Pooled, Record
 from prismatic.training.retention.memory import to_device
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.collator import VLACollator
-from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
+from prismatic.vla.datasets.dataset import DatasetSettings
 from prismatic.vla.datasets.known_statistics import known_key
 from prismatic.vla.datasets.registry import expand_data_set_names
 from prismatic.vla.datasets.selection import select_validation
@@ -49,7 +50,7 @@ class MeasureSettings:
 
     max_samples: at most this many, evenly spread over the episodes; 0 = all. batch_size: samples per pass. seed: which
     episodes the probe is tested on, and which give one sample more. device: of the passes. unnorm_key: key of the
-    start model's statistics; None = the name of the data set.
+    start model's statistics; None = the name of the data set. split, skip_bad_episodes: as in `DatasetSettings`.
     """
 
     max_samples: int = 512
@@ -57,6 +58,8 @@ class MeasureSettings:
     seed: int = 7
     device: str = "cpu"
     unnorm_key: str | None = None
+    split: str | None = None
+    skip_bad_episodes: bool = False
 
     def __post_init__(self) -> None:
         if self.max_samples < 0:
@@ -125,12 +128,19 @@ class MeasuredSamples:
         self.same_statistics = all(own[group] == statistics[group] for group in ("action", "proprio"))
         spec = ActionSpec.from_dict(start.manifest["action_spec"])
         self._image_spec = ImageSpec.from_dict(start.manifest["image_spec"])
-        data = DatasetSettings(spec, self._image_spec, start.model.num_images, image_aug=False)
-        data = replace(data, normalizer=Normalizer(statistics, spec))
-        self._seen = VLADataset(data_root_dir, names[0], data)
+        data = DatasetSettings(
+            spec,
+            self._image_spec,
+            start.model.num_images,
+            image_aug=False,
+            split=settings.split,
+            skip_bad_episodes=settings.skip_bad_episodes,
+            normalizer=Normalizer(statistics, spec),
+        )
+        self._seen = open_data("--dataset_name", data_root_dir, names[0], data)
         # The trained policy's numbers; its images are those of the other data set.
         data = replace(data, blind_images=True, normalizer=Normalizer(own, spec))
-        self._numbers = VLADataset(data_root_dir, names[0], data)
+        self._numbers = open_data("--dataset_name", data_root_dir, names[0], data, self._seen.warnings)
         self._collate = VLACollator.of_policy(start.processor, start.model)
         self.name = self._seen.data_set_names[0]
         self._seed = settings.seed

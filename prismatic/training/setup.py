@@ -34,11 +34,11 @@ from prismatic.training.checkpoint_files import load_processor, read_config
 from prismatic.training.checkpoint_folder import MANIFEST
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.config import FinetuneConfig, TuningMode
+from prismatic.training.data_sets import open_data, open_old_data
 from prismatic.training.folder_kinds import is_vlm
 from prismatic.training.instruction_record import recorded_instructions
 from prismatic.training.lora import lora_targets
 from prismatic.training.published import check_exportable
-from prismatic.training.retention.old_data import open_old_data
 from prismatic.training.tracking import say
 from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.vlm_folder import load_vlm
@@ -101,9 +101,7 @@ def build_setup(
         # What the start can do is in its units: a name that it knows keeps them, in training, replay and memory.
         known_statistics=start.statistics,
     )
-    new = VLADataset(cfg.data_root_dir, cfg.dataset_name, settings)
-    for line in new.warnings:
-        say(f"Warning: --dataset_name: {line}")
+    new = open_data("--dataset_name", cfg.data_root_dir, cfg.dataset_name, settings)
     dataset = new if cfg.replay_data is None else _with_replay(cfg, new)
     # Random crops in training go with the centre crop at evaluation: both show 90 % of the image.
     start.image_spec = replace(start.image_spec, center_crop=cfg.image_aug, **_jpeg_quality(new.metadata))
@@ -125,8 +123,8 @@ def build_setup(
 
 
 def _with_replay(cfg: FinetuneConfig, new: VLADataset) -> ReplayMixture:
-    """The new data with `--replay_data` mixed in; what contradicts the start's statistics is said."""
-    settings = replace(new.settings, n_shot_episodes=None, val_fraction=0.0, split=None)
+    """The new data with `--replay_data` mixed in."""
+    settings = replace(new.settings, n_shot_episodes=None, val_fraction=0.0)
     assert cfg.replay_data is not None
     folders = split_places(cfg.replay_data) or [cfg.replay_data]
     old = [open_old_data("--replay_data", folder, settings) for folder in folders]
@@ -136,9 +134,10 @@ def _with_replay(cfg: FinetuneConfig, new: VLADataset) -> ReplayMixture:
 def _held_out(cfg: FinetuneConfig, training: VLADataset) -> VLADataset:
     """The episodes that `training` leaves out, or another split, without augmentation, normalised as it is."""
     settings = replace(training.settings, image_aug=False, proprio_dropout=0.0, normalizer=training.normalizers)
-    if cfg.val_split is None:
-        return VLADataset(cfg.data_root_dir, cfg.dataset_name, replace(settings, part="val"))
-    return VLADataset(cfg.data_root_dir, cfg.dataset_name, replace(settings, split=cfg.val_split, n_shot_episodes=None))
+    place = cfg.data_root_dir, cfg.dataset_name
+    if cfg.val_split is None:  # the same episodes, of which all was said
+        return open_data("--use_val_set", *place, replace(settings, part="val"), training.warnings)
+    return open_data("--val_split", *place, replace(settings, split=cfg.val_split, n_shot_episodes=None))
 
 
 def load_start_model(cfg: FinetuneConfig) -> StartModel:

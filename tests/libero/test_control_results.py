@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from fake_libero_world import FakeBackend
+from fake_libero_world import LANGUAGES, FakeBackend
 
 from experiments.robot.libero.control_results import control_lines
 from experiments.robot.libero.controls import Control
@@ -90,13 +92,47 @@ def test_language_and_noise_are_part_of_the_run(tmp_path, monkeypatch):
     first = json.loads((tmp_path / "plain" / "episodes.jsonl").read_text().splitlines()[0])
     assert first["init_offsets_mm"] is None
     results = run(tmp_path, "own", control_results=str(tmp_path / "noisy"))
-    assert control_lines(results)[1].startswith("init_noise (20 mm): ")
+    assert control_lines(results)[1].startswith("init_noise (20 mm): ") and "policy's" not in control_lines(results)[1]
 
 
-def test_a_control_of_another_protocol_is_pointed_out(tmp_path):
-    run(tmp_path, "same", control=Control.GREY_IMAGES)
-    run(tmp_path, "other", control=Control.GREY_IMAGES, render_mode=RenderMode.LAZY, num_steps_wait=3)
-    results = run(tmp_path, "own", control_results=f"{tmp_path / 'same'},{tmp_path / 'other'}")
-    _, same, other = control_lines(results)
-    assert same.endswith(")") and "policy" not in same
-    assert "render_mode lazy, the policy's published" in other and "num_steps_wait 3, the policy's 10" in other
+class OtherSimulator(FakeBackend):
+    def versions(self):
+        return super().versions() | {"mujoco": "3.3.7", "numpy": "1.26.0"}
+
+
+def test_a_control_of_another_protocol_is_pointed_out(tmp_path, monkeypatch):
+    """Whatever decides how an episode goes; not where its files lie, nor flags that only the policy has."""
+    monkeypatch.setattr("experiments.robot.libero.episode.displace_objects", lambda *_, **__: {})
+    demos = SimpleNamespace(
+        metadata=None,
+        num_episodes=3,
+        episode=lambda i: SimpleNamespace(instruction=LANGUAGES[i], actions=np.tile([0.05, 0, 0, 0, 0, 0, 1], (9, 1))),
+    )
+    states = tmp_path / "states.json"
+    entry = {f"demo_{i}": {"success": True, "initial_state": [0.0, 0.0]} for i in range(2)}
+    states.write_text(json.dumps({language.replace(" ", "_"): entry for language in LANGUAGES}))
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(states.read_bytes())
+    replay = {"control": Control.REPLAY, "replay_dataset": "d", "pretrained_checkpoint": ""}
+    same = {"render_mode": RenderMode.LAZY, "seed": 3, "init_noise_mm": 20.0, "initial_states_path": str(copy)}
+    runs = {
+        "same": (replay | same | {"num_workers": 0, "device": "cpu"}, FakeBackend(demos=demos)),
+        "other": (replay | {"num_steps_wait": 3, "initial_state_offset": 1}, OtherSimulator(demos=demos)),
+    }
+    for name, (flags, backend) in runs.items():
+        run(tmp_path, name, backend, **flags)
+    policy = same | {"initial_states_path": str(states), "use_proprio": True}
+    results = run(tmp_path, "own", **policy, control_results=f"{tmp_path / 'same'},{tmp_path / 'other'}")
+    _, line, other = control_lines(results)
+    assert line.startswith("replay (20 mm): ") and "policy" not in line
+    for note in (
+        "render_mode published, the policy's lazy",
+        "num_steps_wait 3, the policy's 10",
+        "seed 7, the policy's 3",
+        "initial_state_offset 1, the policy's 0",
+        "init_noise_mm 0.0, the policy's 20.0",
+        "initial_states_path DEFAULT, the policy's ",
+        "versions.mujoco 3.3.7, the policy's 3.3.0",
+    ):
+        assert note in other
+    assert "numpy" not in other and "proprio" not in other

@@ -23,6 +23,7 @@ from experiments.robot.policy import VLAPolicy
 from prismatic.evidence.files import write_json
 from prismatic.model_files import CheckpointError, MissingFileError
 from prismatic.models.presets import PRESETS
+from prismatic.training.base_model import BaseModel
 from prismatic.training.checkpoint_folder import LISTING, MANIFEST, read_json
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.interpolation import interpolate_checkpoint
@@ -175,6 +176,23 @@ def test_adapters_are_merged_and_a_changed_or_missing_base_is_named(make, tmp_pa
     shutil.rmtree(moved)
     refused(MissingFileError, lambda: load_checkpoint(bare), "--base_checkpoint")
     load_checkpoint(merged)
+
+
+def test_the_base_is_known_by_the_shards_that_its_index_names(tmp_path, openvla):
+    """Whatever they are called; an index whose shards are gone is said to be that."""
+    index = openvla / "model.safetensors.index.json"
+    content = read_json(index)
+    shards = {key: name.replace("model-", "part-") for key, name in content["weight_map"].items()}
+    for file in openvla.glob("model-*"):
+        file.rename(file.with_name(file.name.replace("model-", "part-")))
+    write_json(index, content | {"weight_map": shards})
+    adapted = tmp_path / "runs" / "run--2_chkpt"
+    base = BaseModel.from_dict(BaseModel.of_vlm(openvla).to_dict(adapted), adapted)
+    assert base.find(adapted) == openvla
+    first = sorted(openvla.glob("part-*"))[0]
+    first.unlink()
+    refused(MissingFileError, lambda: BaseModel.of_vlm(openvla), f"{first} does not exist")
+    refused(CheckpointError, lambda: base.find(adapted), f"{openvla}: {first} does not exist", "--base_checkpoint")
 
 
 def test_a_new_head_has_no_skill_to_keep(make, keep_features):

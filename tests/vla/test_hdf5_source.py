@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import h5py
 import numpy as np
@@ -255,10 +256,29 @@ def test_what_is_held_out_is_not_trained_on(folder):
     assert HDF5Source(folder, HDF5_KEYS).lengths.tolist() == [10]
 
 
-def test_a_mask_that_names_what_is_not_there(folder):
-    mask(folder, train=["demo_1", "demo_8"])
-    with pytest.raises(DataSetError, match=rf"{PLATE}: mask/train names \['demo_8'\]"):
-        HDF5Source(folder, HDF5_KEYS)
+@pytest.mark.parametrize("name", ["train", "valid", "few"])
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        (lambda file, name: file.create_dataset(name, data=np.array(["demo_1", "demo_8"], "S")), r"names \['demo_8'\]"),
+        (lambda file, name: file.create_dataset(name, data=np.arange(2)), r"int64 \(2,\), expected names of"),
+        (lambda file, name: file.create_group(name), "a group, expected a dataset"),
+        (lambda file, name: file.update({name: h5py.SoftLink("/nowhere")}), "no '"),
+        (lambda file, name: file.update({name: h5py.ExternalLink("gone.hdf5", "/x")}), "a link to another file"),
+    ],
+)
+def test_an_odd_mask_stops_only_who_asks_for_it(folder, name, odd, said):
+    with h5py.File(folder / PLATE, "r+") as file:
+        odd(file.require_group("mask"), name)
+    source = HDF5Source(folder, HDF5_KEYS)
+    # Without a mask that can be understood all is trained on, but for what another one holds out.
+    expected = {"train": [10], "valid": [9]}.get(name, [9, 10]) if "demo_8" in said else [9, 10]
+    assert source.lengths.tolist() == expected
+    assert len(source.warnings) == (name != "few")
+    assert all(PLATE in line and re.search(said, line) for line in source.warnings)
+    if name != "train":
+        with pytest.raises(DataSetError, match=rf"{PLATE}.*{said}"):
+            HDF5Source(folder, HDF5_KEYS, name)
 
 
 def test_other_names_of_files_and_demonstrations(tmp_path):

@@ -170,9 +170,6 @@ def test_lost_image_files_of_the_index_are_built_again(v21):
     [
         ({"codebase_version": "v1.6"}, "codebase_version is 'v1.6', expected v2.0, v2.1, v3.0"),
         ({"codebase_version": ...}, "codebase_version is None, expected str"),
-        ({"fps": 0}, "fps is 0, expected a positive number"),
-        ({"fps": 10**400}, "fps is 1000"),
-        ({"fps": "10"}, "fps is '10', expected int or float"),
         ({"features": []}, r"features is \[\], expected dict"),
         ({"splits": ["train"]}, r"splits is \['train'\], expected {name: first:last}"),
         ({"chunks_size": 0}, "chunks_size is 0, expected a positive integer"),
@@ -211,7 +208,7 @@ def test_undeclared_features_are_listed(v21):
     open_fails(v21, r"no feature 'state', found \['action', 'frame_index'", MissingFeatureError, keys)
 
 
-@pytest.mark.parametrize("name", [INFO, "meta/episodes.jsonl", "meta/tasks.jsonl", V21_DATA])
+@pytest.mark.parametrize("name", [INFO, "meta/episodes.jsonl", V21_DATA])
 def test_missing_and_damaged_files_v21(v21, name):
     content = (v21 / name).read_bytes()
     (v21 / name).write_bytes(b"{" + content[: len(content) // 2])
@@ -220,7 +217,7 @@ def test_missing_and_damaged_files_v21(v21, name):
     open_fails(v21, f"{re.escape(name)} is missing")
 
 
-@pytest.mark.parametrize("name", [INFO, V30_EPISODES, "meta/tasks.parquet", "data/chunk-000/file-001.parquet"])
+@pytest.mark.parametrize("name", [INFO, V30_EPISODES, "data/chunk-000/file-001.parquet"])
 def test_missing_and_damaged_files_v30(v30, name):
     content = (v30 / name).read_bytes()
     (v30 / name).write_bytes(b"{" + content[: len(content) // 2])
@@ -234,8 +231,6 @@ def test_missing_and_damaged_files_v30(v30, name):
     [
         ({"episode_index": 2, "length": 6}, r"episode_index \[1, 2, 2\], expected distinct numbers from 0 on"),
         ({"episode_index": -1, "length": 6}, r"episode_index \[-1, 1, 2\], expected distinct numbers from 0 on"),
-        ({"episode_index": 0, "length": -1}, "line 1: length is -1, expected 0 or more"),
-        ({"episode_index": 0}, "line 1: length is None, expected int"),
         ([], "line 1: list, expected a JSON object"),
     ],
 )
@@ -252,7 +247,6 @@ def test_wrong_episode_lines(v21, line, message):
         ("episode_index", lambda values: [1, *values[1:]], r"episode_index \[1, 1, 2\], expected distinct"),
         ("data/file_index", lambda values: [0, 0, 0], "file-000.parquet: episode 2: no such rows among 13"),
         ("data/chunk_index", lambda values: [0, 0, 4], "chunk-004/file-001.parquet is missing"),
-        ("length", lambda values: [str(value) for value in values], "length is '6', expected int"),
     ],
 )
 def test_wrong_episode_table(v30, column, change, message):
@@ -288,9 +282,20 @@ def edit_line(folder, number, **changes):
     path.write_text("\n".join(lines))
 
 
+def numbered(values):
+    return [str(value) for value in values]
+
+
 NEEDLESS_V21 = {
     "v2.0": (lambda d: edit_json(d / INFO, codebase_version="v2.0"), None),
     "no rate": (lambda d: edit_json(d / INFO, fps=...), None),
+    "a rate of nothing": (lambda d: edit_json(d / INFO, fps=0), "fps is '0', expected a positive number"),
+    "a rate of any size": (lambda d: edit_json(d / INFO, fps=10**400), "fps is '1000"),
+    "a rate as text": (lambda d: edit_json(d / INFO, fps="10"), "fps is '10', expected a positive number"),
+    "no tasks": (lambda d: (d / "meta/tasks.jsonl").unlink(), "tasks.jsonl is missing; episodes with one task"),
+    "damaged tasks": (lambda d: (d / "meta/tasks.jsonl").write_text("{"), "tasks.jsonl: line 1: not JSON"),
+    "a length of nothing": (lambda d: edit_line(d, 0, length=None), "line 1: length is 'None', expected 0 or more"),
+    "a negative length": (lambda d: edit_line(d, 0, length=-1), "line 1: length is '-1', expected 0 or more"),
     "no splits": (lambda d: edit_json(d / INFO, splits=...), None),
     "a split that ends too late": (lambda d: edit_json(d / INFO, splits={"train": "0:9"}), "0:9.*there are 3 episodes"),
     "the total": (lambda d: edit_json(d / INFO, total_episodes=5), "3 episodes, .*total_episodes 5"),
@@ -300,6 +305,8 @@ NEEDLESS_V21 = {
     "frame numbers": (lambda d: edit_table(d / V21_DATA, "frame_index", lambda v: [3 * n + 1 for n in v]), None),
     "no frame numbers": (lambda d: edit_table(d / V21_DATA, "frame_index", ...), None),
     "no episode numbers": (lambda d: edit_table(d / V21_DATA, "episode_index", ...), None),
+    "frames numbered in words": (lambda d: edit_table(d / V21_DATA, "frame_index", numbered), None),
+    "tasks numbered in words": (lambda d: edit_table(d / V21_DATA, "task_index", numbered), None),
     "no task numbers": (lambda d: edit_table(d / V21_DATA, "task_index", ...), None),
     "no time stamps": (lambda d: edit_table(d / V21_DATA, "timestamp", ...), None),
 }
@@ -308,6 +315,9 @@ NEEDLESS_V30 = {
     "rows": (lambda d: edit_table(d / V30_EPISODES, "dataset_from_index", lambda v: [0, 5, 99]), None),
     "no rows": (lambda d: edit_table(d / V30_EPISODES, "dataset_to_index", ...), None),
     "no tasks": (lambda d: edit_table(d / V30_EPISODES, "tasks", ...), None),
+    "no texts of tasks": (lambda d: (d / "meta/tasks.parquet").unlink(), "tasks.parquet is missing; episodes with one"),
+    "tasks of other columns": (lambda d: edit_table(d / "meta/tasks.parquet", "task", ...), "no columns .'__index"),
+    "no lengths": (lambda d: edit_table(d / V30_EPISODES, "length", ...), "length is 'None', expected 0 or more"),
 }
 
 
@@ -325,8 +335,17 @@ def test_metadata_that_nobody_needs_change_nothing(version, what, episodes, tmp_
     change(folder)
     source = LeRobotSource(folder, LEROBOT_KEYS)
     same_content(source, episodes)
-    assert len(source.warnings) == (warning is not None)
+    assert (source.warnings == []) == (warning is None)
     assert all(re.search(warning, line) for line in source.warnings)
+
+
+def test_what_a_video_needs_is_asked_for(tmp_path, episodes):
+    """Its frames are found by the rate, and told from those of the next episode by the length."""
+    folder = write_lerobot_v30(tmp_path, episodes, "video", LOSSLESS)
+    edit_table(folder / V30_EPISODES, "length", numbered)
+    open_fails(folder, "length is '6', expected 0 or more")
+    edit_json(folder / INFO, fps="10")
+    open_fails(folder, "info.json: fps is '10', expected a positive number")
 
 
 @pytest.mark.parametrize("end", [lambda n: (n - 1) / FPS, lambda n: n / FPS + 1e-3, lambda n: None, lambda n: 9.0])
@@ -408,9 +427,17 @@ def test_a_column_of_texts_or_of_task_numbers(v21, values):
         pq.write_table(table.append_column("note", pa.array(column)), path)
     info = json.loads((v21 / INFO).read_text())
     edit_json(v21 / INFO, features=info["features"] | {"note": {"dtype": "string", "shape": [1]}})
-    source = LeRobotSource(v21, replace(LEROBOT_KEYS, instruction="note"))
+    keys = replace(LEROBOT_KEYS, instruction="note")
+    source = LeRobotSource(v21, keys)
     expected = ["sing", "dance"] if isinstance(values[0], str) else ["open the drawer", "push the plate"]
     assert source.texts(1) == expected and source.instruction_at(1, 3) == expected[1]
+    tasks = v21 / "meta" / "tasks.jsonl"
+    tasks.unlink()
+    if isinstance(values[0], str):
+        assert not any("tasks.jsonl" in line for line in LeRobotSource(v21, keys).warnings)
+    else:  # the number of something else than the episode's task
+        with pytest.raises(DataSetError, match="tasks.jsonl is missing"):
+            LeRobotSource(v21, keys)
 
 
 # Data files

@@ -10,7 +10,7 @@ import pytest
 from data_fixtures import make_episode
 
 from experiments.robot.doctor import demonstrations
-from prismatic.training.retention.old_data import open_old_data
+from prismatic.training.data_sets import open_old_data
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.formats import FORMATS, Format, find_format
 from prismatic.vla.datasets.index import open_index

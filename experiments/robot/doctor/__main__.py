@@ -20,6 +20,7 @@ from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_rang
 from prismatic.evidence.files import write_json
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 from prismatic.output_folder import check_file
+from prismatic.vla.datasets.formats import PLACE
 
 SHIPPED_DATA = Path(__file__).parents[3] / "datasets" / "rlds" / "libero_object_scripted_no_noops"
 """Scripted demonstrations of a source checkout; an installed package has none."""
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m experiments.robot.doctor", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", help="checkpoint folder; without it, statistics, crop, images and attention are not checked")
-    add("--data", help="data set the checkpoint was trained on (default: the shipped demonstrations, if any)")
+    add("--data", help=f"folder of the training's data set (default: the shipped demonstrations, if any); {PLACE}")
     add("--suite", help="suite to be evaluated (default: that of the data)")
     add("--unnorm_key", help="key of the normalisation statistics (default: by the suite's name)")
     add("--num_images_in_input", type=in_range(int, at_least=1), help="images per sample of a published checkpoint")

@@ -21,6 +21,7 @@ from experiments.robot.libero.controls import PolicyActor
 from experiments.robot.libero.episode import EpisodeLimits, run_episode
 from experiments.robot.libero.modes import RenderMode, ResetMode
 from experiments.robot.libero.tasks import load_task, task_count
+from prismatic.vla.datasets.dataset_part import left_out_lines
 from prismatic.vla.datasets.inspect_checks import check_for_training
 from prismatic.vla.datasets.registry import LiberoStandardization
 from prismatic.vla.datasets.source import DataSetError
@@ -96,7 +97,7 @@ def _conventions(data: DataSet) -> tuple[Status, str]:
         lines = check_for_training(data.source, data.config, data.name)
     except DataSetError as error:
         return Status.FAIL, str(error)
-    lines = [*data.source.warnings, *lines]
+    lines = [*left_out_lines(data.left_out, len(data)), *data.source.warnings, *lines]
     return (Status.WARN, "; ".join(lines)) if lines else (Status.OK, "nothing stands out")
 
 

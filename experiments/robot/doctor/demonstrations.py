@@ -13,7 +13,8 @@ from PIL import Image
 from experiments.robot.libero.collect_starts import Start, episode_start
 from experiments.robot.libero.suite_names import split_suite
 from prismatic.vla.action_spec import ActionSpec, NormalizationType
-from prismatic.vla.datasets.formats import expected_files, find_format
+from prismatic.vla.datasets.dataset_part import episodes_left_out, numbers
+from prismatic.vla.datasets.formats import expected_files, folder_and_split, is_data_set
 from prismatic.vla.datasets.inspect import open_folder
 from prismatic.vla.datasets.inspect_measures import read_pixels
 from prismatic.vla.datasets.registry import DataSetConfig, standardize_libero
@@ -34,8 +35,8 @@ MAX_STATE_DIFFERENCE = 0.15
 class DataSet:
     """Demonstrations in any format that training reads.
 
-    suite: base suite they show, None when it cannot be told. reader: of whole episodes, None but for RLDS. metadata: as
-    collected, or {}.
+    suite: base suite they show, None when it cannot be told. left_out: {episode or file: why training leaves it out}.
+    reader: of whole episodes, None where no collection is recorded. metadata: as collected, or {}.
     """
 
     path: Path
@@ -43,13 +44,14 @@ class DataSet:
     suite: str | None
     source: EpisodeSource
     config: DataSetConfig
+    left_out: dict[str, str]
     reader: RLDSReader | None
     metadata: dict[str, Any]
 
     def statistics(self) -> dict[str, Any]:
         """Statistics of the whole data set, as training computes them."""
-        numbers = [(self.source.actions(e), self.source.state(e)) for e in np.flatnonzero(self.source.lengths).tolist()]
-        pairs = [self.config.standardize(actions, state) for actions, state in numbers]
+        kept = [episode for episode in range(len(self)) if str(episode) not in self.left_out]
+        pairs = [numbers(self.source, episode, self.config, self.name) for episode in kept]
         return compute_statistics([a for a, _ in pairs], [s for _, s in pairs], self.config.action_mask)
 
     def picture(self, camera: int, episode: int, step: int) -> np.ndarray:
@@ -61,19 +63,23 @@ class DataSet:
 
 
 def open_data_set(path: str | Path) -> DataSet:
-    """Open the folder of a data set, or one version of an RLDS one.
+    """Open the folder of a data set, or one version of an RLDS one; `FOLDER:SPLIT` is another split.
 
-    Raises FileNotFoundError when there is no data set, KeyError for a name that is not registered, and DataSetError.
+    Raises FileNotFoundError when there is no data set, KeyError for a name that is not registered, and DataSetError
+    when nothing in it can be read.
     """
-    folder = Path(path)
-    if find_format(folder) is None and not (folder / "dataset_info.json").is_file():
+    place, split = folder_and_split(str(path))
+    folder = Path(place)
+    if not is_data_set(folder):
         files = expected_files().removeprefix("<x.y.z>/")  # a single version will do here
         raise FileNotFoundError(f"--data {path}: expected a folder with {files}, found none of them")
-    name, source, config = open_folder(folder)
-    reader = RLDSReader(source.directory) if source.keys.format == "rlds" else None
+    name, source, config = open_folder(folder, split, skip_bad=True)
     metadata = source.metadata or {}
+    # Only collections of this code record how episodes began, and all have its layout.
+    reader = RLDSReader(source.directory, source.split, skip_bad=True) if metadata else None
     suite = metadata.get("task_suite_name") or split_suite(name)[0]
-    return DataSet(source.directory, name, suite, source, config, reader, metadata)
+    left_out = episodes_left_out(source, config, config.action_spec.chunk_len, skip_bad=True)
+    return DataSet(source.directory, name, suite, source, config, left_out, reader, metadata)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ def recorded_starts(data: DataSet) -> list[RecordedStart]:
     known = _starts_by_seed(data.metadata)
     found = []
     for index in range(len(data.reader)):
+        if str(index) in data.left_out:
+            continue
         episode = data.reader.episode(index)
         seed = episode.file_path.rpartition("/")[2]
         match = known.get(int(seed)) if seed.isdigit() else None

@@ -8,16 +8,23 @@ from typing import Any
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 from prismatic.command_line import split_places
 from prismatic.evidence.checks import check_fields, parse_object, read_text
+from prismatic.evidence.episodes import DECISIVE_FIELDS, facts_protocol
 
-_PROTOCOL = ("language_source", "num_steps_wait", "num_open_loop_steps", "initial_states_path", "seed")
-"""Flags that two runs share when their rates are to be compared, besides how images are made."""
+_EPISODES = ("seed", "initial_state_offset")
+"""Flags by which other analyses pair episodes; a rate alone shows no pairs."""
 
 
 def protocol(results: dict[str, Any]) -> dict[str, Any]:
-    """What a results.json says about how its episodes were run; what it does not say is left out."""
-    said = {name: results.get(name) for name in ("render_mode", "env_img_res")}
-    config = results.get("config") or {}
-    said |= {name: config.get(name) for name in _PROTOCOL} | {"language_source": results.get("language_source")}
+    """What a results.json says about how its episodes were run; what it does not say is left out.
+
+    What decides in comparisons of policies, the image size, and which episodes they were. Flags of the policy are no
+    part of it: a replay has none.
+    """
+    config, versions = results.get("config") or {}, results.get("versions") or {}
+    said = dict(facts_protocol(results)) | {f"versions.{name}": version for name, version in versions.items()}
+    said |= {name: results.get(name) for name in ("render_mode", "language_source")}
+    said = {name: value for name, value in said.items() if name in DECISIVE_FIELDS or name == "env_img_res"}
+    said |= {name: config.get(name) for name in _EPISODES}
     return {name: value for name, value in said.items() if value is not None}
 
 
@@ -83,15 +90,16 @@ def control_lines(results: dict[str, Any]) -> list[str]:
     name = "policy" if results["control"] == "none" else results["control"]
     lines = [_line(name, results["overall"])]
     for control in results["controls"]:
-        label = control["control"]
+        label, shown = control["control"], control["control"]
         if control["init_noise_mm"]:
-            label += f" ({control['init_noise_mm']:g} mm)"
+            shown += f" ({control['init_noise_mm']:g} mm)"
         notes = [] if control["valid"] else ["not a valid run"]
         notes += [] if control["tasks"] == own else ["other tasks or numbers of trials"]
         for field, value in control.get("protocol", {}).items():
-            if field in how and how[field] != value:
+            meant = field == "init_noise_mm" and label == "init_noise"
+            if field in how and how[field] != value and not meant:
                 notes.append(f"{field} {value}, the policy's {how[field]}")
-        lines.append(_line(label, control) + (f"  ({', '.join(notes)})" if notes else ""))
+        lines.append(_line(shown, control) + (f"  ({', '.join(notes)})" if notes else ""))
     if not results["controls"]:
         lines.append("controls: none given (--control_results); the rate alone does not show that the policy looks")
     return lines

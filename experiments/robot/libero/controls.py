@@ -141,10 +141,10 @@ class ReplayActor:
 
 
 def find_demonstration(reader: Any, instruction: str, episode: int | None) -> np.ndarray:
-    """Raw actions (T, 7) of the demonstration to replay for a task.
+    """Actions (T, 7) of the demonstration to replay for a task.
 
     Args:
-        reader: `RLDSReader`, or any object with `num_episodes` and `episode(i)` (`.instruction`, `.actions`).
+        reader: `Recordings`, or any object with `num_episodes` and `episode(i)` (`.instruction`, `.actions`).
         instruction: the task's instruction; upper and lower case do not matter.
         episode: index, or None for the first episode with this instruction.
 

@@ -316,9 +316,9 @@ class EpisodeRunner:
             self._demonstrations = self.backend.open_demonstrations(self.cfg.replay_dataset)
         try:
             actions = find_demonstration(self._demonstrations, self._task.language, self.cfg.replay_episode)
+            return ReplayActor(actions, self.cfg.num_open_loop_steps)
         except (KeyError, IndexError, ValueError) as error:
             raise EvalInputError(f"--replay_dataset {self.cfg.replay_dataset}: {error.args[0]}") from error
-        return ReplayActor(actions, self.cfg.num_open_loop_steps)
 
     def _attempt(self, init_state: np.ndarray, limits: EpisodeLimits, init_idx: int) -> Rollout:
         self._setup_s = 0.0

@@ -24,8 +24,11 @@ class LiberoBackend:
         require(render=cfg.renders())
 
     def check_policy(self, cfg: EvalConfig) -> None:
-        """What can be seen of the checkpoint without loading it. Raises EvalInputError."""
+        """What can be seen of the checkpoint without loading it, or of the demonstrations. Raises EvalInputError."""
         if cfg.control is Control.REPLAY:
+            assert cfg.replay_dataset is not None  # `--control replay` needs it
+            for line in self.open_demonstrations(cfg.replay_dataset).warnings:
+                print(f"warning: --replay_dataset: {line}", file=sys.stderr)
             return
         try:
             check_is_checkpoint(cfg.pretrained_checkpoint)
@@ -52,14 +55,14 @@ class LiberoBackend:
             raise EvalInputError(f"--pretrained_checkpoint: {error}") from error
 
     def open_demonstrations(self, path: str) -> Any:
-        """RLDS reader of one data set directory."""
-        from prismatic.vla.datasets.rlds import RLDSReader
+        """`Recordings` of one data set."""
+        from experiments.robot.libero.recordings import Recordings
 
         try:
-            return RLDSReader(path)
+            return Recordings(path)
         except (OSError, ValueError, KeyError) as error:
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            raise EvalInputError(f"--replay_dataset {path}: expected an RLDS data set: {text}") from error
+            raise EvalInputError(f"--replay_dataset {path}: {text}") from error
 
     def task_count(self, suite: str) -> int:
         """Number of tasks of the suite."""

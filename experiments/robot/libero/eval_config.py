@@ -18,6 +18,7 @@ from experiments.robot.libero.video import SaveVideos
 from prismatic.command_line import ForeignFlag, UsageError, check_values, flag, parse, require_package
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 from prismatic.output_folder import check_folder
+from prismatic.vla.datasets.formats import PLACE
 
 DEFAULT_INITIAL_STATES = "DEFAULT"
 
@@ -156,7 +157,7 @@ class EvalConfig:
 
     # --- Controls
     control: Control = flag(Control.NONE, "none, replay, blind (grey_images) or frozen (frozen_image).")
-    replay_dataset: str | None = flag(None, "RLDS data set directory (.../<name>/1.0.0) for `--control replay`.")
+    replay_dataset: str | None = flag(None, f"Data-set folder for `--control replay`; {PLACE}.")
     replay_episode: int | None = flag(
         None, "Episode index; None: for each task the first episode with its instruction.", at_least=0
     )

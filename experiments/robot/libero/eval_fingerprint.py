@@ -12,6 +12,7 @@ from experiments.robot.libero.controls import Control
 from experiments.robot.libero.eval_config import DEFAULT_INITIAL_STATES, EvalConfig, EvalInputError
 from prismatic.evidence.hashes import file_hash, files_hash, folder_hash
 from prismatic.training.checkpoint_folder import MANIFEST
+from prismatic.vla.datasets.formats import folder_and_split
 
 
 def checkpoint_fingerprint(path: str) -> str:
@@ -52,8 +53,10 @@ def run_fingerprint(cfg: EvalConfig) -> tuple[str, str]:
     """
     if cfg.control is Control.REPLAY:
         assert cfg.replay_dataset is not None  # `--control replay` needs it
-        content = folder_hash(cfg.replay_dataset)  # None: opening it says what is wrong
-        data = f"{cfg.replay_dataset}@{content}" if content else cfg.replay_dataset
+        folder, split = folder_and_split(cfg.replay_dataset)
+        content = folder_hash(folder)  # None: opening it says what is wrong
+        data = f"{folder}@{content}" if content else folder
+        data += f":{split}" if split is not None else ""
         checkpoint = f"replay:{data}#{'auto' if cfg.replay_episode is None else cfg.replay_episode}"
     else:
         checkpoint = f"{cfg.pretrained_checkpoint}@{checkpoint_fingerprint(cfg.pretrained_checkpoint)}"

@@ -22,6 +22,7 @@ from torch import nn
 
 from prismatic.craft import SignalKind
 from prismatic.training.config import FinetuneConfig, RetentionMethod
+from prismatic.training.data_sets import open_old_data
 from prismatic.training.retention.craft import CRaFT
 from prismatic.training.retention.instructions import old_instructions
 from prismatic.training.retention.l2sp import L2SP
@@ -34,7 +35,6 @@ from prismatic.training.retention.memory import (
     Memory,
     to_device,
 )
-from prismatic.training.retention.old_data import open_old_data
 from prismatic.training.retention.protocol import Retention
 from prismatic.training.retention.replay import DistilledReplay
 from prismatic.training.training_setup import TrainingSetup
@@ -101,7 +101,7 @@ def build_memories(
 def observations(
     flag: str, folder: str, setup: TrainingSetup, cfg: FinetuneConfig, image_aug: bool | None = None
 ) -> VLADataset:
-    """Images, state and instructions of a data-set folder as the run sees them; what contradicts the start is said.
+    """Images, state and instructions of the data set at `FOLDER` or `FOLDER:SPLIT`, as the run sees them.
 
     `image_aug` None augments as in training. Raises what `open_old_data` does.
     """

@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from prismatic.vla.action_spec import ActionSpec
-from prismatic.vla.datasets.dataset_part import Part, check_size, numbers
+from prismatic.vla.datasets.dataset_part import Part, check_size, episodes_left_out, left_out_lines, numbers
 from prismatic.vla.datasets.inspect_checks import check_for_training
 from prismatic.vla.datasets.known_statistics import known_key
 from prismatic.vla.datasets.opening import open_data_set
@@ -249,10 +249,11 @@ class VLADataset(Dataset):
         known = None if normalizer is not None else known_key(statistics, name)
         if known is not None:
             normalizer = Normalizer(statistics[known], settings.action_spec, name)
-            self.warnings += part.contradiction(normalizer.statistics)
         given = normalizer is not None
         if normalizer is None:
             normalizer = part.own_normalizer(config, settings.action_spec)
+        else:
+            self.warnings += part.contradiction(normalizer.statistics)
         # Statistics of actions that were not read are made up: nobody may act with them.
         if given or part.actions is not None:
             self.normalizers[name] = normalizer
@@ -285,19 +286,11 @@ class VLADataset(Dataset):
     def _make_part(self, name: str, source: EpisodeSource, config: DataSetConfig) -> Part:
         """The kept episodes; what was left out is said."""
         settings = self.settings
-        left_out = dict(source.problems)
-        for episode in range(len(source)):
-            reason = None if str(episode) in left_out else _why_unusable(source, episode, settings, config)
-            if reason is not None:
-                left_out[str(episode)] = reason
+        left_out = episodes_left_out(source, config, settings.window_length, settings.skip_bad_episodes)
         usable = [episode for episode in range(len(source)) if str(episode) not in left_out]
-        if left_out:
-            first = "; ".join(left_out.values()) if len(left_out) < 4 else f"first: {next(iter(left_out.values()))}"
-            if not usable:
-                raise DataSetError(
-                    f"{name}: {next(iter(left_out.values()))}; none of {len(source)} episodes can be used"
-                )
-            self.warnings.append(f"{name}: {len(left_out)} of {len(source)} episodes are left out: {first}")
+        if left_out and not usable:
+            raise DataSetError(f"{name}: {next(iter(left_out.values()))}; none of {len(source)} episodes can be used")
+        self.warnings += [f"{name}: {line}" for line in left_out_lines(left_out, len(source))]
         chosen = _kept_episodes([source.instructions[episode] for episode in usable], settings, name)
         part = Part(name, source, [usable[place] for place in chosen], config, settings.action_spec)
         part.left_out = left_out
@@ -311,21 +304,6 @@ class VLADataset(Dataset):
         except ValueError as error:
             raise DataSetError(f"{name}: episode {first}: {error}") from error
         check_size(name, "actions", actions.shape[1:], self.settings.action_spec.action_dim)
-
-
-def _why_unusable(source: EpisodeSource, episode: int, settings: DatasetSettings, config: DataSetConfig) -> str | None:
-    """Why an episode has no sample, None when it has."""
-    length = int(source.lengths[episode])
-    if length < settings.window_length:
-        return f"episode {episode} has {length} steps, expected at least one chunk of {settings.window_length}"
-    if not all(text.strip() for text in source.texts(episode)):
-        return f"episode {episode}: the language instruction is empty"
-    if settings.skip_bad_episodes:
-        try:
-            numbers(source, episode, config, "")
-        except DataSetError as error:
-            return str(error).removeprefix(": ")
-    return None
 
 
 def _subset_seed(settings: DatasetSettings) -> int:

@@ -100,5 +100,42 @@ def numbers(source: EpisodeSource, episode: int, config: DataSetConfig, name: st
         raise DataSetError(f"{where}: {error}") from error
 
 
+def episodes_left_out(source: EpisodeSource, config: DataSetConfig, shortest: int, skip_bad: bool) -> dict[str, str]:
+    """{episode number or file: why it has no sample}: not read, fewer steps than `shortest`, without text.
+
+    skip_bad: those with values that are not finite, or that do not fit the standardisation, are left out as well.
+    """
+    left_out = dict(source.problems)
+    for episode in range(len(source)):
+        reason = None if str(episode) in left_out else _why_unusable(source, config, episode, shortest, skip_bad)
+        if reason is not None:
+            left_out[str(episode)] = reason
+    return left_out
+
+
+def left_out_lines(left_out: Mapping[str, str], count: int) -> list[str]:
+    """One line about what is left out of `count` episodes, none when nothing is."""
+    if not left_out:
+        return []
+    first = "; ".join(left_out.values()) if len(left_out) < 4 else f"first: {next(iter(left_out.values()))}"
+    return [f"{len(left_out)} of {count} episodes are left out: {first}"]
+
+
+def _why_unusable(
+    source: EpisodeSource, config: DataSetConfig, episode: int, shortest: int, skip_bad: bool
+) -> str | None:
+    length = int(source.lengths[episode])
+    if length < shortest:
+        return f"episode {episode} has {length} steps, expected at least one chunk of {shortest}"
+    if not all(text.strip() for text in source.texts(episode)):
+        return f"episode {episode}: the language instruction is empty"
+    if skip_bad:
+        try:
+            numbers(source, episode, config, "")
+        except DataSetError as error:
+            return str(error).removeprefix(": ")
+    return None
+
+
 def _no_actions(length: int, config: DataSetConfig) -> np.ndarray:
     return np.zeros((length, config.action_spec.action_dim), dtype=np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,12 @@ FORMATS = {
     "hdf5": Format("*.hdf5", lambda f: any(f.glob("*.hdf5")), "hdf5_source:HDF5Source", ("h5py",), "hdf5"),
 }
 """By the name in `SourceKeys`; a folder that could be several is the first."""
+SPLIT = "of the data sets; None: train, or the only one there is"
+SKIP_BAD_EPISODES = (
+    "leave out what cannot be read or is not finite; episodes without a sample (short, no text) always are"
+)
+PLACE = "FOLDER:SPLIT for another split than train or the only one"
+"""Help texts of the flags that programs with data sets have."""
 
 
 def find_format(folder: Path) -> str | None:
@@ -48,6 +55,22 @@ def find_format(folder: Path) -> str | None:
         return next((name for name, found in FORMATS.items() if found.is_there(folder)), None)
     except OSError:  # another user's
         return None
+
+
+def is_data_set(folder: Path) -> bool:
+    """Whether a folder is a data set, or one version of an RLDS one."""
+    return find_format(folder) is not None or (folder / "dataset_info.json").is_file()
+
+
+def folder_and_split(place: str) -> tuple[str, str | None]:
+    """`FOLDER` or `FOLDER:SPLIT` as folder and split, None when the text names none.
+
+    A text that is an existing path is that, colons and all.
+    """
+    folder, _, split = place.rpartition(":")
+    if not folder or not split or "/" in split or os.path.exists(place):
+        return place, None
+    return folder, split
 
 
 def expected_files() -> str:

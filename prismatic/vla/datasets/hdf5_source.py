@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def _split_names(files: list[Path], skip_bad: bool) -> list[str]:
     for path in files:
         try:
             with _opened(path) as file:
-                names |= _masks(file, path).keys()
+                names |= set(_mask_names(file))
         except DataSetError:
             if not skip_bad:
                 raise
@@ -210,39 +210,59 @@ def _keys(demo) -> list[str]:
     return sorted(names) + ["..."] * (len(names) == _MOST_LISTED)
 
 
-def _masks(file, path: Path) -> dict[str, list[str]]:
-    """{split: names of demonstrations} of one file."""
+def _mask_names(file) -> list[str]:
+    """Splits of one file. Nobody has to understand those that are not read."""
     import h5py
 
     groups = file.get("mask")
-    masks = {}
-    for name in groups if isinstance(groups, h5py.Group) else ():
-        values = _dataset(groups, name, f"{path}: mask")
+    return list(groups) if isinstance(groups, h5py.Group) else []
+
+
+def _mask(file, path: Path, name: str) -> list[str]:
+    """Names of the demonstrations of one split."""
+    with _reading(path):
+        values = _dataset(file["mask"], name, f"{path}: mask")
         if values.ndim != 1 or values.dtype.kind not in "SO" or values.nbytes > _MOST_TEXT_BYTES:
             raise DataSetError(f"{path}: mask/{name}: {values.dtype} {values.shape}, expected names of demonstrations")
-        masks[name] = [_text(value) for value in values[:]]
-    return masks
+        return [_text(value) for value in values[:]]
 
 
 def _text(value: object) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _chosen(file, path: Path, split: str) -> list[str]:
+def _chosen(file, path: Path, split: str, warn: Callable[[str], None]) -> list[str]:
     """Names of the demonstrations of a split, by number."""
-    masks = _masks(file, path)
-    names = [name for name in file["data"] if _DEMO.fullmatch(name)] if "data" in file else []
+    names = {name for name in file["data"] if _DEMO.fullmatch(name)} if "data" in file else set()
     if not names:
         raise _FileError(f"{path}: no data/demo_<i>, expected at least one demonstration")
-    if split in masks:
-        gone = sorted(set(masks[split]) - set(names))
-        if gone:
-            raise _FileError(f"{path}: mask/{split} names {gone[:5]}, which are not among {len(names)} demonstrations")
-        names = masks[split]
+    if split == "train":
+        chosen = _training(file, path, names, warn)
     else:  # a file without this mask has only training data
-        held_out = {name for other in _HELD_OUT for name in masks.get(other, [])}
-        names = [name for name in names if name not in held_out] if split == "train" else []
-    return sorted(set(names), key=lambda name: (_number(name), name))
+        chosen = set(_mask(file, path, split)) if split in _mask_names(file) else set()
+        if gone := _gone(chosen, names, split):
+            raise _FileError(f"{path}: {gone}")
+    return sorted(chosen, key=lambda name: (_number(name), name))
+
+
+def _training(file, path: Path, names: set[str], warn: Callable[[str], None]) -> set[str]:
+    """What a file is trained on unless somebody asks for a split: what it can be understood to say."""
+    listed: dict[str, set[str]] = {}
+    for mask in ("train", *_HELD_OUT):
+        if mask in _mask_names(file) and "train" not in listed:
+            try:
+                listed[mask] = set(_mask(file, path, mask))
+            except (DataSetError, MissingFeatureError) as error:
+                warn(f"{error}: not used")
+    for mask, members in listed.items():
+        if gone := _gone(members, names, mask):
+            warn(f"{path}: {gone}")
+    return names & listed["train"] if "train" in listed else names.difference(*listed.values())
+
+
+def _gone(members: set[str], names: set[str], mask: str) -> str:
+    gone = sorted(members - names)
+    return f"mask/{mask} names {gone[:5]}, which are not among {len(names)} demonstrations" if gone else ""
 
 
 def _number(name: str) -> int:
@@ -255,8 +275,9 @@ def _add_file(writer: IndexWriter, path: Path, keys: SourceKeys, split: str) -> 
     """Add the demonstrations of a file; returns its control rate."""
     try:
         with _opened(path) as file:
-            names, told, rate = _chosen(file, path, split), _told(file["data"]), _rate(file["data"])
-    except DataSetError as error:
+            names, told = _chosen(file, path, split, writer.warn), _told(file["data"])
+            rate = _rate(file["data"])
+    except (DataSetError, MissingFeatureError) as error:
         raise _FileError(str(error)) from error
     named = instruction_of(path.name)
     if told and keys.instruction is None and told.casefold() != named.casefold():

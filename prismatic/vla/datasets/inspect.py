@@ -18,7 +18,7 @@ from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_rang
 from prismatic.evidence.files import write_json
 from prismatic.output_folder import check_folder, held
 from prismatic.vla.action_spec import ActionSpec
-from prismatic.vla.datasets.formats import find_format
+from prismatic.vla.datasets.formats import find_format, folder_and_split
 from prismatic.vla.datasets.inspect_checks import find_problems
 from prismatic.vla.datasets.inspect_measures import QUANTILES, measure
 from prismatic.vla.datasets.inspect_strip import draw_strip
@@ -33,12 +33,13 @@ _MAX_INSTRUCTIONS = 20
 
 
 def open_folder(
-    directory: str | os.PathLike, split: str | None = None, skip_bad: bool = False
+    directory: str | os.PathLike, split: str | None = None, skip_bad: bool = False, num_images: int | None = None
 ) -> tuple[str, EpisodeSource, DataSetConfig]:
     """Open a data-set folder `<root>/<name>` or an RLDS version directory `<root>/<name>/<x.y.z>`.
 
     The configuration is that of the folder's name. An RLDS folder without one is opened with all its cameras and the
-    features `state` and `action`; other formats need a registered configuration (KeyError).
+    features `state` and `action`; other formats need a registered configuration (KeyError). num_images: only this many
+    cameras have to be there.
 
     Returns:
         (name, source, configuration). Raises what `open_data_set` raises.
@@ -57,8 +58,9 @@ def open_folder(
     else:
         config = get_data_set_config(folder.name)  # raises
     if folder == directory:
-        return name, open_data_set(_root_of(folder, name), name, config, split, None, skip_bad), config
-    return name, _open_version(directory, config, split, skip_bad), config
+        return name, open_data_set(_root_of(folder, name), name, config, split, num_images, skip_bad), config
+    keys = tuple(keys.with_cameras(num_images, name) for keys in config.keys)
+    return name, _open_version(directory, keys, split, skip_bad), config
 
 
 def _is_registered(name: str) -> bool:
@@ -77,9 +79,9 @@ def _is_version(directory: Path) -> bool:
     return directory in version_directories(directory.parent)
 
 
-def _open_version(directory: Path, config: DataSetConfig, split: str | None, skip_bad: bool) -> RLDSSource:
+def _open_version(directory: Path, candidates: tuple[SourceKeys, ...], split: str | None, skip_bad: bool) -> RLDSSource:
     problems = []
-    for keys in config.keys:
+    for keys in candidates:
         if keys.format == "rlds":
             try:
                 return RLDSSource(directory, keys, split, skip_bad)
@@ -112,7 +114,7 @@ def inspect(
     """Measure a data set and write `report.json` and `frames_<camera>.png`.
 
     Args:
-        directory: see `open_folder`.
+        directory: see `open_folder`; `FOLDER:SPLIT` is another split.
         output: folder to write to, default `runs/inspect/<name>`.
         split: split of the data set, None is `train` or the only one.
         max_images: decoded per camera, 0 = all.
@@ -120,7 +122,8 @@ def inspect(
     Returns:
         (report, output folder). Raises what `open_folder` raises, and UsageError for an output that cannot be written.
     """
-    name, source, config = open_folder(directory, split, True)
+    place, named = folder_and_split(os.fspath(directory))
+    name, source, config = open_folder(place, split or named, True)
     output = Path(output or Path("runs") / "inspect" / name)
     check_folder(output, "--output")
     with held(output, "--output"):

@@ -15,10 +15,11 @@ _END_SLACK = 1.5  # steps by which the end of an episode's video may be stated w
 
 @dataclass(frozen=True)
 class Place:
-    """Where one episode lies. length: steps as declared. videos: {camera: (file, seconds at which it begins)}."""
+    """Where one episode lies. length: steps as declared, None where that cannot be understood and nobody needs it.
+    videos: {camera: (file, seconds at which it begins)}."""
 
     number: int
-    length: int
+    length: int | None
     tasks: tuple[str, ...]
     data: Path
     videos: Mapping[str, tuple[Path, float]]
@@ -33,14 +34,17 @@ def _texts(value) -> tuple[str, ...]:
     return tuple(text for text in value if isinstance(text, str)) if isinstance(value, list) else ()
 
 
-def tasks_v2(info: Info) -> dict[int, str]:
-    """{task index: text} of v2.x."""
+def read_tasks(info: Info) -> dict[int, str]:
+    """{task index: text}; DataSetError naming the file that is missing or damaged."""
+    return _tasks_v30(info) if info.version == "v3.0" else _tasks_v2(info)
+
+
+def _tasks_v2(info: Info) -> dict[int, str]:
     lines = json_lines(info.require(info.directory / "meta" / "tasks.jsonl"))
     return {field(line, "task_index", int, where): field(line, "task", str, where) for line, where in lines}
 
 
-def tasks_v30(info: Info) -> dict[int, str]:
-    """{task index: text} of v3.0."""
+def _tasks_v30(info: Info) -> dict[int, str]:
     path = info.require(info.directory / "meta" / "tasks.parquet")
     found = column_names(path)
     name = "task" if "task" in found else "__index_level_0__"  # written from a table indexed by the task
@@ -64,7 +68,9 @@ def places_v2(info: Info) -> tuple[list[Place], list[Path]]:
         fields = {"episode_chunk": number // chunk, "episode_index": number}
         videos = {key: (info.file("video_path", video_key=key, **fields), 0.0) for key in info.video_cameras}
         places.append(
-            Place(number, _length(line, where), _texts(line.get("tasks")), info.file("data_path", **fields), videos)
+            Place(
+                number, _length(info, line, where), _texts(line.get("tasks")), info.file("data_path", **fields), videos
+            )
         )
     return places, [info.path, path, info.directory / "meta" / "tasks.jsonl"]
 
@@ -75,10 +81,10 @@ def places_v30(info: Info) -> tuple[list[Place], list[Path]]:
     files = [info.require(file) for file in sorted(folder.glob("*/*.parquet"))]
     if not files:
         raise DataSetError(f"{folder} holds no chunk-<i>/file-<j>.parquet")
-    columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+    columns = ["episode_index", "data/chunk_index", "data/file_index"]
     for key in info.video_cameras:
         columns += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
-    optional = ["tasks", *(f"videos/{key}/to_timestamp" for key in info.video_cameras)]
+    optional = ["length", "tasks", *(f"videos/{key}/to_timestamp" for key in info.video_cameras)]
     rows = sorted(((row, str(file)) for file in files for row in table(file, columns, optional)), key=_number)
     info.check_episodes([_number(row) for row in rows], folder)
     places = [_place_v30(info, row, where) for row, where in rows]
@@ -88,7 +94,7 @@ def places_v30(info: Info) -> tuple[list[Place], list[Path]]:
 
 def _place_v30(info: Info, row: Mapping, where: str) -> Place:
     where = f"{where}: episode {row['episode_index']}"
-    length = _length(row, where)
+    length = _length(info, row, where)
     chunk, file = (field(row, f"data/{name}", int, where) for name in ("chunk_index", "file_index"))
     data = info.file("data_path", chunk_index=chunk, file_index=file)
     videos = {}
@@ -100,6 +106,7 @@ def _place_v30(info: Info, row: Mapping, where: str) -> Place:
         stop = row.get(f"videos/{key}/to_timestamp")
         # Not needed: some tools write the time of the last frame, others that of its end.
         assert info.fps is not None  # videos have a rate
+        assert length is not None  # what videos need
         if isinstance(stop, float) and not abs((stop - start) * info.fps - length) <= _END_SLACK:
             info.warnings.append(
                 f"{where}: {key} from {start} s to {stop} s, but it has {length} steps at {info.fps} fps"
@@ -113,7 +120,7 @@ def _check_overlaps(info: Info, places: Sequence[Place], folder: Path) -> None:
     for key in info.video_cameras:
         assert info.fps is not None  # videos have a rate
         spans = sorted(
-            (str(place.videos[key][0]), place.videos[key][1], place.length, place.number) for place in places
+            (str(place.videos[key][0]), place.videos[key][1], place.length or 0, place.number) for place in places
         )
         for (file, start, length, number), (other, begin, _, later) in zip(spans[:-1], spans[1:], strict=True):
             if file == other and start + (length - _END_SLACK) / info.fps > begin + 1e-6:
@@ -129,8 +136,13 @@ def _number(entry: tuple[Mapping, str]) -> int:
     return field(row, "episode_index", int, where)
 
 
-def _length(row: Mapping, where: str) -> int:
-    length = field(row, "length", int, where)
-    if length < 0:
-        raise DataSetError(f"{where}: length is {length}, expected 0 or more")
-    return length
+def _length(info: Info, row: Mapping, where: str) -> int | None:
+    """Steps as declared. The rows say how many there are; only episodes that share a video are told apart by it."""
+    length = row.get("length")
+    if isinstance(length, int) and not isinstance(length, bool) and length >= 0:
+        return length
+    problem = f"{where}: length is {str(length)[:40]!r}, expected 0 or more"
+    if info.version == "v3.0" and info.video_cameras:
+        raise DataSetError(problem)
+    info.warnings.append(problem)
+    return None

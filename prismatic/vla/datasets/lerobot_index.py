@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from prismatic.vla.datasets.index_writer import MAX_STEPS, IndexWriter
-from prismatic.vla.datasets.lerobot_episodes import Place
+from prismatic.vla.datasets.lerobot_episodes import Place, read_tasks
 from prismatic.vla.datasets.lerobot_images import Blob, embedded_images
 from prismatic.vla.datasets.lerobot_info import Info
 from prismatic.vla.datasets.lerobot_tables import RowStream, matrix, strings
 from prismatic.vla.datasets.lerobot_video import VideoScan
-from prismatic.vla.datasets.source import DataSetError
+from prismatic.vla.datasets.source import DataSetError, MissingFeatureError
 from prismatic.vla.datasets.source_files import as_float32, content_of
 
 _HELPERS = ("episode_index", "frame_index", "task_index")
@@ -24,11 +24,16 @@ _HELPERS = ("episode_index", "frame_index", "task_index")
 class Builder:
     """Adds episodes to the index: reads every data file once, in order."""
 
-    def __init__(self, info: Info, tasks: Mapping[int, str]) -> None:
-        self._info, self._tasks, self._keys = info, tasks, info.keys
+    def __init__(self, info: Info) -> None:
+        self._info, self._keys = info, info.keys
+        self._tasks: dict[int, str] | Exception | None = None
         self._widths = {key: info.width(key) for key in info.keys.numbers}
         self._embedded = [camera for camera in info.keys.cameras if camera not in info.video_cameras]
         self._shared = info.version == "v3.0"
+        self._needed = list(self._widths)  # columns of numbers and texts
+        self._needed += ["timestamp"] if info.video_cameras else []
+        self._needed += ["episode_index"] if self._shared else []
+        self._needed += [] if info.keys.instruction is None else [info.keys.instruction]
         self._stream: RowStream | None = None
         self._episodes: dict[int, tuple[int, int]] = {}
         self._scans: dict[str, VideoScan] = {}
@@ -50,7 +55,7 @@ class Builder:
     def _add(self, writer: IndexWriter, place: Place) -> None:
         where = f"{place.data}: episode {place.number}"
         first, rows = self._rows(place, where)
-        if rows != place.length:
+        if place.length is not None and rows != place.length:
             writer.warn(f"{where}: {rows} rows, meta declares length {place.length}")
         if rows == 0:
             writer.add_empty()
@@ -60,7 +65,7 @@ class Builder:
         arrays = {} if self._keys.action is None else {"actions": as_float32(numbers[self._keys.action])}
         arrays["state"] = np.concatenate([as_float32(numbers[key]) for key in self._keys.state], axis=1)
         content += content_of(arrays)
-        texts = self._instructions(numbers, texts, place, where)
+        texts = texts or self._instructions(writer, numbers, place, where)
         if place.tasks and not set(texts) <= set(place.tasks):
             writer.warn(f"{where}: its frames have the tasks {sorted(set(texts))}, meta has {list(place.tasks)}")
         arrays |= {f"place.{camera}": rows for camera, rows in images.items()}
@@ -89,12 +94,12 @@ class Builder:
         images: dict[str, list] = {camera: [] for camera in self._embedded}
         digests = {camera: hashlib.sha256() for camera in self._embedded}
         for batch in self._stream.read(first, first + count):
-            for name, width in list(widths.items()):
+            for name in list(pieces):
                 column = batch.column(name)
                 if name == self._keys.instruction and (found := strings(column)) is not None:
                     texts += found
                 else:
-                    pieces[name].append(matrix(column, width, f"{where}: {name}"))
+                    self._take_numbers(pieces, name, column, widths[name], where)
             for camera, places in images.items():
                 for image in embedded_images(batch.column(camera), f"{where}: {camera}"):
                     places.append(self._blobs[camera].append(image, f"{where} step {len(places)}: {camera}"))
@@ -102,6 +107,14 @@ class Builder:
         numbers = {name: np.concatenate(parts) for name, parts in pieces.items() if parts}
         content = b"".join(digest.digest() for digest in digests.values())
         return numbers, texts, {camera: np.array(rows, dtype=np.int64) for camera, rows in images.items()}, content
+
+    def _take_numbers(self, pieces: dict[str, list[np.ndarray]], name: str, column, width: int, where: str) -> None:
+        try:
+            pieces[name].append(matrix(column, width, f"{where}: {name}"))
+        except DataSetError:
+            if name in self._needed:
+                raise
+            del pieces[name]  # as if it were not there
 
     def _check_order(self, numbers: Mapping[str, np.ndarray], place: Place, where: str) -> None:
         """What the rows say of themselves: another episode's, or frames that do not follow each other."""
@@ -116,11 +129,7 @@ class Builder:
         if self._stream is None or self._stream.path != place.data:
             self._close_stream()
             self._info.require(place.data)
-            needed = ["timestamp"] if self._info.video_cameras else []
-            needed += ["episode_index"] if self._shared else []
-            columns = dict.fromkeys([*self._widths, *needed, *self._embedded])
-            if self._keys.instruction is not None:
-                columns |= {self._keys.instruction: None}
+            columns = dict.fromkeys([*self._needed, *self._embedded])
             optional = [name for name in _HELPERS if name not in columns]
             widths = self._widths | dict.fromkeys((*_HELPERS, "timestamp"), 1)
             stream = RowStream(place.data, list(columns), optional, widths)
@@ -146,22 +155,34 @@ class Builder:
             self._stream.close()
             self._stream = None
 
-    def _instructions(self, numbers: Mapping[str, np.ndarray], texts: list[str], place: Place, where: str) -> list[str]:
-        """The text of every step."""
-        if texts:
-            return texts
+    def _instructions(
+        self, writer: IndexWriter, numbers: Mapping[str, np.ndarray], place: Place, where: str
+    ) -> list[str]:
+        """The text of every step, by the number of its task or, without one, as that of the episode."""
         name = self._keys.instruction or "task_index"
-        if name not in numbers:
-            if len(place.tasks) != 1:
-                raise DataSetError(f"{where}: no column task_index, and meta has the tasks {list(place.tasks)}")
+        indices = numbers[name][:, 0] if name in numbers else None
+        tasks = {} if indices is None else self._read_tasks(writer)
+        if indices is None or isinstance(tasks, Exception):
+            if len(place.tasks) != 1 or self._keys.instruction is not None:
+                reason = "no column task_index with numbers" if indices is None else str(tasks)
+                raise DataSetError(f"{where}: {reason}, and its episode has the tasks {list(place.tasks)}")
             return list(place.tasks) * len(next(iter(numbers.values())))
-        indices = numbers[name][:, 0]
         if indices.dtype.kind not in "iu":
             raise DataSetError(f"{where}: {name} is {indices.dtype}, expected integers")
         for index in np.unique(indices).tolist():
-            if index not in self._tasks:
-                raise DataSetError(f"{where}: {name} {index} is not in the tasks of meta, found {len(self._tasks)}")
-        return [self._tasks[index] for index in indices.tolist()]
+            if index not in tasks:
+                raise DataSetError(f"{where}: {name} {index} is not in the tasks of meta, found {len(tasks)}")
+        return [tasks[index] for index in indices.tolist()]
+
+    def _read_tasks(self, writer: IndexWriter) -> dict[int, str] | Exception:
+        """The texts by number, or why there are none: read when the first episode needs them."""
+        if self._tasks is None:
+            try:
+                self._tasks = read_tasks(self._info)
+            except (DataSetError, MissingFeatureError) as error:
+                self._tasks = error
+                writer.warn(f"{error}; episodes with one task in meta have that text")
+        return self._tasks
 
     def _scan(self, camera: str, file: Path) -> VideoScan:
         if camera not in self._scans or self._scans[camera].path != file:

@@ -38,12 +38,16 @@ class Info:
         self.fps = self._rate()
 
     def _rate(self) -> float | None:
-        if not self.video_cameras and "fps" not in self.content:
-            return None
-        fps = self.field("fps", (int, float))
-        if not 0 < fps < 1e6:
-            raise DataSetError(f"{self.path}: fps is {fps}, expected a positive number")
-        return float(fps)
+        """Steps per second. Frames of videos are found by it; without videos nobody needs it."""
+        fps = self.content.get("fps")
+        if isinstance(fps, int | float) and not isinstance(fps, bool) and 0 < fps < 1e6:
+            return float(fps)
+        problem = f"{self.path}: fps is {str(fps)[:40]!r}, expected a positive number"
+        if self.video_cameras:
+            raise DataSetError(problem)
+        if fps is not None:
+            self.warnings.append(problem)
+        return None
 
     def require(self, path: Path) -> Path:
         """`path`, which has to be a file of this data set."""

@@ -22,7 +22,7 @@ import numpy as np
 from prismatic.vla.datasets.index import open_index
 from prismatic.vla.datasets.index_writer import IndexWriter, first_lines
 from prismatic.vla.datasets.indexed_source import IndexedSource
-from prismatic.vla.datasets.lerobot_episodes import places_v2, places_v30, tasks_v2, tasks_v30
+from prismatic.vla.datasets.lerobot_episodes import places_v2, places_v30
 from prismatic.vla.datasets.lerobot_images import blobs_are_whole
 from prismatic.vla.datasets.lerobot_index import Builder
 from prismatic.vla.datasets.lerobot_info import INFO, Info
@@ -54,14 +54,13 @@ class LeRobotSource(IndexedSource):
         places, files = read(info)
         self.split, first, last = info.split(split, places[-1].number + 1 if places else 0)
         places = [place for place in places if first <= place.number < last]
-        tasks = tasks_v30(info) if info.version == "v3.0" else tasks_v2(info)
         parts = dict.fromkeys(file for place in places for file in (place.data, *place.video_files))
         for file in parts if not skip_bad else ():
             info.require(file)
         files = [*files, *parts]
 
         def build(writer: IndexWriter) -> None:
-            Builder(info, tasks).build(writer, places)
+            Builder(info).build(writer, places)
 
         label = index_label(keys, self.split)
         self._index = open_index(self.directory, label, files, build, skip_bad)

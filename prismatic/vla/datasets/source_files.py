@@ -87,7 +87,9 @@ def choose_split(wanted: str | None, found: Sequence[str], where: object) -> str
     if wanted is None:
         wanted = found[0] if len(found) == 1 else "train"
     if wanted not in found:
-        raise DataSetError(f"{where}: no split {wanted!r}, found splits {sorted(found)}: name one with --split")
+        raise DataSetError(
+            f"{where}: no split {wanted!r}, found splits {sorted(found)}: name one with --split or as FOLDER:SPLIT"
+        )
     return wanted
 
 
