@@ -28,7 +28,7 @@ from experiments.robot.libero.eval_log import (
 from experiments.robot.libero.eval_plan import PLAN_FILE, open_jobs, plan_tasks, shard_plans, write_plan
 from experiments.robot.libero.scheduler import CrashReport, Report, SessionReport, WorkerPool, run_in_process
 from experiments.robot.libero.tracking import make_tracker
-from prismatic.evidence.files import write_json
+from prismatic.evidence.files import remove_leftovers, write_json
 from prismatic.evidence.free_names import create_free
 from prismatic.output_folder import hold, release
 from prismatic.vla.datasets.registry import load_data_set_file
@@ -108,6 +108,8 @@ class _Evaluation:
         folder = Path(cfg.results_dir) if cfg.results_dir else Path(cfg.local_log_dir) / run.run_id
         self.results_path = folder / "results.json"
         hold(folder, "--results_dir")
+        for date in Path(cfg.rollout_dir, cfg.save_version).glob("*"):
+            remove_leftovers(date)
         _check_unused(folder, cfg)  # now that nobody else writes to it
         try:
             self.store = EpisodeStore(folder / "episodes.jsonl", run.fingerprint)
