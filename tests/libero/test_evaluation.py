@@ -430,13 +430,17 @@ def test_the_middle_of_a_large_file_counts(cfg):
     assert checkpoint_fingerprint(cfg.pretrained_checkpoint) != before
 
 
-def test_runs_from_copies_of_one_initial_states_file_compare(cfg, tmp_path):
+def test_runs_from_copies_of_one_file_compare(cfg, tmp_path):
     runs = []
     for name, state in (("a", (0.0, 0.5)), ("b", (0.0, 0.5)), ("c", (0.0, 0.25))):
         own = {"results_dir": str(tmp_path / f"r_{name}"), "local_log_dir": str(tmp_path / f"l_{name}")}
         states = states_file(tmp_path / name / "states.json", state)
-        evaluate(replace(cfg, initial_states_path=states, **own), FakeBackend())
+        sets = Path(states).with_name("sets.py")
+        sets.write_text(f"# {state}")
+        evaluate(replace(cfg, initial_states_path=states, data_set_file=str(sets), **own), FakeBackend())
         runs.append(read_run(own["results_dir"]))
     a, b, c = runs
-    assert "initial_states_path" not in {d.field for d in protocol_differences(a, b, a.episodes)}
-    assert "initial_states_path" in {d.field for d in protocol_differences(a, c, a.episodes) if d.decisive}
+    named = {"initial_states_path", "data_set_file"}
+    assert named.isdisjoint(d.field for d in protocol_differences(a, b, a.episodes))
+    different = protocol_differences(a, c, a.episodes)
+    assert named <= {d.field for d in different} and "initial_states_path" in {d.field for d in different if d.decisive}

@@ -7,7 +7,8 @@ from typing import Any
 
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 from prismatic.command_line import split_places
-from prismatic.evidence.checks import check_fields, parse_object, read_text
+from prismatic.evidence.checks import check_fields, read_object
+from prismatic.evidence.episodes import CONTENT_FACTS
 
 _PROTOCOL = ("language_source", "num_steps_wait", "num_open_loop_steps", "initial_states_path", "seed")
 """Flags that two runs share when their rates are to be compared, besides how images are made."""
@@ -17,7 +18,8 @@ def protocol(results: dict[str, Any]) -> dict[str, Any]:
     """What a results.json says about how its episodes were run; what it does not say is left out."""
     said = {name: results.get(name) for name in ("render_mode", "env_img_res")}
     config = results.get("config") or {}
-    said |= {name: config.get(name) for name in _PROTOCOL} | {"language_source": results.get("language_source")}
+    said |= {name: results.get(CONTENT_FACTS.get(name, ""), config.get(name)) for name in _PROTOCOL}
+    said["language_source"] = results.get("language_source")
     return {name: value for name, value in said.items() if value is not None}
 
 
@@ -44,7 +46,7 @@ def read_control_results(cfg: EvalConfig, checkpoint: str) -> list[dict[str, Any
 def _read(folder: str, cfg: EvalConfig, checkpoint: str) -> dict[str, Any]:
     file = Path(folder) / "results.json"
     try:
-        found = parse_object(read_text(file), str(file))
+        found = read_object(file)
         check_fields(found, {"suite": str, "control": str, "checkpoint": str, "overall": dict}, str(file))
         check_fields(found["overall"], {"trials": int, "success_rate": (int, float, type(None))}, str(file))
         check_fields(found["overall"], {"wilson_95": (list, type(None))}, str(file))

@@ -16,7 +16,7 @@ from experiments.robot.libero.controls import Control
 from experiments.robot.libero.episode import Backend, Job, RunInfo, with_policy_protocol
 from experiments.robot.libero.eval_backend import LiberoBackend
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
-from experiments.robot.libero.eval_fingerprint import initial_states, plain, run_fingerprint
+from experiments.robot.libero.eval_fingerprint import contents, plain, run_fingerprint
 from experiments.robot.libero.eval_log import (
     EpisodeRecord,
     EpisodeStatus,
@@ -103,7 +103,7 @@ class _Evaluation:
         self, cfg: EvalConfig, backend: Backend, run: RunInfo, plans: list[TaskPlan], controls: list[dict[str, Any]]
     ) -> None:
         self.cfg, self.backend, self.run, self.controls = cfg, backend, run, controls
-        self.initial_states = initial_states(cfg)
+        self.contents = contents(cfg)
         self.whole_plan, self.plans = plans, shard_plans(plans, *cfg.shard_part())
         folder = Path(cfg.results_dir) if cfg.results_dir else Path(cfg.local_log_dir) / run.run_id
         self.results_path = folder / "results.json"
@@ -199,8 +199,7 @@ class _Evaluation:
         rate = 60.0 * self.new_episodes / wall_s if wall_s > 0 else None
         speed = {"wall_s": wall_s, "episodes_run": self.new_episodes, "episodes_per_minute": rate}
         language = {"language_source": self.cfg.resolved_language_source().value}
-        beside = {"controls": self.controls, "init_noise_mm": self.cfg.init_noise_mm} | language
-        beside["initial_states"] = self.initial_states
+        beside = {"controls": self.controls, "init_noise_mm": self.cfg.init_noise_mm} | language | self.contents
         facts = speed | measured_facts(self.store.records.values()) | beside
         results = head | summary | facts | {"config": plain(dataclasses.asdict(self.cfg))}
         write_json(self.results_path, results, ensure_ascii=False)
