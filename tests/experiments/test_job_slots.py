@@ -36,12 +36,25 @@ def test_jobs_wait_for_their_predecessors_and_finished_ones_are_skipped(tmp_path
     assert order(tmp_path) == ["a", "b", "c", "b"]
 
 
-def test_no_more_jobs_than_slots_run_at_a_time(tmp_path):
-    code = "import time, pathlib; p = pathlib.Path({}); n = len(list(p.glob('*.busy'))); b = p / ('{}' + '.busy')"
-    code += "; b.touch(); time.sleep(0.3); b.unlink(); assert n < 2, n"
-    jobs = [touch_job(tmp_path, f"j{i}", code=code.format(repr(str(tmp_path)), f"j{i}")) for i in range(4)]
-    run_jobs(jobs, tmp_path / "logs", slots=2)
-    assert sorted(order(tmp_path)) == ["j0", "j1", "j2", "j3"]
+def test_no_more_jobs_than_slots_run_at_a_time(tmp_path, monkeypatch):
+    """Every job waits until it is told to end, which happens once as many run as may."""
+    started, most, start = [], [], subprocess.Popen
+
+    def start_and_count(*words, **options):
+        started.append(start(*words, stdin=subprocess.PIPE, **options))
+        most.append(sum(process.poll() is None for process in started))
+        return started[-1]
+
+    def end_one(_seconds):
+        alive = [process for process in started if process.poll() is None]
+        if len(alive) == 2 or len(started) == 4:
+            for process in alive[:1]:
+                process.communicate()
+
+    monkeypatch.setattr(job_slots.subprocess, "Popen", start_and_count)
+    monkeypatch.setattr(job_slots.time, "sleep", end_one)
+    run_jobs([touch_job(tmp_path, f"j{i}", code="input_ = open(0).read()") for i in range(4)], tmp_path / "logs", 2)
+    assert sorted(order(tmp_path)) == ["j0", "j1", "j2", "j3"] and most == [1, 2, 2, 2]
 
 
 def test_a_failed_job_stops_the_run_and_shows_the_end_of_its_log(tmp_path, capsys):
@@ -154,8 +167,7 @@ def test_ending_the_run_ends_its_commands(tmp_path, number):
         f"run_jobs([Job('a', [sys.executable, '-c', {child!r}], Path('never'))], Path({str(tmp_path)!r}), slots=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 600
-    while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+    while process.poll() is None and not (pid_file.exists() and pid_file.read_text()):
         time.sleep(0.05)
     process.send_signal(number)
     assert process.wait(600) == 128 + number
