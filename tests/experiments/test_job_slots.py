@@ -157,6 +157,38 @@ def test_progress_is_told_while_a_job_runs(tmp_path, capsys, monkeypatch):
     assert lines and all("0 of 1 jobs done, about" in line for line in lines)
 
 
+KILLED = """
+import os, sys
+from pathlib import Path
+from kill_points import kills
+from craft_experiments.common_utils.job_slots import Job, run_jobs
+
+root = Path(sys.argv[1])
+
+def run(kill):
+    folder = root / str(kill)
+    def job(name, after):
+        code = f"open({str(folder / 'order')!r}, 'a').write({name!r}); open({str(folder / name)!r}, 'w')"
+        return Job(name, [sys.executable, "-S", "-c", code], folder / name, after)
+    run_jobs([job("a", []), job("b", ["a"]), job("c", ["b"])], folder / "logs", slots=1)
+
+def check(kill):
+    assert (root / str(kill) / "order").read_text() == "abc"
+    assert not list((root / str(kill)).rglob("*.tmp"))
+
+print(kills(run, check))
+"""
+
+
+def test_a_driver_that_was_killed_anywhere_goes_on_and_repeats_nothing(tmp_path):
+    """Before every call that changes the file system, so between jobs as well as while one of them runs."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    words = [sys.executable, "-c", KILLED, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) > 6
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ending_the_run_ends_its_commands(tmp_path, number):
     pid_file = tmp_path / "pid"
