@@ -244,7 +244,8 @@ def _decoded(source, key: str, number: int, length: int) -> np.ndarray:
     import av
 
     place = source._index.rows(f"place.{key}", number)[:, 0].tolist()
-    with av.open(str(source.directory / source._index.records[number][key])) as container:
+    file = str(source.directory / source._index.records[number][key])
+    with av.open(file, options={"protocol_whitelist": "file"}) as container:
         frames = {frame.pts: frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)}
     ordered = sorted(frames)
     # Frames of an episode follow each other in the file.

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; see the module."""
     words = ["--dry_run=True" if w == "--dry-run" else w for w in (sys.argv[1:] if argv is None else argv)]
     if {"-h", "--help"} & set(words[:1]):
-        print(f"{__doc__}\nTABLE: {', '.join(FOLDERS)}")
+        print(f"{__doc__ or ''}\nTABLE: {', '.join(FOLDERS)}")
         return 0
     if not words or words[0] not in COMMANDS or len(words) <= COMMANDS[words[0]]:
         found = repr(" ".join(words)) if words else "nothing"

@@ -1,11 +1,12 @@
 """What jobs leave behind: one compressed JSON file per training, evaluation and measurement, and the list of states.
 
-    {records_dir}/{cell}/training.json.gz     program, flags, seconds, metrics
-    {records_dir}/{cell}/{kind}@{suite}.json.gz   program, flags, seconds, rate, every episode
-    {records_dir}/{cell}/retention@{data}.json.gz   program, flags, seconds, what `measure_retention.py` found
+    {records_dir}/{cell}/training.json.gz     program, flags, content, seconds, metrics
+    {records_dir}/{cell}/{kind}@{suite}.json.gz   program, flags, content, seconds, rate, every episode
+    {records_dir}/{cell}/retention@{data}.json.gz   program, flags, content, seconds, what `measure_retention.py` found
     {records_dir}/manifest.json               cell -> state, failure code
 
-Tables and figures are made of these files alone.
+Tables and figures are made of these files alone. `content` holds the hashes of what the files and folders hold that
+flags name: where they lie does not count.
 """
 
 from __future__ import annotations
@@ -15,18 +16,22 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from prismatic.evidence.checks import check_fields, is_count, is_number, parse_object, read_text
+from prismatic.command_line import split_places
+from prismatic.evidence.checks import RECORD, check_fields, is_count, is_number, parse_object, read_object
 from prismatic.evidence.failure_codes import FailureCode
 from prismatic.evidence.files import write_bytes, write_text
+from prismatic.evidence.hashes import content_hash
 
 FORMAT = 1
 MAX_RECORD_BYTES = 1 << 28
 """Largest record, decompressed: a small file can hold gigabytes of zeros."""
+_LIMITS = replace(RECORD, characters=MAX_RECORD_BYTES)
 TRAINING, RETENTION = "training", "retention"
 METRICS = (
     "VLA Train/Loss",
@@ -50,12 +55,30 @@ _NO_SETTINGS = {
     "output",
     "data_root_dir",
     "replay_dataset",
+    "control_results",
     "num_workers",
     "resume",
     "save_videos",
     "standalone",
     "nnodes",
 }
+
+
+# Flags that name files and folders which decide a result: what these hold is compared.
+CONTENT = (
+    "base_checkpoint",
+    "config_file_path",
+    "craft_memory_data",
+    "craft_memory_instructions",
+    "craft_probe_data",
+    "data_set_file",
+    "initial_states_path",
+    "replay_data",
+    "resum_vla_path",
+    "start",
+    "tokenizer_path",
+    "vlm_path",
+)
 
 
 class RecordError(ValueError):
@@ -95,14 +118,13 @@ def read_record(path: Path) -> dict[str, Any]:
             data = stream.read(MAX_RECORD_BYTES + 1)
         if len(data) > MAX_RECORD_BYTES:
             raise RecordError(f"{path}: found more than {MAX_RECORD_BYTES >> 20} MiB of text, expected a record")
-        record = json.loads(data)
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        record = parse_object(data.decode(), str(path), finite=False, limits=_LIMITS)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         if isinstance(error, (FileNotFoundError, RecordError)):
             raise
         raise RecordError(f"{path}: no gzipped JSON: {error}") from None
-    found = record.get("format") if isinstance(record, dict) else type(record).__name__
-    if found != FORMAT:
-        raise RecordError(f"{path}: format: found {found!r}, expected {FORMAT}")
+    if record.get("format") != FORMAT:
+        raise RecordError(f"{path}: format: found {record.get('format')!r:.60}, expected {FORMAT}")
     _check_record(path, record)
     return record
 
@@ -110,7 +132,9 @@ def read_record(path: Path) -> dict[str, Any]:
 def _check_record(path: Path, record: Mapping[str, Any]) -> None:
     try:
         check_fields(
-            record, {"command": list, "flags": dict, "metrics": dict, "episodes": list, RETENTION: dict}, str(path)
+            record,
+            {"command": list, "flags": dict, "content": dict, "metrics": dict, "episodes": list, RETENTION: dict},
+            str(path),
         )
         check_fields(record, {"rate": (int, float), "seconds": (int, float)}, str(path))
     except ValueError as error:
@@ -141,12 +165,29 @@ def flags_of(record: Mapping[str, Any]) -> dict[str, str]:
     return record["flags"] if "flags" in record else flags_in(record["command"])
 
 
+def contents_of(flags: Mapping[str, str], names: Iterable[str] = CONTENT) -> dict[str, str]:
+    """Flag -> hash of what the file or folder holds that it names; of several with commas, hashes with commas.
+
+    Flags that name neither are left out. The training state of a checkpoint does not count: it may be deleted.
+    """
+    places = {name: split_places(flags[name]) for name in names if flags.get(name)}
+    hashes = {name: [content_hash(place, "training_state") for place in found] for name, found in places.items()}
+    return {name: ",".join(map(str, found)) for name, found in hashes.items() if None not in found}
+
+
 def check_settings(path: Path, record: Mapping[str, Any], flags: Mapping[str, str]) -> None:
-    """Raise RecordError when `record` was made with other flags; names them."""
+    """Raise RecordError when `record` was made with other flags, or files of another content; names them.
+
+    Records of earlier versions know the names of files alone.
+    """
     before, now = settings_of(flags_of(record)), settings_of(flags)
-    different = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    if different:
-        pairs = ", ".join(f"--{n} {before.get(n, '(not given)')} (now {now.get(n, 'not given')})" for n in different)
+    held = record.get("content", {})
+    hold = contents_of(flags, held)
+    different = {name for name in before.keys() | now.keys() if name not in hold and before.get(name) != now.get(name)}
+    changed = {name for name in hold if hold[name] != held[name]}
+    if different or changed:
+        said = {n: f"{now.get(n, 'not given')}{', another content' * (n in changed)}" for n in different | changed}
+        pairs = ", ".join(f"--{n} {before.get(n, '(not given)')} (now {said[n]})" for n in sorted(said))
         raise RecordError(
             f"{path} was made with other settings: {pairs}. Give other settings a --work_dir and a --results_dir (and "
             "--records_dir, if it is given) of their own"
@@ -167,7 +208,7 @@ def read_manifest(records_dir: Path) -> dict[str, dict[str, str]]:
     if not path.exists():
         return {}
     try:
-        manifest = parse_object(read_text(path), str(path))
+        manifest = read_object(path)
     except ValueError as error:
         raise RecordError(str(error)) from None
     for cell, entry in manifest.items():

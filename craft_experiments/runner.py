@@ -96,11 +96,11 @@ def run_job(s: Settings, job: Job) -> None:
         if job.is_done(s):
             return
         job.begin(s)
-        begun = time.monotonic()
+        begun, content = time.monotonic(), job.content(s)
         for command in job.commands(s):
             _run(s, job, command, descriptor)
         try:
-            job.finish(s, round(time.monotonic() - begun, 1))
+            job.finish(s, round(time.monotonic() - begun, 1), content)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"what {job.name} left cannot be read: {type(error).__name__}: {error}"
             raise JobFailed(FailureCode.PARSE_FAILED, reason) from error

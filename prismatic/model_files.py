@@ -5,7 +5,6 @@ Nothing here or above it runs code that a checkpoint names: JSON is data, weight
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -15,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from prismatic.command_line import UsageError, nearest
+from prismatic.evidence.checks import FOREIGN, read_object
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-LARGEST_JSON = 1 << 26
-"""Bytes. The tokenizer files of large vocabularies have half of it."""
 BASE_CHECKPOINT = "where the base of LoRA adapters is now, when it is neither where it was nor moved with them"
 ROBOT_PLATFORM = (
     "of a published folder whose statistics do not name its robot: libero, calvin, aloha, bridge, a registered data "
@@ -103,16 +101,12 @@ def regular_file(path: Path) -> Path:
 
 def read_json(path: Path) -> dict:
     """Content of a JSON file; MissingFileError without it, CheckpointError when it does not hold one JSON object."""
-    size = regular_file(path).stat().st_size
-    if size > LARGEST_JSON:
-        raise CheckpointError(f"{path}: {size} bytes, expected a JSON file of at most {LARGEST_JSON}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
-    return value
+        return read_object(regular_file(path), finite=False, limits=FOREIGN)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prismatic.command_line import UsageError
+from prismatic.evidence.files import remove_leftovers
 
 _HELD: dict[Path, tuple[int, list[Path]]] = {}
 """Lock file -> descriptor, and the folders above it that were made for it, outermost first."""
@@ -60,6 +61,8 @@ def _check_access(folder: str | os.PathLike, what: str) -> None:
 def hold(folder: Path, flag: str) -> None:
     """Be the only writer of a folder until `release` or the end of the process; again in the same process is fine.
 
+    What killed writers left half written in it, or of it, is removed.
+
     Raises UsageError naming the flag and the folder, which cannot be written to, or the process that writes to it.
     """
     path = _lock_file(folder)
@@ -70,6 +73,8 @@ def hold(folder: Path, flag: str) -> None:
         _hold(path, folder, flag)
     except OSError as error:
         raise UsageError(f"{flag} {folder}: cannot be written to: {error.strerror}; choose another folder") from error
+    remove_leftovers(folder, held=True)
+    remove_leftovers(path.parent, os.path.basename(os.path.abspath(folder)), held=True)
 
 
 def _hold(path: Path, folder: Path, flag: str) -> None:
@@ -163,7 +168,7 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 
 def _holder(descriptor: int) -> str:
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         holder = json.loads(os.pread(descriptor, 1000, 0))
         return f"process {holder['process']} on host {holder['host']}"
     return "another process"

@@ -80,6 +80,23 @@ input()
 
 
 @pytest.fixture
+def odd_folder(tmp_path, monkeypatch):
+    """The relative path of a folder whose name means something to shells, patterns, URLs and formats."""
+    folder = Path("a:b it's \"odd\" 'n' $HOME `id` [x]* 100% \U0001f916 \u0645 #1; x?y&z")
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+@pytest.fixture
+def dead_process():
+    """Number of a process that lives no more."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+@pytest.fixture
 def homeless(monkeypatch):
     """This user has no home, as those of containers may have none."""
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prismatic.evidence.checks import check_fields, parse_object, read_text
+from prismatic.evidence.checks import check_fields, read_object
 from prismatic.evidence.results import Evaluation, TrainingMetrics, read_evaluation, read_metrics
 
 ROW_LABELS = {
@@ -83,7 +83,7 @@ def load_results(folder: str | os.PathLike) -> DemoResults:
     path = folder / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(f"manifest not found: {path}")
-    manifest = parse_object(read_text(path), str(path))
+    manifest = read_object(path)
     for entries, names in (("runs", ("name", "metrics")), ("evaluations", ("row", "column", "results_dir"))):
         if entries not in manifest:
             raise KeyError(f"{path}: {entries}: missing")
@@ -114,7 +114,7 @@ def read_training(folder: Path, entry: dict[str, Any]) -> Training:
     """The run of a manifest entry. Raises what `read_metrics` raises, and KeyError for a checkpoint without flags."""
     flags = {}
     if "checkpoint" in entry:
-        record = parse_object(read_text(folder / entry["checkpoint"]), str(folder / entry["checkpoint"]))
+        record = read_object(folder / entry["checkpoint"])
         if "training" not in record:
             raise KeyError(f"{folder / entry['checkpoint']}: training: missing, expected the flags of the run")
         flags = record["training"]

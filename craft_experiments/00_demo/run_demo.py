@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a chec
 from craft_experiments.common_utils.job_slots import Job, run_jobs
 from craft_experiments.common_utils.terminal import say
 from prismatic.command_line import bad_input_in_one_line, flag, parse
+from prismatic.evidence.checks import read_object
 from prismatic.evidence.files import write_text
 from prismatic.output_folder import check_folder
 
@@ -270,7 +271,7 @@ def copy_record(work: Path, record: Path) -> None:
         shutil.rmtree(record / name, ignore_errors=True)
     for old in record.glob("*.png"):
         old.unlink()
-    manifest = json.loads((work / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_object(work / "manifest.json")
     names = ["manifest.json", "report.md", *(path.name for path in sorted(work.glob("*.png")))]
     names += [run[key] for run in manifest["runs"] for key in ("metrics", "checkpoint")]
     for entry in manifest["evaluations"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -22,8 +23,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from prismatic.command_line import bad_input_in_one_line, faults_in_one_line
-from prismatic.evidence.checks import is_count, is_number, parse_object, read_text
+from prismatic.evidence.checks import is_count, is_number, read_object
 from prismatic.evidence.files import write_text
+from prismatic.evidence.results import read_jsonl
 from prismatic.output_folder import held
 
 DRIFT, LAMBDA, OUT_OF_REACH = "CRaFT/Retention Loss", "CRaFT/Lambda", "CRaFT/Out Of Reach"
@@ -171,8 +173,7 @@ def _run(cfg: DriftConfig, cell: Cell, kept: tuple[str, ...], compact: bool) -> 
     )
     if done.returncode != 0:
         raise RunFailed(f"{cell.name}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    lines = (Path(cfg.work_dir) / cell.name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line) for line in lines]
+    steps = read_jsonl(Path(cfg.work_dir) / cell.name / "metrics.jsonl", finite=False)
     if len(steps) != cfg.max_steps:
         raise RunFailed(f"{cell.name}: metrics.jsonl has {len(steps)} steps, expected {cfg.max_steps}")
     record = _record(cell, words, steps, kept)
@@ -187,7 +188,7 @@ def _record(cell: Cell, words: list[str], steps: list[dict], kept: tuple[str, ..
         "variant": cell.variant,
         "budget": None if math.isinf(cell.budget) else cell.budget,
         "seed": cell.seed,
-        "command": "python " + " ".join(f'"{w}"' if " " in w else w for w in words),
+        "command": shlex.join(["python", *words]),
         "measured_steps": [s["step"] for s in measured],
         "all_losses": [round(s["VLA Train/Loss"], 6) for s in steps],
     }
@@ -246,7 +247,7 @@ def read_runs(folder: Path) -> list[dict]:
 
 
 def _checked(file: Path) -> dict:
-    record = parse_object(read_text(file), str(file))
+    record = read_object(file)
     steps, averaged = record.get("steps", 1), record.get("averaged", {"after": 1, "over": 1})
     if not is_count(steps) or not 1 <= steps <= MAX_STEPS or not isinstance(averaged, dict):
         raise ValueError(f"{file}: steps: found {steps!r}, expected 1 to {MAX_STEPS}")

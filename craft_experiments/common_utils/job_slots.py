@@ -6,7 +6,6 @@ the commands it started are asked to end first: trainings save and go on from th
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -19,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from craft_experiments.common_utils.terminal import say
-from prismatic.evidence.files import write_text
+from prismatic.evidence.checks import parse_object
+from prismatic.evidence.files import remove_leftovers, write_text
 
 POLL_S = 0.1
 GRACE_S = 30.0
@@ -86,10 +86,9 @@ class Job:
 def _object(text: str) -> dict | None:
     """The JSON object; None for anything else."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_object(text, "a result", finite=False)
+    except ValueError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 @dataclass
@@ -186,6 +185,7 @@ def run_jobs(jobs: Sequence[Job], log_dir: Path, slots: int, report_s: float = 2
     Raises SystemExit also when a result in place was made by another command than the job's.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(log_dir)
     _check_commands(jobs, log_dir)
     queue = _Queue(list(jobs), log_dir, slots)
     started = spoken = time.monotonic()

@@ -49,7 +49,7 @@ DRY_RUN dry_run
 run_table() {
   local table="$1" root variable flag flags=()
   shift
-  root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)" # with CDPATH, cd prints
+  root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." >/dev/null && pwd)"
   local PRESET="${PRESET:-qwen25-0_5b}" RESULTS_DIR="${RESULTS_DIR:-}"
   case "$RESULTS_DIR" in
     "" | /*) ;;
@@ -60,8 +60,12 @@ run_table() {
       flags+=("--$flag=${!variable}") # one word: a value may begin with a dash
     fi
   done <<<"$TABLE_FLAGS"
-  # The programs run from the repository root whether or not the package is installed.
   cd "$root" || return 2
+  if ! command -v -- "${PYTHON:-python}" >/dev/null; then
+    echo "PYTHON: found '${PYTHON:-python}', expected a Python interpreter" >&2
+    return 2
+  fi
+  # The programs run from the repository root whether or not the package is installed.
   export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
   exec "${PYTHON:-python}" -m craft_experiments run "$table" "${flags[@]}" "$@"
 }

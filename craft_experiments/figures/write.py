@@ -5,7 +5,6 @@ matplotlib writes its version into both files and no time; the same versions giv
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from craft_experiments.figures.frontier import frontier_figure
 from craft_experiments.figures.shots import shots_figure
 from craft_experiments.figures.success import success_figure
 from craft_experiments.table_data import TableData
+from prismatic.evidence.files import replacing
 
 _INTERVALS = "Bars: 95 % intervals (over seeds; with one seed over its episodes)."
 
@@ -64,7 +64,5 @@ def _save_pdf(figure: Any, path: Path) -> None:
     from matplotlib import rc_context
 
     figure.set_layout_engine("none")  # the PNG has settled it
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with rc_context({"pdf.fonttype": 42}):
+    with replacing(path) as temporary, rc_context({"pdf.fonttype": 42}):
         figure.savefig(temporary, format="pdf", metadata={"CreationDate": None})
-    os.replace(temporary, path)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from craft_experiments.cells import Cell
 from craft_experiments.presets import Demonstrations
-from craft_experiments.records import check_settings, flags_in, read_record, write_record
+from craft_experiments.records import check_settings, contents_of, flags_in, read_record, write_record
 from craft_experiments.settings import ROOT, Settings
 from prismatic.evidence.failure_codes import FailureCode
 
@@ -65,6 +65,10 @@ class Job(ABC):
         """Flags of the last command, {"seed": "0", ...}."""
         return flags_in(portable(self.commands(s)[-1]))
 
+    def content(self, s: Settings) -> dict[str, str]:
+        """What the files and folders hold that decide its result, by flag."""
+        return contents_of(self.flags(s))
+
     def record(self, s: Settings) -> Path | None:
         """The record it writes; None when what it makes is no measurement."""
         return None
@@ -93,21 +97,22 @@ class Job(ABC):
         """What has to be so before its first program starts."""
         return
 
-    def finish(self, s: Settings, seconds: float) -> None:
-        """Check what its programs left and write the record.
+    def finish(self, s: Settings, seconds: float, content: Mapping[str, str]) -> None:
+        """Check what its programs left and write the record. `content`: as it was before they started.
 
         Raises:
             JobFailed: something is missing. OSError, ValueError, KeyError, TypeError: it cannot be read.
         """
         return
 
-    def facts(self, s: Settings, seconds: float) -> dict[str, Any]:
+    def facts(self, s: Settings, seconds: float, content: Mapping[str, str]) -> dict[str, Any]:
         """What every record holds."""
         words = portable(self.commands(s)[-1])
         started = next(
             word for word in words if word.endswith(".py") or word.startswith(("prismatic.", "experiments."))
         )
-        return {"cell": self.parts[0], "program": started, "flags": self.flags(s), "seconds": seconds}
+        flags = {"flags": self.flags(s), "content": dict(content)}
+        return {"cell": self.parts[0], "program": started, **flags, "seconds": seconds}
 
     def keep(self, s: Settings, record: Mapping[str, Any]) -> None:
         """Write the record."""

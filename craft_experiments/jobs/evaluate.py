@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from craft_experiments.jobs.base import JobFailed, PolicyJob, as_words, data_roo
 from craft_experiments.jobs.interpolate import interpolation
 from craft_experiments.jobs.policies import expected_checkpoint
 from craft_experiments.presets import Demonstrations, Preset
-from craft_experiments.records import record_path
+from craft_experiments.records import CONTENT, contents_of, record_path
 from craft_experiments.settings import Settings
 from prismatic.evidence.episodes import RecordsError, read_run
 from prismatic.evidence.failure_codes import FailureCode
@@ -90,8 +91,14 @@ class Evaluate(PolicyJob):
     def record(self, s: Settings) -> Path:
         return record_path(s.records_dir, self.policy.name, self.evaluation.name)
 
-    def finish(self, s: Settings, seconds: float) -> None:
-        self.keep(s, self.facts(s, seconds) | _outcome(self.folder(s)))
+    def content(self, s: Settings) -> dict[str, str]:
+        """Also of the start, which no training names."""
+        flags = self.flags(s)
+        of_start = ["pretrained_checkpoint"] if self.policy.method.role is Role.START else []
+        return contents_of(flags, [*CONTENT, *of_start])
+
+    def finish(self, s: Settings, seconds: float, content: Mapping[str, str]) -> None:
+        self.keep(s, self.facts(s, seconds, content) | _outcome(self.folder(s)))
 
 
 def _outcome(folder: Path) -> dict[str, Any]:

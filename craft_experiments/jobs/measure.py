@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from craft_experiments.jobs.policies import expected_checkpoint
 from craft_experiments.presets import Demonstrations
 from craft_experiments.records import RETENTION, record_path
 from craft_experiments.settings import Settings
+from prismatic.evidence.checks import read_object
 from prismatic.evidence.failure_codes import FailureCode
 
 
@@ -50,6 +51,6 @@ class Measure(PolicyJob):
     def begin(self, s: Settings) -> None:
         self.file(s).unlink(missing_ok=True)  # of a run killed before its record was written
 
-    def finish(self, s: Settings, seconds: float) -> None:
-        measured = json.loads(self.file(s).read_text(encoding="utf-8"))
-        self.keep(s, self.facts(s, seconds) | {RETENTION: measured})
+    def finish(self, s: Settings, seconds: float, content: Mapping[str, str]) -> None:
+        measured = read_object(self.file(s), finite=False)
+        self.keep(s, self.facts(s, seconds, content) | {RETENTION: measured})

@@ -82,7 +82,7 @@ class Train(PolicyJob):
     def begin(self, s: Settings) -> None:
         set_states(s.records_dir, {self.policy.name: State.TRAINING})
 
-    def finish(self, s: Settings, seconds: float) -> None:
+    def finish(self, s: Settings, seconds: float, content: Mapping[str, str]) -> None:
         cell = self.policy
         if checkpoint_of(s, cell) is None:
             raise JobFailed(FailureCode.NO_CHECKPOINT, f"no {cell.name}--<step>_chkpt in {s.runs_dir}")
@@ -90,7 +90,7 @@ class Train(PolicyJob):
             reason = f"stopped before its last step, at {checkpoint_of(s, cell)}; the same command continues it"
             raise JobFailed(FailureCode.TRAINING_FAILED, reason)
         metrics = _metrics(s.runs_dir / cell.name / "metrics.jsonl")
-        self.keep(s, self.facts(s, seconds) | {"metrics": metrics})
+        self.keep(s, self.facts(s, seconds, content) | {"metrics": metrics})
         set_states(s.records_dir, {cell.name: State.TRAINED})
 
     def keep(self, s: Settings, record: Mapping[str, Any]) -> None:

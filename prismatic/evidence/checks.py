@@ -1,6 +1,7 @@
-"""Checks of recorded JSON as data: size, depth, finite numbers, and the types of an episode's fields.
+"""Checks of JSON as data: size, depth, finite numbers, and the types of the fields of episodes and collections.
 
-Every reader of records uses these; a message begins with the place and says what was found. Standard library only.
+Every reader of a file that somebody else may have written uses these; a message begins with the place and says what was
+found. Standard library only.
 """
 
 from __future__ import annotations
@@ -9,27 +10,48 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-MAX_FILE_BYTES, MAX_LINE, MAX_DEPTH, MAX_DIGITS = 1 << 30, 1 << 24, 16, 18
+MAX_FILE_BYTES = 1 << 30
 
 
-def read_text(path: Path, errors: str = "strict") -> str:
+@dataclass(frozen=True)
+class Limits:
+    """Of a JSON object: characters, levels, digits of a whole number, and whether text must be UTF-8.
+
+    Escapes can make text that is none, and cannot be written again: halves of a pair.
+    """
+
+    characters: int
+    levels: int
+    digits: int
+    utf8: bool = True
+
+
+RECORD = Limits(1 << 24, 16, 18)
+"""Of what our programs record."""
+FOREIGN = Limits(1 << 26, 64, 40, utf8=False)
+"""Of trees of features, descriptions of tokenizers, states of random generators. Who reads a text looks at it."""
+
+
+def read_text(path: Path, errors: str = "strict", largest: int = MAX_FILE_BYTES) -> str:
     """Content of a UTF-8 file.
 
     Args:
         path: the file.
         errors: as of `bytes.decode`.
+        largest: bytes that the file may have.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no regular file, one of more than 1 GiB, or no UTF-8; names it.
+        ValueError: no regular file, a larger one, or no UTF-8; names it.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: found {'a folder' if path.is_dir() else 'no regular file'}, expected a file")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{path}: found {path.stat().st_size >> 20} MiB, expected at most {MAX_FILE_BYTES >> 20}")
+    if path.stat().st_size > largest:
+        raise ValueError(f"{path}: found {path.stat().st_size >> 20} MiB, expected at most {largest >> 20}")
     data = path.read_bytes()
     try:
         return data.decode("utf-8", errors)
@@ -38,19 +60,25 @@ def read_text(path: Path, errors: str = "strict") -> str:
         raise ValueError(f"{path}: line {line}: found bytes that are no UTF-8 ({error.reason})") from None
 
 
-def parse_object(text: str, where: str, finite: bool = True) -> dict[str, Any]:
+def read_object(path: Path, finite: bool = True, limits: Limits = RECORD) -> dict[str, Any]:
+    """The JSON object that a file holds: :func:`read_text` and :func:`parse_object`."""
+    return parse_object(read_text(path, largest=limits.characters), str(path), finite, limits)
+
+
+def parse_object(text: str, where: str, finite: bool = True, limits: Limits = RECORD) -> dict[str, Any]:
     """One JSON object.
 
     Args:
-        text: the object, at most 16 MiB.
+        text: the object.
         where: place for messages.
         finite: refuse NaN and infinities.
+        limits: what the object may be.
 
     Raises:
-        ValueError: no JSON object, one nested deeper than 16 levels, a number out of range, or too long.
+        ValueError: no JSON object, or one beyond the limits.
     """
-    if len(text) > MAX_LINE:
-        raise ValueError(f"{where}: found {len(text)} characters, expected at most {MAX_LINE}")
+    if len(text) > limits.characters:
+        raise ValueError(f"{where}: found {len(text)} characters, expected at most {limits.characters}")
 
     def number(digits: str) -> float:
         value = float(digits)
@@ -59,8 +87,8 @@ def parse_object(text: str, where: str, finite: bool = True) -> dict[str, Any]:
         return value
 
     def integer(digits: str) -> int:
-        if len(digits.lstrip("-")) > MAX_DIGITS:
-            raise ValueError(f"{where}: found a number of {len(digits)} digits, expected at most {MAX_DIGITS}")
+        if len(digits.lstrip("-")) > limits.digits:
+            raise ValueError(f"{where}: found a number of {len(digits)} digits, expected at most {limits.digits}")
         return int(digits)
 
     try:
@@ -68,23 +96,27 @@ def parse_object(text: str, where: str, finite: bool = True) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: expected JSON, one object, found {text[:60]!r} ({error.msg})") from None
     except RecursionError:
-        raise ValueError(f"{where}: found values nested too deeply, expected at most {MAX_DEPTH} levels") from None
+        raise ValueError(_too_deep(where, limits.levels)) from None
     if not isinstance(found, dict):
         raise ValueError(f"{where}: expected an object, found {type(found).__name__}")
-    _check_values(found, where, MAX_DEPTH)
+    _check_values(found, where, limits.levels, limits)
     return found
 
 
-def _check_values(value: Any, where: str, levels: int) -> None:
+def _check_values(value: Any, where: str, levels: int, limits: Limits) -> None:
     if isinstance(value, str):
-        # Undecodable bytes of the file, or half of an escaped pair: it could not be written again.
-        if not value.isascii() and _SURROGATE.search(value):
+        # Undecodable bytes of the file, or half of an escaped pair.
+        if limits.utf8 and not value.isascii() and _SURROGATE.search(value):
             raise ValueError(f"{where}: found text that is no UTF-8")
     elif isinstance(value, (dict, list)):
         if levels < 0:
-            raise ValueError(f"{where}: found values nested too deeply, expected at most {MAX_DEPTH} levels")
+            raise ValueError(_too_deep(where, limits.levels))
         for part in (*value, *value.values()) if isinstance(value, dict) else value:
-            _check_values(part, where, levels - 1)
+            _check_values(part, where, levels - 1, limits)
+
+
+def _too_deep(where: str, levels: int) -> str:
+    return f"{where}: found values nested too deeply, expected at most {levels} levels"
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -138,6 +170,8 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "amount or null": (lambda value: value is None or _is_amount(value), "a number >= 0 or null"),
     "amounts": (lambda value: value is None or _is_amounts(value), "a list of numbers >= 0"),
     "texts": (lambda value: value is None or _is_texts(value), "an object of texts"),
+    "pixels": (lambda value: is_count(value) and 1 <= value <= 4096, "a whole number of 1 to 4096"),
+    "percent": (lambda value: is_count(value) and 1 <= value <= 100, "a whole number of 1 to 100"),
     "offsets": (lambda value: value is None or _is_offsets(value), "an object of pairs of numbers, or null"),
 }
 _EPISODE = {
@@ -152,7 +186,13 @@ _EPISODE = {
     "texts": "versions",
     "offsets": "init_offsets_mm",
 }
-_FIELD_KINDS = {name: _KINDS[kind] for kind, names in _EPISODE.items() for name in names.split()}
+_COLLECTION = {
+    "text": "task_suite_name initial_states render_mode reset_mode",
+    "amount": "init_noise_mm noise_std noise_fraction",
+    "count": "seed max_attempts steps_after_success",
+    "pixels": "image_size",
+    "percent": "jpeg_quality",
+}
 
 
 def check_episode(row: Mapping[str, Any], where: str) -> None:
@@ -161,8 +201,27 @@ def check_episode(row: Mapping[str, Any], where: str) -> None:
     Raises:
         ValueError: names place and field.
     """
+    _check_known(row, _EPISODE, where)
+
+
+def check_collection(facts: Mapping[str, Any], where: str) -> None:
+    """Types and ranges of the known fields of a record of how demonstrations were collected.
+
+    Raises:
+        ValueError: names place and field.
+    """
+    _check_known(facts, _COLLECTION, where)
+    check_fields(facts, {"tasks": dict}, where)
+    for task, counts in facts.get("tasks", {}).items():
+        numbers = [counts.get(name, 0) for name in ("episodes", "unsolved")] if isinstance(counts, dict) else [None]
+        if not task.isdigit() or not all(map(is_count, numbers)):
+            raise ValueError(f"{where}: tasks: found {_shown({task: counts})}, expected counts by number of the task")
+
+
+def _check_known(row: Mapping[str, Any], kinds: Mapping[str, str], where: str) -> None:
+    known = {name: _KINDS[kind] for kind, names in kinds.items() for name in names.split()}
     for name, value in row.items():
-        test, expected = _FIELD_KINDS.get(name, (None, ""))
+        test, expected = known.get(name, (None, ""))
         if test is not None and not test(value):
             raise ValueError(f"{where}: {name}: found {_shown(value)}, expected {expected}")
 

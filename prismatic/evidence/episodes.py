@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from prismatic.command_line import split_places
 from prismatic.evidence.cells import one_line
-from prismatic.evidence.checks import check_episode, check_fields, parse_object, read_text
+from prismatic.evidence.checks import check_episode, check_fields, parse_object, read_object, read_text
 
 STATUSES = ("success", "failure", "error")
 REQUIRED_FIELDS = ("suite", "task_id", "init_idx", "seed", "status")
@@ -43,8 +43,8 @@ DECISIVE_FIELDS = frozenset(
 # fmt: off
 _NO_PROTOCOL = frozenset(
     {
-        "model_family", "pretrained_checkpoint", "unnorm_key", "control", "replay_dataset", "replay_episode",
-        "task_suite_name", "task_ids", "num_trials_per_task", "initial_state_offset", "seed",
+        "model_family", "pretrained_checkpoint", "base_checkpoint", "unnorm_key", "control", "replay_dataset",
+        "replay_episode", "task_suite_name", "task_ids", "num_trials_per_task", "initial_state_offset", "seed",
         "render_mode", "env_img_res", "language_source", "control_results",
         "run_id_note", "local_log_dir", "use_wandb", "wandb_entity", "wandb_project", "save_version", "num_workers",
         "worker_timeout_s", "max_consecutive_errors", "max_videos", "video_frame_interval", "save_videos",
@@ -52,6 +52,8 @@ _NO_PROTOCOL = frozenset(
     }
 )
 # fmt: on
+CONTENT_FACTS = {"initial_states_path": "initial_states", "data_set_file": "data_set_hash"}
+"""Flag that names a file -> entry of results.json with the hash of what it holds."""
 _FACTS_AS_PROTOCOL = ("env_img_res",)
 
 
@@ -177,7 +179,7 @@ _FACTS = {"config": (dict, type(None)), "controls": (list, type(None)), "missing
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = _checked(parse_object, _checked(read_text, path), str(path))
+    facts: dict[str, Any] = _checked(read_object, path)
     _checked(check_fields, facts, _FACTS, str(path))
     for item in facts.get("controls") or []:
         if not isinstance(item, dict) or not isinstance(item.get("results", ""), str):
@@ -234,8 +236,7 @@ def facts_protocol(facts: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in (facts.get("config") or {}).items():
         if name not in _NO_PROTOCOL:
             # One file may lie in two places; records of earlier versions hold its path alone.
-            is_states = name == "initial_states_path"
-            yield name, facts.get("initial_states", value) if is_states else value
+            yield name, facts.get(CONTENT_FACTS[name], value) if name in CONTENT_FACTS else value
     for name in _FACTS_AS_PROTOCOL:
         if name in facts:
             yield name, facts[name]

@@ -34,10 +34,34 @@ def files_hash(root: Path, files: Iterable[Path], replaced: Mapping[Path, bytes]
 def folder_hash(folder: str) -> str | None:
     """:func:`files_hash` of all files of a data set but hidden ones (our index); None when there is no such folder."""
     root = Path(folder)
-    if not root.is_dir():
-        return None
+    return files_hash(root, _files(root)) if root.is_dir() else None
+
+
+def _files(root: Path, without: str = "") -> list[Path]:
     files = [path for path in sorted(root.rglob("*")) if path.is_file()]
-    return files_hash(root, [p for p in files if not any(part.startswith(".") for part in p.relative_to(root).parts)])
+    return [p for p in files if not any(part.startswith(".") or part == without for part in p.relative_to(root).parts)]
+
+
+def content_hash(path: str, without: str = "") -> str | None:
+    """:func:`file_hash` or :func:`folder_hash`; None when there is neither file nor folder.
+
+    A file is read again only when it has another size or time than before.
+
+    Args:
+        path: file or folder.
+        without: name of folders in it that do not count.
+    """
+    root = Path(path)
+    files = _files(root, without) if root.is_dir() else [root] * root.is_file()
+    stamp = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    if not files:
+        return None
+    if _KNOWN.get(path, ((), ""))[0] != stamp:
+        _KNOWN[path] = stamp, files_hash(root, files) if root.is_dir() else file_hash(path)
+    return _KNOWN[path][1]
+
+
+_KNOWN: dict[str, tuple[tuple[tuple[str, int, int], ...], str]] = {}
 
 
 def file_hash(path: str) -> str:

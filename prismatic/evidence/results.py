@@ -13,6 +13,7 @@ from prismatic.evidence.checks import (
     check_fields,
     is_integer,
     parse_object,
+    read_object,
     read_text,
 )
 from prismatic.evidence.statistics import wilson_interval
@@ -157,7 +158,7 @@ def read_evaluation(folder: str | os.PathLike[str]) -> Evaluation:
     facts_path = folder / "results.json"
     facts = {}
     if facts_path.is_file():
-        facts = _checked(parse_object, _checked(read_text, facts_path), str(facts_path))
+        facts = _checked(read_object, facts_path)
         _checked(check_fields, facts, {"overall": dict, "config": (dict, type(None))}, str(facts_path))
     evaluation = Evaluation(str(folder), outcomes, len(statuses) - len(outcomes), facts)
     overall = facts.get("overall", {})

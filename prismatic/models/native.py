@@ -12,7 +12,6 @@ tables are derived from the configuration and are in no file.
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from prismatic.evidence.checks import FOREIGN, read_object
 from prismatic.evidence.hashes import sha256_of
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, VisionTowerSpec
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
@@ -201,7 +201,7 @@ def check_native_config(path: str | Path, config: OpenVLAConfig) -> None:
     values = _read_config(file)
     _compare_config(file, values, config)
     base = values.get("vla", {}).get("base_vlm")
-    if base and (Path(base) / "config.json").is_file():
+    if base and isinstance(base, str) and (Path(base) / "config.json").is_file():
         base_file = Path(base) / "config.json"
         _compare_config(base_file, _read_config(base_file), config)
 
@@ -340,13 +340,9 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(values, dict) or not any(isinstance(values.get(name), dict) for name in ("model", "vla")):
-        found = sorted(values) if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f'{file}: expected a native configuration with "model" or "vla", found {found}')
+    values = read_object(regular_file(file), finite=False, limits=FOREIGN)
+    if not any(isinstance(values.get(name), dict) for name in ("model", "vla")):
+        raise ValueError(f'{file}: expected a native configuration with "model" or "vla", found {sorted(values)}')
     return {name: values[name] for name in ("model", "vla") if isinstance(values.get(name), dict)}
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from prismatic.evidence.checks import check_collection
 from prismatic.evidence.hashes import sha256_of
 from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig, PrismaticConfig
 from prismatic.extern.hf.language_body import require_body
@@ -107,6 +108,8 @@ def _check_manifest(manifest: dict[str, Any], file: Path) -> None:
         (words, kind), value = (_OPTIONAL_FIELDS | _MANIFEST_FIELDS)[name], manifest[name]
         if type(value) is not kind or (kind is int and value < 0):
             raise CheckpointError(f"{file}: {name} is {str(value)[:80]!r}, expected {words}")
+    for name, facts in (manifest.get("datasets") or {}).items():
+        _check_collected(facts, f"{file}: datasets: {str(name)[:80]}")
     if not is_file_name(manifest["file_suffix"]):
         raise CheckpointError(f"{file}: file_suffix is {manifest['file_suffix']!r}, expected a part of a file's name")
     sizes = {name: manifest[name] for name in ("action_head", "action_spec", "image_spec", "num_images")}
@@ -120,6 +123,16 @@ def _check_manifest(manifest: dict[str, Any], file: Path) -> None:
             f"{head.num_blocks} blocks, expected chunks of {spec.chunk_len} of {spec.action_dim} as in action_spec and "
             f"at most {_MOST_LAYERS} blocks"
         )
+
+
+def _check_collected(facts: Any, where: str) -> None:
+    """What a data set records of how it was collected; None: nothing."""
+    if not isinstance(facts, dict | None):
+        raise CheckpointError(f"{where}: found {type(facts).__name__}, expected an object or null")
+    try:
+        check_collection(facts or {}, where)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def read_statistics(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from prismatic.evidence.checks import is_integer, parse_object
 from prismatic.evidence.files import write_text
 from prismatic.training.run_folder import METRICS
 
@@ -135,7 +137,15 @@ def _put_in_the_past(folder: Path) -> None:
 def _truncate_after(path: Path, start_step: int) -> None:
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    # A killed process can leave half a line; it belongs to a step that will be repeated.
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start_step]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if _step_of(line) <= start_step]
     write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    """Infinite for what is no row: a killed process can leave half a line, whose step will be repeated."""
+    try:
+        step = parse_object(line, METRICS, finite=False).get("step")
+    except ValueError:
+        return math.inf
+    return step if is_integer(step) else math.inf

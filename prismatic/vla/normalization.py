@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prismatic.evidence.checks import FOREIGN, read_object
 from prismatic.evidence.files import write_json
 from prismatic.vla.action_spec import ActionSpec, NormalizationType
 
@@ -238,12 +239,10 @@ def save_statistics(path: str | os.PathLike, all_stats: Mapping[str, Mapping]) -
 def load_statistics(path: str | os.PathLike) -> dict[str, dict]:
     """Read a `dataset_statistics.json`; StatisticsError when it does not map names to statistics."""
     path = Path(path)
-    if path.exists() and not path.is_file():  # reading a device or a pipe would not end
-        raise StatisticsError(f"{path}: no regular file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise StatisticsError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(v, dict) and "action" in v for v in content.values()):
+        content = read_object(path, finite=False, limits=FOREIGN)
+    except ValueError as error:
+        raise StatisticsError(str(error)) from None
+    if not all(isinstance(v, dict) and "action" in v for v in content.values()):
         raise StatisticsError(f"{path}: expected {{data set name: {{'action': ..., 'proprio': ...}}}}")
     return content

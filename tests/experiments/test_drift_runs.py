@@ -1,8 +1,6 @@
 """Running and recording cells: what is recorded, what is skipped, what a failure costs."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -112,15 +110,10 @@ def test_a_run_that_was_broken_off_begins_again_unless_it_is_still_at_work(cfg, 
 
 
 @pytest.mark.parametrize("folder", ["results_dir", "work_dir"])
-def test_two_experiments_do_not_share_a_folder(cfg, trained, folder, capsys):
+def test_two_experiments_do_not_share_a_folder(cfg, trained, folder, capsys, held_elsewhere):
     path = getattr(cfg, folder)
-    script = "import sys, time; from prismatic.output_folder import hold; from pathlib import Path;"
-    script += "hold(Path(sys.argv[1]), '--x'); print('held', flush=True); time.sleep(600)"
-    with subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(SystemExit) as ended:
-            run_experiment(cfg, lambda _: [Cell("a", 0.1, 0)], (DRIFT,))
-        other.kill()
+    with held_elsewhere(Path(path)) as other, pytest.raises(SystemExit) as ended:
+        run_experiment(cfg, lambda _: [Cell("a", 0.1, 0)], (DRIFT,))
     (line,) = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2
     assert f"--{folder} {path}" in line

@@ -71,6 +71,23 @@ def test_the_scripts_find_the_repository_whatever_cd_prints(tmp_path):
     assert lines[0] == str(ROOT) and f"--work_dir={ODD}" in lines and "--extra_eval_args=-x y" in lines
 
 
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_scripts_say_which_interpreter_is_missing_and_run_in_another_shell(tmp_path):
+    script = ROOT / "craft_experiments/01_main_results/run_table1_experiments.sh"
+    for shell in ("bash", "sh"):
+        environment = stub_programs.clean_environment() | {"PYTHON": "no such python"}
+        done = subprocess.run([shell, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr == "PYTHON: found 'no such python', expected a Python interpreter\n"
+
+
+def test_no_program_needs_the_texts_of_its_modules():
+    """`PYTHONOPTIMIZE=2` leaves them out."""
+    files = [path for room in ("prismatic", "experiments", "craft_experiments") for path in (ROOT / room).rglob("*.py")]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in files}
+    assert len(files) > 200 and not [name for name, text in texts.items() if re.search(r"__doc__[.\[]", text)]
+
+
 @pytest.mark.parametrize("name", ["extra_train_args", "extra_eval_args"])
 def test_an_open_quote_in_a_variable_names_it(name):
     with pytest.raises(ValueError, match=f"--{name}: found"):

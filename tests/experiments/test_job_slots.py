@@ -36,12 +36,25 @@ def test_jobs_wait_for_their_predecessors_and_finished_ones_are_skipped(tmp_path
     assert order(tmp_path) == ["a", "b", "c", "b"]
 
 
-def test_no_more_jobs_than_slots_run_at_a_time(tmp_path):
-    code = "import time, pathlib; p = pathlib.Path({}); n = len(list(p.glob('*.busy'))); b = p / ('{}' + '.busy')"
-    code += "; b.touch(); time.sleep(0.3); b.unlink(); assert n < 2, n"
-    jobs = [touch_job(tmp_path, f"j{i}", code=code.format(repr(str(tmp_path)), f"j{i}")) for i in range(4)]
-    run_jobs(jobs, tmp_path / "logs", slots=2)
-    assert sorted(order(tmp_path)) == ["j0", "j1", "j2", "j3"]
+def test_no_more_jobs_than_slots_run_at_a_time(tmp_path, monkeypatch):
+    """Every job waits until it is told to end, which happens once as many run as may."""
+    started, most, start = [], [], subprocess.Popen
+
+    def start_and_count(*words, **options):
+        started.append(start(*words, stdin=subprocess.PIPE, **options))
+        most.append(sum(process.poll() is None for process in started))
+        return started[-1]
+
+    def end_one(_seconds):
+        alive = [process for process in started if process.poll() is None]
+        if len(alive) == 2 or len(started) == 4:
+            for process in alive[:1]:
+                process.communicate()
+
+    monkeypatch.setattr(job_slots.subprocess, "Popen", start_and_count)
+    monkeypatch.setattr(job_slots.time, "sleep", end_one)
+    run_jobs([touch_job(tmp_path, f"j{i}", code="input_ = open(0).read()") for i in range(4)], tmp_path / "logs", 2)
+    assert sorted(order(tmp_path)) == ["j0", "j1", "j2", "j3"] and most == [1, 2, 2, 2]
 
 
 def test_a_failed_job_stops_the_run_and_shows_the_end_of_its_log(tmp_path, capsys):
@@ -144,6 +157,38 @@ def test_progress_is_told_while_a_job_runs(tmp_path, capsys, monkeypatch):
     assert lines and all("0 of 1 jobs done, about" in line for line in lines)
 
 
+KILLED = """
+import os, sys
+from pathlib import Path
+from kill_points import kills
+from craft_experiments.common_utils.job_slots import Job, run_jobs
+
+root = Path(sys.argv[1])
+
+def run(kill):
+    folder = root / str(kill)
+    def job(name, after):
+        code = f"open({str(folder / 'order')!r}, 'a').write({name!r}); open({str(folder / name)!r}, 'w')"
+        return Job(name, [sys.executable, "-S", "-c", code], folder / name, after)
+    run_jobs([job("a", []), job("b", ["a"]), job("c", ["b"])], folder / "logs", slots=1)
+
+def check(kill):
+    assert (root / str(kill) / "order").read_text() == "abc"
+    assert not list((root / str(kill)).rglob("*.tmp"))
+
+print(kills(run, check))
+"""
+
+
+def test_a_driver_that_was_killed_anywhere_goes_on_and_repeats_nothing(tmp_path):
+    """Before every call that changes the file system, so between jobs as well as while one of them runs."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    words = [sys.executable, "-c", KILLED, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) > 6
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ending_the_run_ends_its_commands(tmp_path, number):
     pid_file = tmp_path / "pid"
@@ -154,8 +199,7 @@ def test_ending_the_run_ends_its_commands(tmp_path, number):
         f"run_jobs([Job('a', [sys.executable, '-c', {child!r}], Path('never'))], Path({str(tmp_path)!r}), slots=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 600
-    while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+    while process.poll() is None and not (pid_file.exists() and pid_file.read_text()):
         time.sleep(0.05)
     process.send_signal(number)
     assert process.wait(600) == 128 + number

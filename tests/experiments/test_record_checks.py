@@ -10,7 +10,7 @@ from craft_experiments.common_utils.drift_runs import DRIFT, read_runs
 from craft_experiments.records import RecordError, read_manifest, read_record, write_record
 from experiments.robot.libero import compare_evals, make_report, merge_shards
 from experiments.robot.libero.eval_log import EpisodeRecord, EpisodeStatus, EpisodeStore, read_episode_lines
-from prismatic.evidence.checks import MAX_DEPTH, check_episode, parse_object, read_text
+from prismatic.evidence.checks import RECORD, check_episode, parse_object, read_text
 from prismatic.evidence.episodes import RecordsError, read_run
 from prismatic.evidence.results import ResultFormatError, read_evaluation, read_metrics
 
@@ -56,7 +56,7 @@ RAW = {
     "infinity": GOOD.to_json().replace("1.5", "-Infinity"),
     "too large": GOOD.to_json().replace("1.5", "1e999"),
     "thousands of digits": GOOD.to_json().replace('"steps": 10', '"steps": ' + "9" * 6000),
-    "deep": GOOD.to_json().replace('"open it"', "[" * (MAX_DEPTH + 2) + "]" * (MAX_DEPTH + 2)),
+    "deep": GOOD.to_json().replace('"open it"', "[" * (RECORD.levels + 2) + "]" * (RECORD.levels + 2)),
     "very deep": "[" * 200_000,
     "half a pair": GOOD.to_json().replace("open it", "\\ud800"),
     "a list": "[1]",

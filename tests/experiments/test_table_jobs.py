@@ -53,7 +53,7 @@ def make_everything(s, jobs) -> None:
             path.write_text("{}")
     for job in jobs.values():
         if job.record(s) is not None:
-            records.write_record(job.record(s), job.facts(s, 1.0))
+            records.write_record(job.record(s), job.facts(s, 1.0, job.content(s)))
 
 
 def delete(s, job: Job) -> None:

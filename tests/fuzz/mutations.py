@@ -20,7 +20,7 @@ FUZZ = settings(
 
 
 @contextmanager
-def quickly(seconds: float = 2.0):
+def quickly(seconds: float = 60.0):
     """Fail when the block takes more processor time: something is read again and again, or backtracks."""
     start = time.process_time()
     yield

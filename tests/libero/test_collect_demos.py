@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -272,6 +276,15 @@ def test_a_worker_stops_when_its_run_was_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(collect_workers, "_collect_number", lambda env, cfg, number: collected.append(number))
     collect_workers.collect_share(settings(tmp_path, episodes_per_task=5), collect_workers.Share(0, 0, 1))
     assert collected == [0]
+
+
+def test_a_collection_that_was_killed_anywhere_goes_on(tmp_path):
+    """Before every call that changes the file system."""
+    script, root = Path(__file__).with_name("collect_kills.py"), Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) > 20
 
 
 def test_finished_episodes_are_ordered_and_restricted_to_the_run(tmp_path):

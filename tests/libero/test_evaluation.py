@@ -23,6 +23,7 @@ from experiments.robot.libero.modes import RenderMode
 from experiments.robot.libero.scheduler import WorkerFailedError
 from experiments.robot.libero.surroundings import SimulatorUnavailableError
 from experiments.robot.libero.video import SaveVideos
+from prismatic.evidence import files
 from prismatic.evidence.episodes import protocol_differences, read_run
 from prismatic.evidence.files import write_json
 from prismatic.training.checkpoint_folder import MANIFEST
@@ -133,10 +134,15 @@ def test_recorded_instructions_do_not_change_the_fingerprint(cfg):
         assert checkpoint_fingerprint(str(folder)) != before
 
 
-def test_videos(cfg, tmp_path):
+def test_videos(cfg, tmp_path, dead_process):
+    machine = files.writer().partition("-")[0]
+    left = Path(cfg.rollout_dir, cfg.save_version, "2025_01_01", f".a.mp4.{machine}-{dead_process}.tmp")
+    left.parent.mkdir(parents=True)
+    left.touch()
     pytest.importorskip("imageio_ffmpeg")
     cfg = replace(cfg, save_videos=SaveVideos.FAILURES, task_ids="0,2")
     evaluate(cfg, FakeBackend(limit=21))  # state 2 fails
+    assert not left.exists()
     videos = [r["video"] for r in lines_of(cfg)]
     assert [bool(v) for v in videos] == [False, False, True] * 2 and all(Path(v).is_file() for v in videos if v)
     assert "--episode=3--success=False--task=push_the_red_block.mp4" in videos[2]
@@ -424,13 +430,17 @@ def test_the_middle_of_a_large_file_counts(cfg):
     assert checkpoint_fingerprint(cfg.pretrained_checkpoint) != before
 
 
-def test_runs_from_copies_of_one_initial_states_file_compare(cfg, tmp_path):
+def test_runs_from_copies_of_one_file_compare(cfg, tmp_path):
     runs = []
     for name, state in (("a", (0.0, 0.5)), ("b", (0.0, 0.5)), ("c", (0.0, 0.25))):
         own = {"results_dir": str(tmp_path / f"r_{name}"), "local_log_dir": str(tmp_path / f"l_{name}")}
         states = states_file(tmp_path / name / "states.json", state)
-        evaluate(replace(cfg, initial_states_path=states, **own), FakeBackend())
+        sets = Path(states).with_name("sets.py")
+        sets.write_text(f"# {state}")
+        evaluate(replace(cfg, initial_states_path=states, data_set_file=str(sets), **own), FakeBackend())
         runs.append(read_run(own["results_dir"]))
     a, b, c = runs
-    assert "initial_states_path" not in {d.field for d in protocol_differences(a, b, a.episodes)}
-    assert "initial_states_path" in {d.field for d in protocol_differences(a, c, a.episodes) if d.decisive}
+    named = {"initial_states_path", "data_set_file"}
+    assert named.isdisjoint(d.field for d in protocol_differences(a, b, a.episodes))
+    different = protocol_differences(a, c, a.episodes)
+    assert named <= {d.field for d in different} and "initial_states_path" in {d.field for d in different if d.decisive}

@@ -52,6 +52,12 @@ def test_episodes_under_way_count_against_the_budget():
     assert budget.reserve() and not budget.reserve()
 
 
+def test_a_video_may_lie_in_a_folder_with_any_name(odd_folder):
+    pytest.importorskip("imageio_ffmpeg")
+    written = write_video(str(odd_folder / "%d.mp4"), [np.zeros((32, 32, 3), np.uint8)] * 2)
+    assert [str(path) for path in odd_folder.iterdir()] == [written]
+
+
 def test_video_is_written_completely_or_not_at_all(tmp_path):
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
     path = str(tmp_path / "deep" / "a.mp4")
@@ -66,4 +72,4 @@ def test_video_is_written_completely_or_not_at_all(tmp_path):
         write_video(str(tmp_path / "b.mp4"), [frames[0], frames[0][:32]])
     with pytest.raises(ValueError, match="at least one"):
         write_video(str(tmp_path / "b.mp4"), [])
-    assert [p.name for p in tmp_path.rglob("*.mp4")] == ["a.mp4"]
+    assert [p.name for p in tmp_path.rglob("*.*")] == ["a.mp4"]

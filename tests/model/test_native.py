@@ -586,7 +586,12 @@ def test_config_missing(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "match"),
-    [("{", "not valid JSON"), ({"model_type": "openvla"}, r"found \['model_type'\]"), ("[1]", "found list")],
+    [
+        ("{", "expected JSON"),
+        ("[" * 9000, "nested too deeply"),
+        ({"model_type": "openvla"}, r"found \['model_type'\]"),
+        ("[1]", "found list"),
+    ],
 )
 def test_config_of_another_kind(run, content, match):
     write_config(run, content)

@@ -72,6 +72,10 @@ MANIFESTS = [
     ("legacy_slices", "no"),
     ("step", 1.5),
     ("datasets", []),
+    ("datasets", {"x": 5}),
+    ("datasets", {"x": {"render_mode": ["lazy"]}}),
+    ("datasets", {"x": {"jpeg_quality": 10**6}}),
+    ("datasets", {"x": {"tasks": {"3": {"episodes": -1}}}}),
     ("action_spec", [8, 7, 8]),
     ("action_spec.chunk_len", 10**9),
     ("action_spec.chunk_len", 9),  # another one than the head's
@@ -93,7 +97,7 @@ def test_the_manifest_is_checked(full, path, value):
         load_checkpoint(full)
 
 
-@pytest.mark.parametrize("value", [1e308, math.nan, -math.inf, 10**400, 1e11])
+@pytest.mark.parametrize("value", [1e308, math.nan, -math.inf, 10**30, 1e11])
 @pytest.mark.parametrize("kind", ["full", "published"])
 def test_a_statistic_no_robot_has_is_refused(full, published, kind, value):
     folder = {"full": full, "published": published}[kind]
@@ -132,7 +136,7 @@ def test_what_is_too_large_or_too_deep_is_not_read(tmp_path):
     with file.open("wb") as stream:
         stream.write(b"{")
         stream.truncate(1 << 33)
-    with pytest.raises(CheckpointError, match="expected a JSON file of at most"):
+    with pytest.raises(CheckpointError, match="x.json: found 8192 MiB, expected at most 64"):
         read_json(file)
     deep: list = []
     for _ in range(100):

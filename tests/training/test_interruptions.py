@@ -67,8 +67,17 @@ def test_thirty_kills_leave_no_trace(tmp_path):
 
 
 # Threads of the process group abort a process that ends before them; they hang one whose DDP wrapper owns them last.
+# After a signal a process no longer waits for the others as long as `--ddp_timeout` says.
 PROGRAM = """
-import gc, runpy, torch
+import gc, os, runpy, signal, torch
+from datetime import timedelta
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+def be_impatient(number, frame):
+    _set_pg_timeout(timedelta(seconds=5))
+    open(os.environ["CRAFT_TEST_IMPATIENT"], "w").close()
+
+signal.signal(signal.SIGUSR1, be_impatient)
 leave = torch.distributed.destroy_process_group
 
 def leave_alone(group=None):
@@ -91,14 +100,14 @@ def command(folder: Path, name: str, steps: int, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
-def launch(arguments: list[str], processes: int = 1) -> list[subprocess.Popen]:
-    """The processes of a run, each in a group of its own as a scheduler starts them."""
+def launch(arguments: list[str], processes: int = 1, impatient: str = "") -> list[subprocess.Popen]:
+    """The processes of a run, each in a group of its own as a scheduler starts them. impatient: see `PROGRAM`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = []
     for rank in range(processes):
-        environment = dict(ENVIRONMENT)
+        environment = ENVIRONMENT | {"CRAFT_TEST_IMPATIENT": impatient}
         if processes > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -163,8 +172,12 @@ def test_a_stopped_run_resumes_where_it_was(tmp_path, processes):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_others_stop_when_a_process_dies_or_hangs(tmp_path, number):
-    run = launch(command(tmp_path, "run", 100_000, "--ddp_timeout", "60"), 2)
+    impatient = tmp_path / "impatient"
+    run = launch(command(tmp_path, "run", 100_000, "--ddp_timeout", "1800"), 2, str(impatient))
     wait_for_steps(tmp_path, "run", 2, run[0])
+    os.kill(run[0].pid, signal.SIGUSR1)
+    while run[0].poll() is None and not impatient.exists():
+        time.sleep(0.02)
     os.kill(run[1].pid, number)
     try:
         output = finish(run[:1])[0]
@@ -172,7 +185,7 @@ def test_the_others_stop_when_a_process_dies_or_hangs(tmp_path, number):
         run[1].kill()
         run[1].communicate()
     assert run[0].returncode not in (0, None)
-    assert "another of the 2 processes is gone or did not answer within --ddp_timeout 60 s" in output, output[-3000:]
+    assert "another of the 2 processes is gone or did not answer within --ddp_timeout 1800 s" in output, output[-3000:]
 
 
 # ------------------------------------------------------------------------------------------------ in this process

@@ -1,10 +1,15 @@
 """A run's folder is taken over only when that is asked for, and before anything is written."""
 
+import shutil
+
+import micro
 import pytest
 
 from prismatic.command_line import UsageError, check_name
+from prismatic.models.presets import PRESETS
 from prismatic.training import saving
 from prismatic.training.checkpoint_folder import find_checkpoints
+from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.run_folder import claim_run_folder
 
@@ -82,6 +87,21 @@ def test_a_run_has_one_writer(make_trainer, tmp_path, held_elsewhere, monkeypatc
     make_trainer("run", max_steps=1).fit()
     with held_elsewhere(folder):  # released with the end of the run
         pass
+
+
+def test_data_and_run_may_lie_in_folders_with_any_name(make_trainer, odd_folder, monkeypatch):
+    """Adapters find their base there, too."""
+    monkeypatch.setitem(PRESETS, "tiny", micro.MICRO)
+    shutil.copytree(micro.DATA, odd_folder / "data")
+    places = {"data_root_dir": str(odd_folder / "data"), "run_root_dir": str(odd_folder / "runs")}
+    make_trainer("it's a", max_steps=1, **places).fit()
+    again = make_trainer("it's a", max_steps=2, resume="auto", **places)
+    assert again.step == 1
+    again.fit()
+    start = odd_folder / "runs" / "it's a--2_chkpt"
+    lora = {"use_lora": True, "lora_rank": 2, "config_file_path": str(start)}
+    make_trainer("b", max_steps=1, **lora, **places).fit()
+    assert load_checkpoint(odd_folder / "runs" / "b--1_chkpt").manifest["tuning"] == "lora"
 
 
 @pytest.mark.parametrize("run_id", ["exp/a", "../a", "a\\b", "", ".", "a\nb", "x" * 300])

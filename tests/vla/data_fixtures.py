@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from prismatic.vla.datasets.rlds import Episode, write_rlds
 from prismatic.vla.images import encode_jpeg
@@ -31,3 +34,15 @@ def make_episode(index: int, length: int = 12, instruction: str = "push the plat
 
 def write_data_set(root: Path, name: str, episodes: list[Episode], shards: int = 1, side: int = 16) -> Path:
     return write_rlds(root / name / "1.0.0", name, episodes, shards, (side, side, 3))
+
+
+@contextmanager
+def ends():
+    """A hang becomes a failure; nothing else depends on the clock."""
+    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
+    signal.alarm(1800)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)

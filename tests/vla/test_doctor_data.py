@@ -11,6 +11,7 @@ from experiments.robot.doctor import __main__ as command
 from experiments.robot.doctor.data_checks import data_checks
 from experiments.robot.doctor.demonstrations import open_data_set, recorded_starts
 from experiments.robot.doctor.findings import Status
+from prismatic.vla.datasets.rlds import METADATA_FILE, write_rlds
 from prismatic.vla.images import decode_jpeg
 
 RLDS = Path(__file__).parents[2] / "datasets" / "rlds"
@@ -62,6 +63,38 @@ def test_contradictions_in_the_data_are_a_failure(tmp_path, object_data):
 def test_the_shipped_data_keep_their_conventions(object_data):
     for data in (object_data, open_data_set(RLDS / "libero_spatial_scripted_no_noops")):
         assert run(data_checks(data), "conventions of the data").status is Status.OK
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory, object_data):
+    """A version folder with a record of how it was collected."""
+    folder = tmp_path_factory.mktemp("collected") / "libero_object_no_noops" / "1.0.0"
+    return write_rlds(folder, "libero_object_no_noops", [object_data.reader.episode(0)], 1, (96, 96, 3), {})
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ("[]", "expected an object, found list"),
+        ('{"expert": ' + "[" * 40 + "]" * 40 + "}", "nested too deeply"),
+        ('{"noise_std": NaN}', "NaN"),
+        ('{"seed": "x"}', "seed: found 'x', expected a whole number >= 0"),
+        ('{"image_size": 1000000000}', "image_size"),
+        ('{"tasks": []}', "tasks: found"),
+        ('{"tasks": {"3": 5}}', "tasks: found"),
+        ('{"tasks": {"x": {}}}', "tasks: found"),
+        ('{"tasks": {"3": {"episodes": 30000}}, "max_attempts": 40}', "found 1200000 starts, expected at most 1000000"),
+        ('{"task_suite_name": 7}', "task_suite_name: found 7, expected text"),
+        ('{"render_mode": ["lazy"]}', "render_mode: found"),
+        ('{"reset_mode": "gentle"}', "reset_mode: found 'gentle', expected one of hard, soft"),
+    ],
+)
+def test_the_record_of_a_collection_is_checked_as_data(record, named, collected, capsys):
+    (collected / METADATA_FILE).write_text(record)
+    with pytest.raises(SystemExit) as end:
+        command.main(["--data", str(collected), "--quick"])
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and f"{collected / METADATA_FILE}: " in line and named in line
 
 
 def test_an_unregistered_name_needs_the_file_that_registers_it(tmp_path, object_data, capsys, monkeypatch):

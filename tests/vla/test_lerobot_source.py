@@ -170,6 +170,7 @@ def test_lost_image_files_of_the_index_are_built_again(v21):
     [
         ({"codebase_version": "v1.6"}, "codebase_version is 'v1.6', expected v2.0, v2.1, v3.0"),
         ({"codebase_version": ...}, "codebase_version is None, expected str"),
+        ({"fps": 10**400}, "found a number of 401 digits"),
         ({"features": []}, r"features is \[\], expected dict"),
         ({"splits": ["train"]}, r"splits is \['train'\], expected {name: first:last}"),
         ({"chunks_size": 0}, "chunks_size is 0, expected a positive integer"),
@@ -231,7 +232,7 @@ def test_missing_and_damaged_files_v30(v30, name):
     [
         ({"episode_index": 2, "length": 6}, r"episode_index \[1, 2, 2\], expected distinct numbers from 0 on"),
         ({"episode_index": -1, "length": 6}, r"episode_index \[-1, 1, 2\], expected distinct numbers from 0 on"),
-        ([], "line 1: list, expected a JSON object"),
+        ([], "line 1: expected an object, found list"),
     ],
 )
 def test_wrong_episode_lines(v21, line, message):

@@ -28,7 +28,7 @@ SHIPPED_DATA = Path(__file__).parents[3] / "datasets" / "rlds" / "libero_object_
 
 def build_parser() -> argparse.ArgumentParser:
     """Command line."""
-    parser = OneLineParser(prog="python -m experiments.robot.doctor", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="python -m experiments.robot.doctor", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--checkpoint", help="checkpoint folder; without it, statistics, crop, images and attention are not checked")
     add("--data", help=f"folder of the training's data set (default: the shipped demonstrations, if any); {PLACE}")

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from experiments.robot.libero.collect_starts import Start, episode_start
+from experiments.robot.libero.modes import RenderMode, ResetMode
 from experiments.robot.libero.suite_names import split_suite
 from prismatic.vla.action_spec import ActionSpec, NormalizationType
 from prismatic.vla.datasets.dataset_part import episodes_left_out, numbers
@@ -18,13 +19,15 @@ from prismatic.vla.datasets.formats import expected_files, folder_and_split, is_
 from prismatic.vla.datasets.inspect import open_folder
 from prismatic.vla.datasets.inspect_measures import read_pixels
 from prismatic.vla.datasets.registry import DataSetConfig, standardize_libero
-from prismatic.vla.datasets.rlds import Episode, RLDSReader
-from prismatic.vla.datasets.source import EpisodeSource
+from prismatic.vla.datasets.rlds import METADATA_FILE, Episode, RLDSReader
+from prismatic.vla.datasets.source import DataSetError, EpisodeSource
 from prismatic.vla.images import decode_jpeg
 from prismatic.vla.normalization import Normalizer, compute_statistics
 
+_MOST_STARTS = 1_000_000
 CAMERAS = ("image", "wrist_image")
 THUMBNAIL = 24
+_START_FACTS = {"seed", "initial_states", "noise_std", "noise_fraction", "max_attempts", "tasks"}
 MAX_IMAGE_DIFFERENCE = 12.0
 """Grey levels, mean over a thumbnail: within 3 for the same scene in the same render mode, above 17 for a flip."""
 MAX_STATE_DIFFERENCE = 0.15
@@ -75,11 +78,24 @@ def open_data_set(path: str | Path) -> DataSet:
         raise FileNotFoundError(f"--data {path}: expected a folder with {files}, found none of them")
     name, source, config = open_folder(folder, split, skip_bad=True)
     metadata = source.metadata or {}
+    _check_metadata(metadata, source.directory / METADATA_FILE)
     # Only collections of this code record how episodes began, and all have its layout.
     reader = RLDSReader(source.directory, source.split, skip_bad=True) if metadata else None
     suite = metadata.get("task_suite_name") or split_suite(name)[0]
     left_out = episodes_left_out(source, config, config.action_spec.chunk_len, skip_bad=True)
     return DataSet(source.directory, name, suite, source, config, left_out, reader, metadata)
+
+
+def _check_metadata(metadata: dict[str, Any], file: Path) -> None:
+    """DataSetError for modes that the simulator does not have, and for more starts than can be drawn again."""
+    for name, kind in (("render_mode", RenderMode), ("reset_mode", ResetMode)):
+        modes = [mode.value for mode in kind]
+        if name in metadata and metadata[name] not in modes:
+            raise DataSetError(f"{file}: {name}: found {metadata[name]!r:.60}, expected one of {', '.join(modes)}")
+    episodes = sum(facts.get("episodes", 0) + facts.get("unsolved", 0) for facts in metadata.get("tasks", {}).values())
+    starts = episodes * metadata.get("max_attempts", 1)
+    if starts > _MOST_STARTS:
+        raise DataSetError(f"{file}: tasks, max_attempts: found {starts} starts, expected at most {_MOST_STARTS}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +112,7 @@ def recorded_starts(data: DataSet) -> list[RecordedStart]:
 
     Empty when the data set does not record how it was collected.
     """
-    if data.reader is None or not {"seed", "initial_states", "tasks"} <= set(data.metadata):
+    if data.reader is None or not data.metadata.keys() >= _START_FACTS:
         return []
     known = _starts_by_seed(data.metadata)
     found = []
@@ -112,11 +128,11 @@ def recorded_starts(data: DataSet) -> list[RecordedStart]:
 
 
 def _starts_by_seed(metadata: dict[str, Any]) -> dict[int, tuple[int, Start]]:
-    known = {name: metadata[name] for name in ("seed", "initial_states", "noise_std", "noise_fraction")}
+    known = {name: metadata[name] for name in _START_FACTS - {"tasks", "max_attempts"}}
     settings: Any = SimpleNamespace(**known)  # what a start depends on, of the settings of the collection
     starts = {}
     for task_id, facts in metadata["tasks"].items():
-        for number in range(facts["episodes"] + facts["unsolved"]):
+        for number in range(facts.get("episodes", 0) + facts.get("unsolved", 0)):
             for attempt in range(metadata["max_attempts"]):
                 start = episode_start(settings, int(task_id), number, attempt)
                 starts[start.seed] = (int(task_id), start)

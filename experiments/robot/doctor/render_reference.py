@@ -21,6 +21,7 @@ from experiments.robot.libero.modes import RenderMode, ResetMode
 from experiments.robot.libero.surroundings import SimulatorUnavailableError
 from experiments.robot.libero.tasks import load_task
 from prismatic.command_line import MISTAKES, OneLineParser, bad_input_in_one_line
+from prismatic.evidence.checks import read_object
 
 _PROGRAM = "python -m experiments.robot.doctor.render_reference"
 REFERENCE_FILE = Path(__file__).with_name("render_reference.json")
@@ -49,7 +50,7 @@ def mean_colours(suite: str, mode: RenderMode) -> dict[str, list[float]]:
 
 def load_reference() -> dict[str, Any]:
     """Content of the stored file: {"versions", "image_size", "modes": {mode: {suite: {camera: [r, g, b]}}}}."""
-    return json.loads(REFERENCE_FILE.read_text(encoding="utf-8"))
+    return read_object(REFERENCE_FILE)
 
 
 def largest_difference(found: dict[str, list[float]], stored: dict[str, list[float]]) -> tuple[float, str]:

@@ -24,7 +24,8 @@ from experiments.robot.libero.simulator import require, simulator_versions
 from experiments.robot.libero.surroundings import SimulatorUnavailableError
 from experiments.robot.libero.tasks import load_task, task_count
 from prismatic.command_line import MISTAKES, UsageError, bad_input_in_one_line, faults_in_one_line, flag, parse
-from prismatic.evidence.files import write_json
+from prismatic.evidence.checks import read_object
+from prismatic.evidence.files import remove_leftovers, write_json
 from prismatic.output_folder import check_folder, held
 from prismatic.vla.datasets.rlds import write_rlds
 
@@ -42,7 +43,9 @@ def collect(settings: CollectSettings) -> Path:
         raise FileExistsError(f"--dataset_name {settings.dataset_name}: {settings.target} exists already")
     _check_task_ids(settings)
     require(render=True)
-    with held(settings.scratch, "--output_dir"):
+    with held(settings.scratch, "--output_dir"), held(settings.target, "--output_dir"):
+        for folder in settings.scratch.glob("task_*"):
+            remove_leftovers(folder, held=True)
         _check_fingerprint(settings)
         run_processes(settings)
         return _finish(settings)
@@ -58,9 +61,8 @@ def _finish(settings: CollectSettings) -> Path:
     metadata = settings.fingerprint() | {"versions": simulator_versions(), "tasks": report}
     episodes = (load_episode(path, index) for index, path in enumerate(finished_episodes(settings)))
     shape = (settings.image_size, settings.image_size, 3)
-    written = write_rlds(settings.target, settings.dataset_name, episodes, image_shape=shape, metadata=metadata)
-    write_json(written.parent / REPORT_FILE, report)
-    return written
+    write_json(settings.target.parent / REPORT_FILE, report)  # first: with the data set there is nothing left to do
+    return write_rlds(settings.target, settings.dataset_name, episodes, image_shape=shape, metadata=metadata)
 
 
 def _check_task_ids(settings: CollectSettings) -> None:
@@ -85,7 +87,7 @@ def _check_fingerprint(settings: CollectSettings) -> None:
     if not path.is_file():
         write_json(path, wanted)
         return
-    found = json.loads(path.read_text())
+    found = read_object(path)
     different = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
     if different:
         raise ValueError(

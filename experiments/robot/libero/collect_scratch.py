@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +14,18 @@ import numpy as np
 from experiments.robot.libero.collect_settings import CollectSettings
 from experiments.robot.libero.collect_starts import Start
 from experiments.robot.libero.tasks import LiberoTask
+from prismatic.evidence.checks import check_fields, parse_object, read_object
 from prismatic.evidence.files import replacing
 from prismatic.vla.datasets.rlds import Episode
 
 MEGABYTE = 1_000_000
+_HEADER: dict[str, type | tuple[type, ...]] = {
+    "instruction": str,
+    "file_path": str,
+    "attempts": int,
+    "seed": int,
+    "noise_std": (int, float),
+}
 
 
 def episode_path(scratch: Path, task_id: int, episode: int) -> Path:
@@ -40,7 +48,7 @@ def load_episode(path: Path, index: int) -> Episode:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {key: stored[key] for key in stored.files}
-        header = json.loads(str(arrays["header"]))
+        header = _header(arrays, path)
         images = {camera: _split(arrays[camera], arrays[camera + "_lengths"]) for camera in ("image", "wrist_image")}
     except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"scratch episode {path} cannot be read: {error}; delete it and collect again") from error
@@ -73,11 +81,11 @@ def _task_report(settings: CollectSettings, task_id: int) -> dict[str, Any]:
         path = episode_path(settings.scratch, task_id, number)
         if path.is_file():
             with np.load(path, allow_pickle=False) as stored:
-                headers.append(json.loads(str(stored["header"])))
+                headers.append(_header(stored, path))
                 lengths.append(len(stored["actions"]))
                 sizes.append(stored["image"].size + stored["wrist_image"].size)
         elif path.with_suffix(".failed.json").is_file():
-            failed.append(json.loads(path.with_suffix(".failed.json").read_text()))
+            failed.append(_failure(path.with_suffix(".failed.json")))
     return {
         "episodes": len(headers),
         "unsolved": len(failed),
@@ -90,6 +98,20 @@ def _task_report(settings: CollectSettings, task_id: int) -> dict[str, Any]:
         "instruction": headers[0]["instruction"] if headers else None,
         "reasons": sorted({f["reason"] for f in failed if "reason" in f}),
     }
+
+
+def _header(stored: Mapping[str, np.ndarray], path: Path) -> dict[str, Any]:
+    header = parse_object(str(stored["header"]), str(path))
+    check_fields(header, _HEADER, str(path))
+    if not header.keys() >= _HEADER.keys():
+        raise ValueError(f"{path}: header: found {sorted(header)}, expected {sorted(_HEADER)}")
+    return header
+
+
+def _failure(path: Path) -> dict[str, Any]:
+    failure = {"attempts": 0} | read_object(path)
+    check_fields(failure, {"attempts": int, "reason": str}, str(path))
+    return failure
 
 
 def is_settled(path: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
 from prismatic.command_line import split_places
-from prismatic.evidence.checks import check_fields, parse_object, read_text
+from prismatic.evidence.checks import check_fields, read_object
 from prismatic.evidence.episodes import DECISIVE_FIELDS, facts_protocol
 
 _EPISODES = ("seed", "initial_state_offset")
@@ -51,7 +51,7 @@ def read_control_results(cfg: EvalConfig, checkpoint: str) -> list[dict[str, Any
 def _read(folder: str, cfg: EvalConfig, checkpoint: str) -> dict[str, Any]:
     file = Path(folder) / "results.json"
     try:
-        found = parse_object(read_text(file), str(file))
+        found = read_object(file)
         check_fields(found, {"suite": str, "control": str, "checkpoint": str, "overall": dict}, str(file))
         check_fields(found["overall"], {"trials": int, "success_rate": (int, float, type(None))}, str(file))
         check_fields(found["overall"], {"wilson_95": (list, type(None))}, str(file))

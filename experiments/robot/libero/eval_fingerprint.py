@@ -10,6 +10,8 @@ from typing import Any
 
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.eval_config import DEFAULT_INITIAL_STATES, EvalConfig, EvalInputError
+from prismatic.evidence.checks import FOREIGN, parse_object
+from prismatic.evidence.episodes import CONTENT_FACTS
 from prismatic.evidence.hashes import file_hash, files_hash, folder_hash
 from prismatic.training.checkpoint_folder import MANIFEST
 from prismatic.vla.datasets.formats import folder_and_split
@@ -37,10 +39,10 @@ def checkpoint_fingerprint(path: str) -> str:
 def _without_instructions(manifest: bytes) -> bytes:
     """The file as it was before the entry came: records of those checkpoints stay those of the same policy."""
     try:
-        values = json.loads(manifest)
+        values = parse_object(manifest.decode(), MANIFEST, finite=False, limits=FOREIGN)
     except ValueError:
         return manifest
-    if not isinstance(values, dict) or "instructions" not in values:
+    if "instructions" not in values:
         return manifest
     del values["instructions"]
     return (json.dumps(values, indent=2) + "\n").encode()
@@ -65,18 +67,19 @@ def run_fingerprint(cfg: EvalConfig) -> tuple[str, str]:
     names += ("batch_inference",) if cfg.batch_inference else ()  # as the default, it changes nothing
     names += ("robot_platform",) if cfg.robot_platform is not None else ()  # else the checkpoint says it
     settings = {name: plain(getattr(cfg, name)) for name in names} | {"checkpoint": checkpoint.rpartition("@")[2]}
-    if cfg.data_set_file is not None:  # it says chunk and units of a head that does not
-        settings["data_set_file"] = file_hash(cfg.data_set_file)
-    settings["initial_states_path"] = initial_states(cfg)
+    held = contents(cfg)
+    settings |= {flag: held[fact] for flag, fact in CONTENT_FACTS.items() if fact in held}
     settings["language_source"] = cfg.resolved_language_source().value
     text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16], checkpoint
 
 
-def initial_states(cfg: EvalConfig) -> str:
-    """What `--initial_states_path` holds: DEFAULT, or the hash of the file."""
+def contents(cfg: EvalConfig) -> dict[str, str]:
+    """What the files hold that flags name, for results.json: `initial_states` (DEFAULT, or the hash of the file) and,
+    where a file says chunk and units of a head that does not, `data_set_hash`."""
     path = cfg.initial_states_path
-    return path if path == DEFAULT_INITIAL_STATES else file_hash(path)
+    found = {"initial_states": path if path == DEFAULT_INITIAL_STATES else file_hash(path)}
+    return found | ({"data_set_hash": file_hash(cfg.data_set_file)} if cfg.data_set_file is not None else {})
 
 
 def plain(value: Any) -> Any:

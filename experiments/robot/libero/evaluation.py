@@ -16,7 +16,7 @@ from experiments.robot.libero.controls import Control
 from experiments.robot.libero.episode import Backend, Job, RunInfo, with_policy_protocol
 from experiments.robot.libero.eval_backend import LiberoBackend
 from experiments.robot.libero.eval_config import EvalConfig, EvalInputError
-from experiments.robot.libero.eval_fingerprint import initial_states, plain, run_fingerprint
+from experiments.robot.libero.eval_fingerprint import contents, plain, run_fingerprint
 from experiments.robot.libero.eval_log import (
     EpisodeRecord,
     EpisodeStatus,
@@ -28,7 +28,7 @@ from experiments.robot.libero.eval_log import (
 from experiments.robot.libero.eval_plan import PLAN_FILE, open_jobs, plan_tasks, shard_plans, write_plan
 from experiments.robot.libero.scheduler import CrashReport, Report, SessionReport, WorkerPool, run_in_process
 from experiments.robot.libero.tracking import make_tracker
-from prismatic.evidence.files import write_json
+from prismatic.evidence.files import remove_leftovers, write_json
 from prismatic.evidence.free_names import create_free
 from prismatic.output_folder import hold, release
 from prismatic.vla.datasets.registry import load_data_set_file
@@ -103,11 +103,13 @@ class _Evaluation:
         self, cfg: EvalConfig, backend: Backend, run: RunInfo, plans: list[TaskPlan], controls: list[dict[str, Any]]
     ) -> None:
         self.cfg, self.backend, self.run, self.controls = cfg, backend, run, controls
-        self.initial_states = initial_states(cfg)
+        self.contents = contents(cfg)
         self.whole_plan, self.plans = plans, shard_plans(plans, *cfg.shard_part())
         folder = Path(cfg.results_dir) if cfg.results_dir else Path(cfg.local_log_dir) / run.run_id
         self.results_path = folder / "results.json"
         hold(folder, "--results_dir")
+        for date in Path(cfg.rollout_dir, cfg.save_version).glob("*"):
+            remove_leftovers(date)
         _check_unused(folder, cfg)  # now that nobody else writes to it
         try:
             self.store = EpisodeStore(folder / "episodes.jsonl", run.fingerprint)
@@ -197,8 +199,7 @@ class _Evaluation:
         rate = 60.0 * self.new_episodes / wall_s if wall_s > 0 else None
         speed = {"wall_s": wall_s, "episodes_run": self.new_episodes, "episodes_per_minute": rate}
         language = {"language_source": self.cfg.resolved_language_source().value}
-        beside = {"controls": self.controls, "init_noise_mm": self.cfg.init_noise_mm} | language
-        beside["initial_states"] = self.initial_states
+        beside = {"controls": self.controls, "init_noise_mm": self.cfg.init_noise_mm} | language | self.contents
         facts = speed | measured_facts(self.store.records.values()) | beside
         results = head | summary | facts | {"config": plain(dataclasses.asdict(self.cfg))}
         write_json(self.results_path, results, ensure_ascii=False)

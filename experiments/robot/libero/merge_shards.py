@@ -27,7 +27,8 @@ from experiments.robot.libero.eval_log import (
 from experiments.robot.libero.eval_plan import PLAN_FILE, read_plan, write_plan
 from experiments.robot.libero.evaluation import measured_facts
 from prismatic.command_line import OneLineParser, UsageError, bad_input_in_one_line
-from prismatic.evidence.checks import check_fields, parse_object, read_text
+from prismatic.evidence.checks import check_fields, read_object
+from prismatic.evidence.episodes import CONTENT_FACTS
 from prismatic.evidence.files import write_json, write_text
 from prismatic.output_folder import check_folder, held
 
@@ -123,7 +124,7 @@ def _read_all(folders: Sequence[Path]) -> tuple[list[EpisodeRecord], list[TaskPl
 
 
 def _read_head(path: Path) -> dict[str, Any]:
-    head = parse_object(read_text(path), str(path))
+    head = read_object(path)
     missing = [name for name in ("run_id", "suite") if name not in head]
     if missing:
         raise ValueError(f"{path}: missing fields {missing}")
@@ -139,7 +140,7 @@ _FILE_NAME = re.compile(r"(?!\.)[^/\\\x00-\x1f]{1,200}")
 def _head(results: dict[str, Any]) -> dict[str, Any]:
     """What the shards share."""
     names = ("run_id", "suite", "control", "checkpoint", "fingerprint", "versions", "policy_metadata", "render_mode")
-    return {name: results[name] for name in (*names, "env_img_res", "initial_states") if name in results}
+    return {name: results[name] for name in (*names, "env_img_res", *CONTENT_FACTS.values()) if name in results}
 
 
 def _write_text_log(output: Path, plans: list[TaskPlan], records: list[EpisodeRecord], results: dict[str, Any]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Sequence
+from contextlib import closing
 from enum import Enum
 
 import numpy as np
 
+from prismatic.evidence.files import temporary_beside
 from prismatic.evidence.free_names import create_free
 
 PUBLISHED_FPS = 30.0
@@ -83,6 +84,7 @@ def write_video(path: str, frames: Sequence[np.ndarray], fps: float = PUBLISHED_
 
     Raises:
         ValueError: no frames, or a frame of another shape or dtype.
+        OSError: the video cannot be written.
     """
     import imageio_ffmpeg
 
@@ -92,21 +94,17 @@ def write_video(path: str, frames: Sequence[np.ndarray], fps: float = PUBLISHED_
     for index, frame in enumerate(frames):
         if frame.dtype != np.uint8 or frame.shape != shape or frame.ndim != 3 or frame.shape[2] != 3:
             raise ValueError(f"{path}: frame {index}: expected uint8 {shape}, found {frame.dtype} {frame.shape}")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    partial = f"{path}.{uuid.uuid4().hex}.partial.mp4"
-    # macro_block_size 2: the default of 16 would silently rescale sizes such as 100 x 100.
-    writer = imageio_ffmpeg.write_frames(
-        partial, (shape[1], shape[0]), fps=fps, codec="libx264", macro_block_size=2, ffmpeg_log_level="error"
-    )
-    try:
-        writer.send(None)
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-        writer.close()
+    # Absolute, because ffmpeg takes what is before a colon in a relative path for a protocol.
+    with temporary_beside(os.path.abspath(path)) as partial:
+        # macro_block_size 2: the default of 16 would silently rescale sizes such as 100 x 100.
+        settings = {"fps": fps, "codec": "libx264", "macro_block_size": 2, "ffmpeg_log_level": "error"}
+        size = (shape[1], shape[0])
+        with closing(imageio_ffmpeg.write_frames(str(partial), size, output_params=["-f", "mp4"], **settings)) as video:
+            video.send(None)
+            for frame in frames:
+                video.send(np.ascontiguousarray(frame))
+        if not partial.exists():
+            raise OSError(f"{path}: ffmpeg wrote no video")
         with create_free(path) as taken:
             os.replace(partial, taken.name)
         return taken.name
-    finally:
-        writer.close()
-        if os.path.exists(partial):
-            os.remove(partial)

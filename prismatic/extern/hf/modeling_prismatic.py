@@ -110,7 +110,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             config.projector_hidden_multiplier,
         )
         self.language_model = AutoModelForCausalLM.from_config(
-            config.text_config, attn_implementation=config._attn_implementation
+            config.text_config, attn_implementation=config._attn_implementation, trust_remote_code=False
         )
         keep_less(self.language_model.model)
         self._no_split_modules = [*self._no_split_modules, *self.language_model._no_split_modules]

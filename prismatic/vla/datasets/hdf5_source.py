@@ -14,7 +14,6 @@ The instruction is what the file says. Without a word there it is the file name:
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prismatic.evidence.checks import FOREIGN, parse_object
 from prismatic.vla.datasets.index import open_index
 from prismatic.vla.datasets.index_writer import MAX_STEPS, IndexWriter
 from prismatic.vla.datasets.indexed_source import IndexedSource
@@ -329,10 +329,9 @@ def _rate(data) -> float | None:
 
 def _json_attribute(group, name: str) -> dict:
     try:
-        content = json.loads(_text(group.attrs[name]))
-    except (KeyError, ValueError, RecursionError):
+        return parse_object(_text(group.attrs[name]), name, finite=False, limits=FOREIGN)
+    except (KeyError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _texts_at(demo, key: str, length: int, where: str) -> str | list[str]:

@@ -223,7 +223,8 @@ def _compare(directory: str, report: dict) -> int:
 
 
 def _argument_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="python -m prismatic.vla.datasets.inspect", description=__doc__.split("\n")[0])
+    first_line = (__doc__ or "").partition("\n")[0]
+    parser = OneLineParser(prog="python -m prismatic.vla.datasets.inspect", description=first_line)
     parser.add_argument("directory", help="<root>/<name>, or an RLDS version directory")
     parser.add_argument("--output", help="folder for report.json and PNG files (default runs/inspect/<name>)")
     parser.add_argument("--backend", choices=("native", "tfds"), default="native")

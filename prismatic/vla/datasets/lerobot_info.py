@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from prismatic.evidence.checks import FOREIGN, parse_object, read_object, read_text
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
 from prismatic.vla.datasets.source_files import choose_split, regular_file
 from prismatic.vla.images import MAX_PIXELS
@@ -21,7 +22,8 @@ class Info:
 
     def __init__(self, directory: Path, keys: SourceKeys) -> None:
         self.directory, self.keys, self.path = directory, keys, directory / INFO
-        self.content = _json(self.path, self.require(self.path).read_bytes())
+        with _as_data_set_error():
+            self.content = read_object(self.require(self.path), finite=False, limits=FOREIGN)
         self.warnings: list[str] = []
         self.version = self.field("codebase_version", str)
         if self.version not in VERSIONS:
@@ -129,24 +131,19 @@ class Info:
             self.warnings.append(f"{path}: {len(numbers)} episodes, {INFO} declares total_episodes {declared!r}")
 
 
-def _json(path: Path, text: bytes, line: str = "") -> dict:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataSetError(f"{path}{line}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataSetError(f"{path}{line}: {type(content).__name__}, expected a JSON object")
-    return content
-
-
 def json_lines(path: Path) -> list[tuple[dict, str]]:
     """The objects of a file of JSON lines, each with its place in words."""
-    lines = path.read_bytes().split(b"\n")
-    return [
-        (_json(path, text, f": line {number}"), f"{path}: line {number}")
-        for number, text in enumerate(lines, start=1)
-        if text.strip()
-    ]
+    with _as_data_set_error():
+        lines = [(text, f"{path}: line {number}") for number, text in enumerate(read_text(path).split("\n"), start=1)]
+        return [(parse_object(text, place, False, FOREIGN), place) for text, place in lines if text.strip()]
+
+
+@contextmanager
+def _as_data_set_error() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise DataSetError(str(error)) from None
 
 
 def field(content: Mapping, name: str, kind, where: str):

@@ -30,8 +30,9 @@ def decoding(path: Path) -> Iterator[None]:
 def _open_video(path: Path):
     import av
 
-    # A file may hold a play list that names addresses elsewhere: only local files are followed.
-    container = av.open(str(path), options={"protocol_whitelist": "file"}, metadata_errors="ignore")
+    # A file may hold a play list that names addresses elsewhere: only local files are followed. In a relative path what
+    # is before a colon would be a protocol.
+    container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="ignore")
     if not container.streams.video:
         container.close()
         raise DataSetError(f"{path}: no video stream")

@@ -7,9 +7,7 @@ Layout: `<root>/<folder>/<version>/{features.json, dataset_info.json, <name>-<sp
 from __future__ import annotations
 
 import io
-import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prismatic.evidence.files import write_json
+from prismatic.evidence.checks import FOREIGN, check_collection, read_object
+from prismatic.evidence.files import temporary_beside, write_json
 from prismatic.vla.datasets.example_proto import build_example
 from prismatic.vla.datasets.rlds_features import FeatureSpec, libero_features, read_features
 from prismatic.vla.datasets.rlds_record import EpisodeRecord, flat_name, get, step_array, text
@@ -115,18 +114,17 @@ class RLDSReader:
     def metadata(self) -> dict | None:
         """Content of `craft_metadata.json` (how the data were collected), None when there is none.
 
-        Raises DataSetError when it is no JSON object.
+        Raises DataSetError when it is no JSON object, or an entry is of another type.
         """
         path = self.directory / METADATA_FILE
         if not path.is_file():
             return None
         try:
             regular_file(path, self.directory)
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise DataSetError(f"{path}: not valid JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise DataSetError(f"{path}: found {type(content).__name__}, expected a JSON object")
+            content = read_object(path)
+            check_collection(content, str(path))
+        except ValueError as error:
+            raise DataSetError(str(error)) from None
         return content
 
     def require(self, name: str) -> FeatureSpec:
@@ -161,7 +159,7 @@ class RLDSReader:
     def _shards(self, split: str | None) -> tuple[str, str, list[int], list[Path]]:
         path = self.directory / "dataset_info.json"
         try:
-            info = json.loads(path.read_text(encoding="utf-8"))
+            info = read_object(path, finite=False, limits=FOREIGN)
             name, splits = info["name"], {entry["name"]: entry for entry in info["splits"]}
             split = choose_split(split, list(splits), path)
             lengths = [int(length) for length in splits[split]["shardLengths"]]
@@ -279,10 +277,8 @@ def write_rlds(
         raise ValueError(f"{directory}: the last part must be a version x.y.z")
     if directory.exists():
         raise FileExistsError(f"{directory} exists already")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
-    temporary.mkdir()
-    try:
+    with temporary_beside(directory) as temporary:
+        temporary.mkdir()
         spool = temporary / "spool"
         spans = write_records(spool, (_episode_payload(episode, image_shape) for episode in episodes))
         lengths = write_shards(temporary, name, spool, spans, shards)
@@ -292,8 +288,6 @@ def write_rlds(
         if metadata is not None:
             write_json(temporary / METADATA_FILE, metadata)
         os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return directory
 
 
@@ -339,7 +333,7 @@ def _image_features(episode: Episode, image_shape: tuple[int, int, int], where: 
         if len(frames) != len(episode):
             raise ValueError(f"{where}: camera {key!r} has {len(frames)} images, expected {len(episode)}")
         for step, frame in enumerate(frames):
-            with Image.open(io.BytesIO(frame)) as image:
+            with Image.open(io.BytesIO(frame), formats=("JPEG", "PNG")) as image:
                 found = (image.format, image.height, image.width, len(image.getbands()))
             if found != ("JPEG", *image_shape):
                 raise ValueError(f"{where}: {key} at step {step} is {found}, expected {('JPEG', *image_shape)}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from prismatic.evidence.checks import FOREIGN, read_object
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError
 
 __all__ = ["FeatureSpec", "MissingFeatureError", "libero_features", "read_features"]
@@ -45,9 +45,9 @@ def read_features(path: Path) -> dict[str, FeatureSpec]:
     Raises FileNotFoundError for a missing file and DataSetError (with the file) for what is no description of features.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataSetError(f"{path}: not valid JSON: {error}") from error
+        tree = read_object(path, finite=False, limits=FOREIGN)
+    except ValueError as error:
+        raise DataSetError(str(error)) from None
     leaves: dict[str, FeatureSpec] = {}
     try:
         _collect(tree, "", None, leaves)
