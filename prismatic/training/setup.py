@@ -83,6 +83,7 @@ def build_setup(
         load_data_set_file(cfg.data_set_file)
     start = (start_model or load_start_model)(cfg)
     _check_flags(cfg, start)
+    _compare_specs(cfg, start.action_spec)
     apply_tuning(start.model, cfg)
     settings = DatasetSettings(
         action_spec=start.action_spec,
@@ -245,6 +246,18 @@ def action_spec_of_data(cfg: FinetuneConfig) -> ActionSpec:
     if len(set(specs.values())) != 1:
         raise ValueError(f"--dataset_name {cfg.dataset_name}: one new head cannot serve robots as different as {specs}")
     return next(iter(specs.values()))
+
+
+def _compare_specs(cfg: FinetuneConfig, start: ActionSpec) -> None:
+    """Say where a data set is registered for other chunks or another normalisation than the start model has."""
+    for name in expand_data_set_names(cfg.dataset_name):
+        spec = get_data_set_config(name).action_spec
+        if (spec.chunk_len, spec.normalization) != (start.chunk_len, start.normalization):
+            say(
+                f"Warning: --dataset_name: {name} is registered with chunks of {spec.chunk_len} actions and "
+                f"{spec.normalization.value}; the start model keeps its own, {start.chunk_len} and "
+                f"{start.normalization.value}"
+            )
 
 
 def head_flags(cfg: FinetuneConfig, spec: ActionSpec) -> dict[str, Any]:

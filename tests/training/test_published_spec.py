@@ -1,6 +1,7 @@
 """What a published folder does not say (chunk length, normalisation) comes from a name or a flag, or is asked for."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from published_fixtures import make_published_folder
 from experiments.robot.policy import VLAPolicy
 from prismatic.model_files import CheckpointError
 from prismatic.models.presets import build_vla
+from prismatic.training import setup
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.published_spec import HeadSizes, published_spec
@@ -147,3 +149,12 @@ def test_a_policy_without_robot_state_runs_whatever_its_statistics_hold_there(he
     chunk = policy.predict(image, image, np.ones(8), "open the drawer")
     assert chunk.shape == (8, 7) and np.isfinite(chunk).all()
     assert np.array_equal(chunk, policy.predict(image, image, np.full(8, 1e3), "open the drawer"))
+
+
+def test_a_start_that_keeps_another_specification_than_the_data_are_registered_with_is_said(capsys):
+    cfg = FinetuneConfig(config_file_path="tiny", dataset_name="arm")
+    setup._compare_specs(cfg, ARM)
+    assert capsys.readouterr().out == ""
+    setup._compare_specs(cfg, replace(ARM, chunk_len=8))
+    said = capsys.readouterr().out
+    assert "arm is registered with chunks of 12 actions and bounds; the start model keeps its own, 8 and bounds" in said
