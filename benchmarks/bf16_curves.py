@@ -46,8 +46,8 @@ FLOAT32, PLAIN, PRODUCT = "float32", "plain bf16", "product bf16"
 class CurvesConfig:
     """Flags."""
 
-    sizes: str = "tiny,mid"
-    seeds: str = "0,1"
+    sizes: tuple[str, ...] = flag(("tiny", "mid"), "with commas between", choices=("tiny", "mid"))
+    seeds: tuple[int, ...] = flag((0, 1), "with commas between", at_least=0)
     steps: int = flag(60, "of tiny; mid makes a third of them", at_least=3)
     batch_size: int = flag(4, at_least=1)
     threads: int = flag(2, at_least=1)
@@ -59,10 +59,10 @@ def main() -> None:
     """Train what is missing, then write the section."""
     cfg = parse_or_exit(CurvesConfig, __doc__)
     torch.set_num_threads(cfg.threads)
-    for size in cfg.sizes.split(","):
+    for size in cfg.sizes:
         file = Path(cfg.output) / f"{size}.json"
         curves = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        for seed in map(int, cfg.seeds.split(",")):
+        for seed in cfg.seeds:
             for kind in (FLOAT32, PLAIN, PRODUCT):
                 name = f"{kind}, seed {seed}"
                 if name not in curves:

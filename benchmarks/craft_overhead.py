@@ -27,7 +27,7 @@ from overhead_flops import count_flops
 from overhead_page import report, summary
 from overhead_rows import ROWS
 
-from prismatic.command_line import parse_or_exit
+from prismatic.command_line import UsageError, bad_input_in_one_line, parse_or_exit
 
 GIB = 2**30
 
@@ -71,9 +71,8 @@ def resident() -> float:
 
 def run_all(cfg: OverheadConfig) -> dict:
     """All measurements of one size and tuning."""
-    names = _selected(cfg.rows, list(ROWS))
-    memory_names = [] if cfg.memory_rows == "none" else _selected(cfg.memory_rows.replace("all", cfg.rows), names)
-    memory = {name: memory_in_child(cfg, name) for name in memory_names}
+    names = cfg.names
+    memory = {name: memory_in_child(cfg, name) for name in cfg.memory_names}
     torch.set_num_threads(cfg.threads)
     # The FLOP count takes features of these two or four whatever is timed.
     needed = {("frozen_" if ROWS[n].frozen else "") + ("raw_open" if ROWS[n].raw_only else "open") for n in names}
@@ -99,14 +98,6 @@ def run_all(cfg: OverheadConfig) -> dict:
     }
 
 
-def _selected(given: str, known: list[str]) -> list[str]:
-    names = [name for name in given.split(",") if name]
-    unknown = sorted(set(names) - set(known))
-    if unknown:
-        raise ValueError(f"unknown rows {unknown}; known are {known}")
-    return names or known
-
-
 def read_results(folder: Path) -> list[dict]:
     """All results, small sizes first."""
     results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
@@ -116,14 +107,13 @@ def read_results(folder: Path) -> list[dict]:
 def main() -> None:
     """Measure unless `--report_only`, then write the page."""
     cfg = parse_or_exit(OverheadConfig, __doc__)
-    if cfg.size not in SIZES or cfg.tuning not in ("lora", "full"):
-        raise ValueError(f"--size {cfg.size} --tuning {cfg.tuning}: expected one of {SIZES} and lora or full")
     if cfg.variant:
         print(json.dumps(measure_memory(cfg, cfg.variant)))
         return
     output = Path(cfg.output.format(size=cfg.size, tuning=cfg.tuning, only="_flops" * (cfg.rounds == 0)))
     if not cfg.report_only:
-        write(output, json.dumps(run_all(cfg), indent=1) + "\n")
+        with bad_input_in_one_line("craft_overhead.py", (UsageError,)):
+            write(output, json.dumps(run_all(cfg), indent=1) + "\n")
     results, details = read_results(output.parent), output.with_name("report.md")
     write(details, report(results))
     page = Path(cfg.report)

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from benchmark_page import write_section
 
-from prismatic.command_line import parse_or_exit
+from prismatic.command_line import bad_input_in_one_line, flag, parse_or_exit
 
 HERE = Path(__file__).parent
 
@@ -40,17 +40,19 @@ class LoadingConfig:
 
     data_root: str = "runs/synthetic"
     name: str = "libero_synthetic"
-    small_root: str = ""  # the same data with fewer frames: how memory depends on the size
-    tf_python: str = ""  # interpreter with the extra `tfds`; empty: no comparison
-    shuffle_buffer: int = 100_000  # of the TensorFlow pipeline, the published default
-    batch_size: int = 32
-    batches: int = 60
-    rounds: int = 5
-    seed: int = 0
+    small_root: str = flag("", "the same data with fewer frames: how memory depends on the size")
+    tf_python: str = flag("", "interpreter with the extra `tfds`; empty: no comparison")
+    shuffle_buffer: int = flag(100_000, "of the TensorFlow pipeline, the published default", at_least=1)
+    batch_size: int = flag(32, at_least=1)
+    batches: int = flag(60, at_least=1)
+    rounds: int = flag(5, at_least=1)
+    seed: int = flag(0, at_least=0)
     output: str = "results/data_loading/data_loading.json"
     report: str = "docs/performance.md"
     report_only: bool = False
-    measure_workers: int | None = None  # measure one of our rows in this process, print JSON
+    measure_workers: int | None = flag(
+        None, "measure one of our rows in this process, print JSON", at_least=0, at_most=256
+    )
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,12 @@ def main() -> None:
     if cfg.measure_workers is not None:
         print(json.dumps(measure(cfg)))
         return
-    if not cfg.report_only:
-        measure_rows(cfg)
-    content = json.loads(Path(cfg.output).read_text(encoding="utf-8"))
+    with bad_input_in_one_line("data_loading.py", (FileNotFoundError,)):
+        if not cfg.report_only:
+            for root in filter(None, (cfg.data_root, cfg.small_root)):
+                directory(root, cfg.name)
+            measure_rows(cfg)
+        content = json.loads(Path(cfg.output).read_text(encoding="utf-8"))
     write_section(Path(cfg.report), "data_loading", report(content))
 
 
@@ -98,17 +103,25 @@ def measure_rows(cfg: LoadingConfig) -> None:
         write(cfg, rows, measured)
 
 
+def directory(root: str, name: str) -> Path:
+    """Version folder of a data set; FileNotFoundError says how to make one."""
+    versions = sorted((Path(root) / name).glob("*.*.*"))
+    if not versions:
+        raise FileNotFoundError(f"found no data set {name} below {root}; benchmarks/synthetic_data.py writes one")
+    return versions[-1]
+
+
 def run(cfg: LoadingConfig, row: Row) -> dict[str, float]:
     """One measurement in a process of its own."""
-    root = Path(cfg.small_root if row.small else cfg.data_root)
-    directory = sorted((root / cfg.name).glob("*.*.*"))[-1]
+    root = cfg.small_root if row.small else cfg.data_root
+    place = directory(root, cfg.name)
     if row.cold:
-        shutil.rmtree(directory / ".craft_index", ignore_errors=True)
+        shutil.rmtree(place / ".craft_index", ignore_errors=True)
     if row.workers is None:
         numbers = (cfg.batch_size, cfg.batches, row.cores, cfg.shuffle_buffer)
-        command = [cfg.tf_python, str(HERE / "tfdata_pipeline.py"), str(directory), *map(str, numbers)]
+        command = [cfg.tf_python, str(HERE / "tfdata_pipeline.py"), str(place), *map(str, numbers)]
     else:
-        command = [sys.executable, __file__, "--data_root", str(root), "--name", cfg.name]
+        command = [sys.executable, __file__, "--data_root", root, "--name", cfg.name]
         command += ["--measure_workers", str(row.workers)]
         command += ["--batch_size", str(cfg.batch_size), "--batches", str(cfg.batches)]
     cores = sorted(os.sched_getaffinity(0))[: row.cores]
@@ -170,7 +183,7 @@ def resident_gib() -> float:
 
 def write(cfg: LoadingConfig, rows: list[Row], measured: dict[str, list]) -> None:
     """Raw measurements of all finished rounds."""
-    info = json.loads((sorted((Path(cfg.data_root) / cfg.name).glob("*.*.*"))[-1] / "dataset_info.json").read_text())
+    info = json.loads((directory(cfg.data_root, cfg.name) / "dataset_info.json").read_text())
     content = {
         "batch_size": cfg.batch_size,
         "batches": cfg.batches,

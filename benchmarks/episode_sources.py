@@ -1,4 +1,4 @@
-"""Frames per second of the storage formats: `python benchmarks/episode_sources.py [--side 256] [--steps 120]`.
+"""Frames per second of the storage formats: `python benchmarks/episode_sources.py --side 256 --steps 120`.
 
 Writes the same episodes in every format to a temporary directory and reads frames in random order in one process,
 decoded to pixels; prints one line per format with the time to build the index and to open it again. Processor time, so
@@ -7,10 +7,10 @@ that other programs do not count.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "vla"))
 
 import format_writers as writers
 
+from prismatic.command_line import UsageError, flag, parse_or_exit
 from prismatic.vla.datasets.hdf5_source import HDF5Source
 from prismatic.vla.datasets.lerobot_source import LeRobotSource
 from prismatic.vla.datasets.source import EpisodeSource
@@ -36,6 +37,22 @@ FORMATS = {
 }
 
 
+@dataclass
+class SourcesConfig:
+    """Flags."""
+
+    side: int = flag(256, "pixels of an image, an even number", at_least=64, at_most=4096)
+    steps: int = flag(120, "per episode", at_least=1)
+    episodes: int = flag(20, at_least=1)
+    frames: int = flag(600, "to read", at_least=1)
+
+    def __post_init__(self) -> None:
+        if self.side % 2:
+            raise UsageError(
+                f"--side is {self.side}, expected an even number: videos have colours of two by two pixels"
+            )
+
+
 def frames_per_second(source: EpisodeSource, order: list[tuple[str, int, int]]) -> float:
     """Frames (camera, episode, step) of `order` per second of processor time, decoded."""
     begin = time.process_time()
@@ -48,13 +65,8 @@ def frames_per_second(source: EpisodeSource, order: list[tuple[str, int, int]]) 
 
 def main() -> None:
     """Write, index and read every format."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", type=int, default=256, help="pixels")
-    parser.add_argument("--steps", type=int, default=120, help="per episode")
-    parser.add_argument("--episodes", type=int, default=20)
-    parser.add_argument("--frames", type=int, default=600, help="to read")
-    args = parser.parse_args()
-    episodes = [writers.make_smooth_episode(i, args.steps, side=args.side) for i in range(args.episodes)]
+    cfg = parse_or_exit(SourcesConfig, __doc__)
+    episodes = [writers.make_smooth_episode(i, cfg.steps, side=cfg.side) for i in range(cfg.episodes)]
     rng = np.random.default_rng(0)
     print(f"{'format':24}{'frames/s':>10}{'index s':>10}{'open s':>10}")
     with tempfile.TemporaryDirectory() as root:
@@ -67,9 +79,7 @@ def main() -> None:
             for _ in range(2):
                 source = open_source(folder, keys)
                 times.append(time.process_time())
-            places = zip(
-                rng.integers(0, len(source), args.frames), rng.integers(0, args.steps, args.frames), strict=True
-            )
+            places = zip(rng.integers(0, len(source), cfg.frames), rng.integers(0, cfg.steps, cfg.frames), strict=True)
             order = [(keys.cameras[number % 2], int(e), int(t)) for number, (e, t) in enumerate(places)]
             built, opened = np.diff(times)
             print(f"{name:24}{frames_per_second(source, order):10.0f}{built:10.2f}{opened:10.3f}", flush=True)

@@ -12,7 +12,6 @@ Writes results/eval_throughput/<row>-<round>.json and a section of docs/performa
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,12 @@ OUT = ROOT / "results" / "eval_throughput"
 sys.path.insert(0, str(ROOT))
 
 from experiments.robot.libero.eval_backend import LiberoBackend  # noqa: E402
-from experiments.robot.libero.eval_config import EvalConfig  # noqa: E402
+from experiments.robot.libero.eval_config import EvalConfig, task_numbers  # noqa: E402
 from experiments.robot.libero.evaluation import evaluate  # noqa: E402
 from experiments.robot.libero.modes import RenderMode, ResetMode  # noqa: E402
+from experiments.robot.libero.surroundings import SimulatorUnavailableError  # noqa: E402
 from experiments.robot.libero.video import SaveVideos  # noqa: E402
+from prismatic.command_line import UsageError, bad_input_in_one_line, flag, parse  # noqa: E402
 
 ROWS = {
     "sequential": (0, RenderMode.EVERY_STEP, ResetMode.HARD),
@@ -47,6 +49,26 @@ ROWS = {
     "workers_4": (4, RenderMode.PUBLISHED, ResetMode.SOFT),
 }
 """Simulator workers, rendering, resets."""
+
+
+@dataclass
+class ThroughputConfig:
+    """Flags."""
+
+    checkpoint: str = str(ROOT / "pretrained_models" / "tiny-libero-object")
+    task_ids: str = flag("0", "of libero_object, with commas between")
+    trials: int = flag(12, "initial states per task", at_least=1)
+    sequential_trials: int = flag(3, "initial states per task of `sequential`", at_least=1)
+    rounds: int = flag(1, at_least=1)
+    row: str | None = flag(None, "measure this row only, and write no page", choices=tuple(ROWS))
+    out: str | None = flag(None, "file of --row")
+
+    def __post_init__(self) -> None:
+        if not Path(self.checkpoint).is_dir():
+            raise UsageError(f"--checkpoint {self.checkpoint}: expected a checkpoint folder, found none")
+        task_numbers(self.task_ids)
+        if self.out is not None and self.row is None:
+            raise UsageError(f"--out {self.out} has no effect: it needs --row NAME")
 
 
 class HashingPolicy:
@@ -127,7 +149,7 @@ def _peak_mb(pid: int) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
-def run_row(name: str, args: argparse.Namespace, path: Path) -> None:
+def run_row(name: str, args: ThroughputConfig, path: Path) -> None:
     """Evaluate in this process and write the row's figures."""
     workers, render_mode, reset_mode = ROWS[name]
     backend = HashingBackend()
@@ -242,18 +264,11 @@ def rows_of(rows: list[dict], name: str) -> list[dict]:
 
 def main() -> None:
     """Run all rows, interleaved over the rounds, or one of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(ROOT / "pretrained_models" / "tiny-libero-object"))
-    parser.add_argument("--task_ids", default="0")
-    parser.add_argument("--trials", type=int, default=12, help="initial states per task")
-    parser.add_argument("--sequential_trials", type=int, default=3, help="initial states per task of `sequential`")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--row", choices=list(ROWS), help="measure this row only, and write no page")
-    parser.add_argument("--out", type=Path, default=None, help="file of --row")
-    args = parser.parse_args()
-    if args.row is not None:
-        run_row(args.row, args, args.out or OUT / f"{args.row}-0.json")
-        return
+    with bad_input_in_one_line("eval_throughput.py", (UsageError, SimulatorUnavailableError)):
+        args = parse(ThroughputConfig, description=__doc__)
+        if args.row is not None:
+            run_row(args.row, args, Path(args.out or OUT / f"{args.row}-0.json"))
+            return
     OUT.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(args.rounds):
@@ -262,7 +277,8 @@ def main() -> None:
             command = [sys.executable, __file__, "--row", name, "--out", str(path), "--checkpoint", args.checkpoint]
             command += ["--task_ids", args.task_ids, "--trials"]
             command.append(str(args.sequential_trials if name == "sequential" else args.trials))
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            if code := subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
+                sys.exit(code)  # it has said why
             rows.append(json.loads(path.read_text(encoding="utf-8")))
             print(name, number, [round(rate) for rate in rates(rows[-1])], flush=True)
     write_section(ROOT / "docs" / "performance.md", "eval_throughput", page(rows))

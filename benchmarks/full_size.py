@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from prismatic.command_line import parse_or_exit
+from prismatic.command_line import flag, parse_or_exit
 from prismatic.craft import CRaFTConfig
 from prismatic.models.presets import build_vla
 from prismatic.models.vla_policy import VLAPolicyModel
@@ -38,9 +38,9 @@ PUBLISHED = {"lora_r32": 51_897_088, "lora_r64": 103_794_176, "pro_head": 217_86
 class FullSizeConfig:
     """Flags."""
 
-    lora_rank: int = 32
-    steps: int = 2
-    threads: int = 2
+    lora_rank: int = flag(32, at_least=1, at_most=4096)
+    steps: int = flag(2, at_least=1)
+    threads: int = flag(2, at_least=1)
     output: str = "results/full_size/measurements.json"
     report: str = "docs/full_size.md"
 

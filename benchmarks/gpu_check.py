@@ -32,7 +32,7 @@ from benchmark_page import write
 from gpu_findings import Check, PartConfig
 from gpu_parts import PARTS, run_part
 
-from prismatic.command_line import flag, parse_or_exit
+from prismatic.command_line import UsageError, flag, parse_or_exit
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
@@ -46,11 +46,21 @@ class GPUCheckConfig:
     """Flags."""
 
     device: str = flag("cuda", choices=("cuda", "cpu"))
-    size: str = flag("", "of the parts precision, memory and latency; empty: full on a card, tiny on a CPU")
-    parts: str = flag(",".join(PARTS), "with commas between")
+    size: str = flag(
+        "",
+        "of the parts precision, memory and latency; empty: full on a card, tiny on a CPU",
+        choices=("", "tiny", "full"),
+    )
+    parts: tuple[str, ...] = flag(tuple(PARTS), "with commas between", choices=tuple(PARTS))
     output: str = flag("", "empty: results/gpu_check/{device}.json")
     page: str = "docs/gpu.md"
-    part: str = flag("", "run this part alone, in this process, and append what it finds to --output")
+    part: str = flag(
+        "", "run this part alone, in this process, and append what it finds to --output", choices=("", *PARTS)
+    )
+
+    def __post_init__(self) -> None:
+        if self.part and not self.output:
+            raise UsageError(f"--part {self.part} needs --output FILE")
 
 
 def main() -> int:
@@ -60,13 +70,9 @@ def main() -> int:
     if cfg.part:
         run_part(cfg.part, PartConfig(torch.device(cfg.device), size), Path(cfg.output))
         return 0
-    names = cfg.parts.split(",")
-    if unknown := [name for name in names if name not in PARTS]:
-        print(f"gpu_check.py: error: --parts: unknown {unknown}, expected some of {', '.join(PARTS)}", file=sys.stderr)
-        return 2
     record = {"machine": machine(cfg.device), "size": size, "parts": {}}
     output = Path(cfg.output or f"results/gpu_check/{cfg.device}.json")
-    for name in names:
+    for name in cfg.parts:
         record["parts"][name] = outcome(name, cfg.device, size)
         print(f"{name}: {record['parts'][name]['status']} ({record['parts'][name]['seconds']:.0f} s)", flush=True)
         write(output, json.dumps(record, indent=1) + "\n")

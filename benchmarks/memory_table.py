@@ -18,7 +18,7 @@ from unittest import mock
 from benchmark_page import write, write_section
 from bf16_curves import plain_formulas
 
-from prismatic.command_line import parse_or_exit
+from prismatic.command_line import UsageError, flag, one_of, parse_or_exit
 from prismatic.craft.reference import adapter_layers
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.memory import trace as tracing
@@ -54,10 +54,15 @@ FILES = {"predicted": True, "before": False}  # name of the record: whether the 
 class MemoryTableConfig:
     """Flags."""
 
-    rows: str = ""  # names with ; between; empty: all
+    rows: str = flag("", "names with ; between; empty: all")
     output: str = "results/memory"
     page: str = "docs/performance.md"
     readme: str = "README.md"
+
+    def __post_init__(self) -> None:
+        for name in self.rows.split(";") if self.rows else ():
+            if name not in ROWS:
+                raise UsageError(f"--rows: found {name!r}, expected {one_of(list(ROWS), name)}")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import torch
 from overhead_rows import Row
 from torch import Tensor
 
+from prismatic.command_line import UsageError
 from prismatic.training.retention.memory import InstructionMemory, Memory
 from prismatic.vla.datasets.collator import VLACollator
 
@@ -29,12 +30,12 @@ class RandomPrompts:
 
 
 def memory_of(row: Row, batch_size: int, collate: RandomPrompts | VLACollator) -> Memory:
-    """The memory of a row; ValueError when the batch cannot be divided as it asks."""
+    """The memory of a row; UsageError when the batch cannot be divided as it asks."""
     if row.instructions == 0:
         return Memory()
     size = row.instructions * batch_size
     if not size.is_integer():
-        raise ValueError(
+        raise UsageError(
             f"--batch_size {batch_size}: row {row.label!r} takes {row.instructions:g} of the batch, expected a whole "
             f"number of samples; give a multiple of {round(1 / row.instructions)}, or name other rows with --rows"
         )

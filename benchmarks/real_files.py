@@ -13,7 +13,6 @@ nearer to its own picture than to that of any other step. The package itself is 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import shutil
 import sys
@@ -21,6 +20,10 @@ import types
 from pathlib import Path
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the environments of the writers lack this package
+from prismatic.command_line import OneLineParser, UsageError, bad_input_in_one_line, is_installed  # noqa: E402
+from prismatic.output_folder import check_folder  # noqa: E402
 
 FPS = 30
 CAMERAS = ("observation.images.front", "observation.images.wrist")
@@ -256,14 +259,22 @@ def _decoded(source, key: str, number: int, length: int) -> np.ndarray:
 
 def main() -> int:
     """Command line entry."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("write-lerobot", "write-tfds", "compare"))
+    writers = {"write-lerobot": ("lerobot", write_lerobot), "write-tfds": ("tensorflow_datasets", write_tfds)}
+    parser = OneLineParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=(*writers, "compare"))
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    if args.command == "compare":
+    package, write = writers.get(args.command, (None, None))
+    with bad_input_in_one_line("real_files.py", (UsageError,)):
+        check_folder(args.folder, "FOLDER")
+        if package is not None and not is_installed(package):
+            raise UsageError(f"{args.command} needs {package}: start it in an environment that has it")
+        if package is None and not any(args.folder.glob("*.npz")):
+            raise UsageError(f"FOLDER {args.folder}: found no data set that this program wrote")
+    if write is None:
         return int(compare(args.folder) > 0)
-    {"write-lerobot": write_lerobot, "write-tfds": write_tfds}[args.command](args.folder)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    write(args.folder)
     return 0
 
 

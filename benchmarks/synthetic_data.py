@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prismatic.command_line import parse_or_exit
+from prismatic.command_line import flag, parse_or_exit
 from prismatic.vla.datasets.rlds import Episode, write_rlds
 from prismatic.vla.images import encode_jpeg
 
@@ -26,11 +26,11 @@ class SyntheticConfig:
     """Flags."""
 
     output: str = "runs/synthetic"
-    frames: int = 60_000
-    episode_length: int = 123  # libero_spatial's median
-    pool: int = 256  # distinct images
-    shards: int = 16
-    seed: int = 0
+    frames: int = flag(60_000, at_least=1)
+    episode_length: int = flag(123, "libero_spatial's median", at_least=1)
+    pool: int = flag(256, "distinct images", at_least=1)
+    shards: int = flag(16, at_least=1, at_most=10_000)
+    seed: int = flag(0, at_least=0)
 
 
 def textured_image(rng: np.random.Generator, side: int = 256) -> np.ndarray:

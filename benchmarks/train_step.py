@@ -30,7 +30,7 @@ from overhead_rows import ROWS
 from paired_times import paired_ratio
 from torch.utils.data import DataLoader
 
-from prismatic.command_line import parse_or_exit
+from prismatic.command_line import UsageError, bad_input_in_one_line, flag, parse_or_exit
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.retention.craft import CRaFT
 from prismatic.training.retention.memory import to_device
@@ -60,15 +60,15 @@ PARTS = (
 class StepTimesConfig:
     """Flags."""
 
-    tuning: str = "full"  # or lora
-    rounds: int = 20
-    warmup: int = 2  # rounds that are run and not counted
-    batch_size: int = 4
-    micro_batches: int = 2
-    threads: int = 2
-    lora_rank: int = 32
-    seed: int = 0
-    device: str = "cpu"
+    tuning: str = flag("full", choices=("full", "lora"))
+    rounds: int = flag(20, at_least=1)
+    warmup: int = flag(2, "rounds that are run and not counted", at_least=0)
+    batch_size: int = flag(4, at_least=1)
+    micro_batches: int = flag(2, at_least=1)
+    threads: int = flag(2, at_least=1)
+    lora_rank: int = flag(32, at_least=1, at_most=4096)
+    seed: int = flag(0, at_least=0)
+    device: str = flag("cpu", choices=("cpu", "cuda"))
     data_root_dir: str = "tests/golden/rlds_mini"
     dataset_name: str = "libero_mini_no_noops"
     output: str = "results/train_step/{tuning}.json"
@@ -280,11 +280,10 @@ def report(results: list[dict]) -> str:
 def main() -> None:
     """Measure unless `--report_only`, then write the section."""
     cfg = parse_or_exit(StepTimesConfig, __doc__)
-    if cfg.tuning not in ("lora", "full"):
-        raise ValueError(f"--tuning is {cfg.tuning!r}, expected lora or full")
     output = Path(cfg.output.format(tuning=cfg.tuning))
     if not cfg.report_only:
-        write(output, json.dumps(run_all(cfg), indent=1) + "\n")
+        with bad_input_in_one_line("train_step.py", (UsageError, FileNotFoundError)):
+            write(output, json.dumps(run_all(cfg), indent=1) + "\n")
     results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(output.parent.glob("*.json"))]
     write_section(Path(cfg.report), "train_step", report(results))
 

@@ -27,40 +27,39 @@ from craft_experiments.runner import run_job, run_table
 from craft_experiments.settings import FOLDERS, ROOT, RunConfig, Settings, resolve
 from craft_experiments.table_reports import write_table_reports
 from craft_experiments.tables import Table
-from prismatic.command_line import parse
+from prismatic.command_line import UsageError, bad_input_in_one_line, parse
 from prismatic.output_folder import check_folder
 
 COMMANDS = {"run": 1, "report": 1, "list": 1, "job": 2, "graph": 2}
+"""Command -> the words that follow it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; see the module."""
+    """Entry point; see the module. Settings that cannot be used end the process with one line and code 2."""
     words = ["--dry_run=True" if w == "--dry-run" else w for w in (sys.argv[1:] if argv is None else argv)]
-    if {"-h", "--help"} & set(words[:1]):
-        print(f"{__doc__ or ''}\nTABLE: {', '.join(FOLDERS)}")
-        return 0
-    if not words or words[0] not in COMMANDS or len(words) <= COMMANDS[words[0]]:
-        found = repr(" ".join(words)) if words else "nothing"
-        print(
-            f"python -m craft_experiments: error: found {found}, expected {' or '.join(COMMANDS)}, then the table "
-            f"({', '.join(FOLDERS)}); job takes its name and graph a file as well",
-            file=sys.stderr,
-        )
-        return 2
-    count = 1 + COMMANDS[words[0]]
-    command, name, *rest = words[:count]
     try:
-        cfg = parse(RunConfig, words[count:], description=__doc__)
-        os.chdir(ROOT)
-        settings = resolve(cfg, name)
-        wanted = planning.wanted_table(settings, name)
-        return _COMMANDS[command](settings, wanted, *rest)
-    except (ValueError, OSError) as error:
-        print(f"python -m craft_experiments: error: {error}", file=sys.stderr)
-        return 2
+        with bad_input_in_one_line("python -m craft_experiments", (ValueError, OSError)):
+            return _main(words)
     except KeyboardInterrupt:
         say("interrupted; the same command continues")
         return 130
+
+
+def _main(words: list[str]) -> int:
+    count = 1 + COMMANDS.get(words[0], 0) if words else 0
+    if {"-h", "--help"} & set(words):
+        parse(RunConfig, ["--help"], description=f"{__doc__}\nTABLE: {', '.join(FOLDERS)}")
+    if count < 2 or len(words) < count:
+        raise UsageError(
+            f"found {' '.join(words) or 'nothing'!r}, expected {' or '.join(COMMANDS)}, then the table "
+            f"({', '.join(FOLDERS)}); job takes its name and graph a file as well"
+        )
+    command, name, *rest = words[:count]
+    cfg = parse(RunConfig, words[count:])
+    os.chdir(ROOT)
+    settings = resolve(cfg, name)
+    wanted = planning.wanted_table(settings, name)
+    return _COMMANDS[command](settings, wanted, *rest)
 
 
 def _run(s: Settings, wanted: Table) -> int:

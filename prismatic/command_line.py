@@ -7,8 +7,9 @@
     with bad_input_in_one_line("program.py"):
         cfg = parse(Config)
 
-A text flag takes the word as it was typed; a number must be in the range that its field declares. The same check is
-made for objects that Python code builds (`check_values` in `__post_init__`).
+A text flag takes the word as it was typed; a number must be in the range that its field declares, and a tuple flag
+takes words with commas between. The same check is made for objects that Python code builds (`check_values` in
+`__post_init__`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
@@ -98,6 +99,11 @@ def flag(default: Any, text: str = "", *, choices: Sequence[str] = (), is_name: 
     return field(default=default, metadata=metadata)
 
 
+def flag_like(config: type[DataclassInstance], name: str, default: Any) -> Any:
+    """A field with the help text and the range of another config's, which declares them, and a default of its own."""
+    return field(default=default, metadata=config.__dataclass_fields__[name].metadata)
+
+
 # ---------------------------------------------------------------------------------------------------- words to values
 
 
@@ -110,14 +116,17 @@ def parse(
     """The flags of a program, from `args` or the command line. `--help` prints them and exits with 0.
 
     Raises UsageError for an unknown flag, a missing value, a value that is none of the flag's type or range, and
-    whatever the config itself refuses.
+    whatever the config itself refuses. TypeError for a config with a number that declares no range.
     """
     words = list(sys.argv[1:] if args is None else args)
     known = {entry.name: entry for entry in fields(config) if entry.init}
-    if any(word in ("-h", "--help") for word in words):
+    kinds = typing.get_type_hints(config)
+    for name, entry in known.items():
+        if {int, float} & {kinds[name], *typing.get_args(kinds[name])} and "range" not in entry.metadata:
+            raise TypeError(f"{config.__name__}.{name} is a number without `flag(...)`, which declares its range")
+    if _asks_for_help(words):
         _help_parser(config, description).print_help()
         raise SystemExit(0)
-    kinds = typing.get_type_hints(config)
     values = {}
     for name, word in _pairs(words, set(known), foreign or {}):
         values[name] = _value(known[name], kinds[name], word)
@@ -134,7 +143,27 @@ def split_places(text: str) -> list[str]:
 def given_flags(args: Sequence[str] | None = None) -> set[str]:
     """Names of the flags among the words of a command line."""
     words = sys.argv[1:] if args is None else args
-    return {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    return {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+
+
+def check_switches(config: object, given: Iterable[str], switches: Mapping[str, tuple[bool, str]]) -> None:
+    """UsageError for the first of the given flags that nothing reads without another flag.
+
+    switches: flags by name or prefix -> (their switch is on, the switch). A flag that is False asks for nothing.
+    """
+    for name in sorted(given):
+        for prefix, (is_on, switch) in switches.items():
+            value = getattr(config, name, "")
+            if name.startswith(prefix) and not is_on and value is not False:
+                raise UsageError(f"--{name} {value} has no effect: it needs {switch}")
+
+
+def _asks_for_help(words: Sequence[str]) -> bool:
+    """`--help` anywhere, or `-h` where a flag may stand: behind a flag it is that flag's text."""
+    behind = [None, *words]
+    return "--help" in words or any(
+        word == "-h" and not (before or "").startswith("--") for before, word in zip(behind, words, strict=False)
+    )
 
 
 def _pairs(words: Sequence[str], known: set[str], foreign: Mapping[str, ForeignFlag]) -> Iterator[tuple[str, str]]:
@@ -161,6 +190,11 @@ def _pairs(words: Sequence[str], known: set[str], foreign: Mapping[str, ForeignF
 
 
 def _value(entry: Field, kind: Any, word: str) -> Any:
+    if typing.get_origin(kind) is tuple:
+        parts = word.split(",") if word or entry.default else []  # an empty default: none may be given
+        return tuple(
+            _read(entry, typing.get_args(kind)[0], part.strip(), ", or several with commas between") for part in parts
+        )
     options = list(typing.get_args(kind)) if isinstance(kind, types.UnionType) else [kind]
     if types.NoneType in options:
         if word == "None":
@@ -174,7 +208,7 @@ def _value(entry: Field, kind: Any, word: str) -> Any:
     return _read(entry, options[-1], word)
 
 
-def _read(entry: Field, kind: Any, word: str) -> Any:
+def _read(entry: Field, kind: Any, word: str, several: str = "") -> Any:
     if kind is str:
         return word
     if kind is bool:
@@ -187,7 +221,7 @@ def _read(entry: Field, kind: Any, word: str) -> Any:
         return kind(word)
     except (ValueError, OverflowError):
         what = "a whole number" if kind is int else "a number"
-        raise UsageError(f"--{entry.name} is {word!r}, expected {what}{_range_text(entry)}") from None
+        raise UsageError(f"--{entry.name} is {word!r}, expected {what}{_range_text(entry)}{several}") from None
 
 
 def _member(name: str, kind: type[Enum], word: str) -> Enum:
@@ -203,6 +237,7 @@ def _help_parser(config: type, description: str | None) -> argparse.ArgumentPars
         group = parser.add_argument_group(title) if title else parser
         for entry in entries:
             default = entry.default.value if isinstance(entry.default, Enum) else entry.default
+            default = ",".join(map(str, default)) if isinstance(default, tuple) else default
             choices = ", ".join(entry.metadata.get("choices", ()))
             text = "; ".join(filter(None, (entry.metadata.get("help", ""), choices, _range_text(entry)[2:])))
             shown = "" if default is MISSING else f"(default: {default})"
@@ -243,15 +278,20 @@ def check_values(config: Any) -> None:
         value = getattr(config, entry.name)
         if value is None or value == entry.default:
             continue
-        numbers, choices = entry.metadata.get("range"), entry.metadata.get("choices")
-        if isinstance(value, int | float) and not isinstance(value, bool) and numbers is not None:
-            _check_number(entry.name, value, numbers)
-        elif isinstance(value, str):
-            _check_text(entry.name, value)
-        if choices and value not in choices:
-            raise UsageError(f"--{entry.name} is {value!r}, expected {one_of(choices, str(value))}")
-        if entry.metadata.get("name"):
-            check_name(f"--{entry.name}", value)
+        for part in value if isinstance(value, tuple) else (value,):
+            _check_value(entry, part)
+
+
+def _check_value(entry: Field, value: Any) -> None:
+    numbers, choices = entry.metadata.get("range"), entry.metadata.get("choices")
+    if isinstance(value, int | float) and not isinstance(value, bool) and numbers is not None:
+        _check_number(entry.name, value, numbers)
+    elif isinstance(value, str):
+        _check_text(entry.name, value)
+    if choices and value not in choices:
+        raise UsageError(f"--{entry.name} is {value!r}, expected {one_of(choices, str(value))}")
+    if entry.metadata.get("name"):
+        check_name(f"--{entry.name}", value)
 
 
 def _check_number(name: str, value: float, numbers: Range) -> None:

@@ -14,6 +14,7 @@ from overhead_page import DERIVED, report, summary
 from overhead_rows import ROWS
 from paired_times import paired_ratio, per_step
 
+from prismatic.command_line import UsageError, parse
 from prismatic.craft import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -68,9 +69,13 @@ def test_rows_are_valid_settings_and_have_a_baseline():
     assert set(DERIVED) <= set(ROWS)
 
 
-def test_unknown_row_is_refused():
-    with pytest.raises(ValueError, match="unknown rows"):
-        craft_overhead._selected("plain,fast", list(ROWS))
+def test_unknown_rows_are_refused_and_memory_is_that_of_measured_ones():
+    with pytest.raises(UsageError, match="--rows is 'fast', expected one of plain, .*"):
+        parse(OverheadConfig, ["--rows", "plain,fast"])
+    with pytest.raises(UsageError, match="--memory_rows open: expected some of --rows"):
+        OverheadConfig(rows=("plain",), memory_rows=("open",))
+    assert OverheadConfig(rows=("plain", "open")).memory_names == ["plain", "open"]
+    assert OverheadConfig().names == list(ROWS) and OverheadConfig(memory_rows=("none",)).memory_names == []
 
 
 def test_memory_of_a_row_has_its_share_of_the_batch_under_prompts_of_the_same_length():
@@ -93,9 +98,7 @@ def test_batch_that_cannot_be_divided_is_refused():
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_holding_the_actions_executes_no_more_than_its_floor(tuning):
     names = ["keep_quarter_every2", "keep_batch", "frozen_keep_quarter"]
-    cfg = OverheadConfig(
-        tuning=tuning, rounds=0, threads=1, lora_rank=4, rows=",".join(["plain", *names]), memory_rows="none"
-    )
+    cfg = OverheadConfig(tuning=tuning, rounds=0, threads=1, lora_rank=4, rows=("plain", *names), memory_rows=("none",))
     result = craft_overhead.run_all(cfg)
     for name in names:
         flops = result["flops"][name]
@@ -111,7 +114,7 @@ def test_holding_the_actions_executes_no_more_than_its_floor(tuning):
 def test_short_run_makes_a_page():
     names = ["plain", "procedure", "open", "frozen_plain", "frozen_raw_closed"]
     cfg = OverheadConfig(
-        rounds=1, warmup=0, batch_size=1, threads=1, lora_rank=4, rows=",".join(names), memory_rows="none"
+        rounds=1, warmup=0, batch_size=1, threads=1, lora_rank=4, rows=tuple(names), memory_rows=("none",)
     )
     result = craft_overhead.run_all(cfg)
     assert list(result["seconds"]) == names

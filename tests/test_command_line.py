@@ -19,8 +19,11 @@ from prismatic.command_line import (
     UsageError,
     bad_input_in_one_line,
     check_name,
+    check_switches,
     check_values,
     flag,
+    flag_like,
+    given_flags,
     parse,
     require_package,
 )
@@ -42,6 +45,8 @@ class Config:
     resume: bool | str = False
     mode: Mode = Mode.SOFT
     kind: str = flag("a", "which", choices=("a", "b"))
+    seeds: tuple[int, ...] = flag((0, 1), "of the runs", at_least=0)
+    parts: tuple[str, ...] = flag((), "empty: all", choices=("head", "body"))
 
 
 FOREIGN = {"old_text": ForeignFlag("use --text"), "head": ForeignFlag("there is one head", harmless=("l1",))}
@@ -82,6 +87,10 @@ def test_numbers_in_their_range(count, share):
         (["--on", "maybe"], "--on is 'maybe', expected True or False"),
         (["--mode", "sotf"], "--mode is 'sotf', expected one of soft, hard; did you mean soft?"),
         (["--kind", "c"], "--kind is 'c', expected one of a, b"),
+        (["--seeds", "0,b"], "--seeds is 'b', expected a whole number, at least 0, or several with commas between"),
+        (["--seeds", "0,-1"], "--seeds is -1, expected at least 0"),
+        (["--seeds", ""], "--seeds is '', expected a whole number"),
+        (["--parts", "head,haed"], "--parts is 'haed', expected one of head, body; did you mean head?"),
         (["--note", "a/b"], "--note is 'a/b' with '/', expected a name, not a path"),
         (["--note", ".."], "--note is '..', expected a name"),
         (["--text", "a\0b"], "--text: found a NUL character"),
@@ -109,6 +118,10 @@ def test_values_of_each_kind():
         math.inf, True, "auto", Mode.HARD, None, "None",
     )  # fmt: skip
     assert parse(Config, ["--resume", "True"]).resume is True
+    assert (
+        parse(Config, ["--seeds", "3, 4", "--parts", "body"]).seeds == (3, 4)
+        and parse(Config, ["--parts="]).parts == ()
+    )
     assert parse(Config, ["--count=2", "--count", "5"]).count == 5  # the last one counts
     assert parse(Config, []) == Config()
 
@@ -116,6 +129,32 @@ def test_values_of_each_kind():
 def test_a_harmless_flag_of_another_code_base_is_noted(capsys):
     assert parse(Config, ["--head", "L1"], FOREIGN) == Config()
     assert capsys.readouterr().err == "note: --head L1 changes nothing here: there is one head\n"
+
+
+@dataclass
+class Other:
+    count: int = flag_like(Config, "count", 7)
+
+
+@dataclass
+class Undeclared:
+    size: int | None = None
+
+
+def test_a_range_is_declared_once_and_for_every_number():
+    assert parse(Other, []).count == 7
+    with pytest.raises(UsageError, match="--count is 0, expected at least 1"):
+        parse(Other, ["--count", "0"])
+    with pytest.raises(TypeError, match="Undeclared.size is a number without"):  # a mistake of the program
+        parse(Undeclared, ["--help"])
+
+
+def test_a_flag_without_its_switch_is_named_unless_it_is_off():
+    cfg, switches = Config(on=False, budget=2.0), {"bud": (False, "--x"), "count": (True, "--y"), "on": (False, "--z")}
+    check_switches(cfg, ["count", "on"], switches)
+    with pytest.raises(UsageError, match="--budget 2.0 has no effect: it needs --x"):
+        check_switches(cfg, ["on", "budget"], switches)
+    assert given_flags(["--a-b", "1", "--c=2", "d"]) == {"a_b", "c"}
 
 
 def test_objects_are_checked_as_words_are():
@@ -146,6 +185,7 @@ def test_help_names_flags_ranges_and_choices(capsys):
         parse(Config, ["--count", "oops", "--help"])
     text = capsys.readouterr().out
     assert done.value.code == 0 and "how many; at least 1 (default: 3)" in text and "which; a, b" in text
+    assert "of the runs; at least 0 (default: 0,1)" in " ".join(text.split())
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(capsys):

@@ -2,7 +2,8 @@
 
 python vla-scripts/finetune.py --help
 
-The program is prismatic/programs/finetune.py, installed as `craft-finetune`. Its docstring says where the gradients meet.
+The program is prismatic/programs/finetune.py, installed as `craft-finetune`; there is the way to the line where the
+gradients meet.
 """
 
 from prismatic.programs.finetune import main

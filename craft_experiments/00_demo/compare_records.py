@@ -22,7 +22,9 @@ from make_report import OUT_OF_REACH, number
 from run_demo import DemoConfig
 
 from craft_experiments.common_utils.plots import DRIFT
+from craft_experiments.common_utils.report_folder import read_folder
 from prismatic.command_line import bad_input_in_one_line
+from prismatic.evidence.checks import check_fields
 from prismatic.evidence.files import write_text
 from prismatic.evidence.results import Evaluation
 from prismatic.evidence.statistics import mean_and_half_width
@@ -33,14 +35,32 @@ DEFAULTS = asdict(DemoConfig())
 Settings = tuple[tuple[str, Any], ...]
 
 
-def main(folder: str) -> None:
-    """Write the page of a folder of records."""
-    records = [load_results(path.parent) for path in sorted(Path(folder).rglob("manifest.json"))]
+def main() -> None:
+    """Write the page of the folder that the command line names."""
+    print(f"report: {write_page(read_folder(__doc__))}")
+
+
+def write_page(folder: Path) -> Path:
+    """Write the page of a folder of records. Raises what `load_results` and `check_settings` raise."""
+    records = [load_results(path.parent) for path in sorted(folder.rglob("manifest.json"))]
     if not records:
-        sys.exit(f"compare_records.py: no manifest.json below {folder}; run_demo.py --record_dir makes one")
-    page = Path(folder) / "report.md"
-    write_text(page, compose(records, Path(folder)))
-    print(f"report: {page}")
+        raise FileNotFoundError(f"{folder}: found no manifest.json below it; run_demo.py --record_dir makes one")
+    for record in records:
+        check_settings(record)
+    page = folder / "report.md"
+    write_text(page, compose(records, folder))
+    return page
+
+
+def check_settings(record: DemoResults) -> None:
+    """Raise ValueError, which names the manifest, for settings that are not those of a demo."""
+    settings, where = record.manifest.get("settings", {}), str(record.folder / "manifest.json")
+    if "seed" not in settings:
+        raise ValueError(f"{where}: settings.seed: found none, expected a whole number")
+    kinds: dict[str, type | tuple[type, ...]] = {
+        name: (int, float) if isinstance(value, float) else type(value) for name, value in DEFAULTS.items()
+    }
+    check_fields(settings, kinds, f"{where}: settings")
 
 
 def compose(records: Sequence[DemoResults], folder: Path) -> str:
@@ -72,7 +92,7 @@ def title(settings: Settings) -> str:
     """What the setting is: its start, steps, and what differs from the demo's defaults."""
     values = dict(settings)
     named = [Path(values.pop("start")).name, f"{values.pop('max_steps')} steps"]
-    other = [f"{k} `{v}`" for k, v in values.items() if v != DEFAULTS[k] and k != "start_statistics"]
+    other = [f"{k} `{v}`" for k, v in values.items() if v != DEFAULTS.get(k) and k != "start_statistics"]
     return ", ".join([*named, *other])
 
 
@@ -132,7 +152,5 @@ def against_plain(group: Sequence[DemoResults]) -> list[str]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("compare_records.py FOLDER: expected one folder")
     with bad_input_in_one_line("compare_records.py"):
-        main(sys.argv[1])
+        main()

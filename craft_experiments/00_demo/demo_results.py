@@ -77,24 +77,20 @@ def load_results(folder: str | os.PathLike) -> DemoResults:
     Raises:
         FileNotFoundError: the manifest or a file it names does not exist.
         KeyError: a required entry of the manifest is missing; names it.
-        ValueError: an unreadable result file, or a (row, column) listed twice.
+        ValueError: an unreadable result file, an entry of another type, or a (row, column) listed twice; names it.
     """
     folder = Path(folder)
     path = folder / "manifest.json"
     if not path.is_file():
         raise FileNotFoundError(f"manifest not found: {path}")
     manifest = read_object(path)
+    _check_facts(manifest, str(path))
     for entries, names in (("runs", ("name", "metrics")), ("evaluations", ("row", "column", "results_dir"))):
         if entries not in manifest:
             raise KeyError(f"{path}: {entries}: missing")
         check_fields(manifest, {entries: list}, str(path))
         for index, entry in enumerate(manifest[entries]):
-            where = f"{path}: {entries}[{index}]"
-            missing = [name for name in names if name not in entry]
-            if missing:
-                raise KeyError(f"{where}: missing {missing}")
-            for name in {"metrics", "checkpoint", "results_dir"} & entry.keys():
-                _inside(folder, entry[name], f"{where}: {name}")
+            _check_entry(folder, entry, names, f"{path}: {entries}[{index}]")
     runs = [read_training(folder, entry) for entry in manifest["runs"]]
     table: dict[str, dict[str, Evaluation]] = {}
     for entry in manifest["evaluations"]:
@@ -105,19 +101,38 @@ def load_results(folder: str | os.PathLike) -> DemoResults:
     return DemoResults(folder, manifest, runs, table)
 
 
-def _inside(folder: Path, name: object, where: str) -> None:
-    if not isinstance(name, str) or not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{where}: found {name!r:.80}, expected a path below {folder}")
+def _check_facts(manifest: dict[str, Any], where: str) -> None:
+    check_fields(manifest, {"title": str, "settings": dict, "commands": dict, "seconds": dict}, where)
+    scalar = (str, int, float, bool, type(None))
+    for name, kind in (("settings", scalar), ("commands", (str,)), ("seconds", (int, float))):
+        facts = manifest.get(name, {})
+        check_fields(facts, dict.fromkeys(facts, kind), f"{where}: {name}")
+    check_fields(manifest.get("settings", {}), {"old_init_noise_mm": (int, float)}, f"{where}: settings")
+
+
+def _check_entry(folder: Path, entry: Any, names: tuple[str, ...], where: str) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: found {entry!r:.80}, expected an object")
+    missing = [name for name in names if name not in entry]
+    if missing:
+        raise KeyError(f"{where}: missing {missing}")
+    check_fields(entry, dict.fromkeys((*names, "checkpoint"), str), where)
+    for name in {"metrics", "checkpoint", "results_dir"} & entry.keys():
+        if "\0" in entry[name] or not (folder / entry[name]).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{where}: {name}: found {entry[name]!r:.80}, expected a path below {folder}")
 
 
 def read_training(folder: Path, entry: dict[str, Any]) -> Training:
     """The run of a manifest entry. Raises what `read_metrics` raises, and KeyError for a checkpoint without flags."""
     flags = {}
     if "checkpoint" in entry:
+        where = str(folder / entry["checkpoint"])
         record = read_object(folder / entry["checkpoint"])
         if "training" not in record:
-            raise KeyError(f"{folder / entry['checkpoint']}: training: missing, expected the flags of the run")
+            raise KeyError(f"{where}: training: missing, expected the flags of the run")
+        check_fields(record, {"training": dict}, where)
         flags = record["training"]
+        check_fields(flags, {"craft_retention_budget": (int, float, type(None))}, f"{where}: training")
     return Training(entry["name"], read_metrics(row_label(entry["name"]), folder / entry["metrics"]), flags)
 
 

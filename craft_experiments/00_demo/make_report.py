@@ -17,6 +17,7 @@ from demo_results import COLUMN_LABELS, OLD, TRAINED, DemoResults, load_results,
 
 from craft_experiments.common_utils.job_slots import duration
 from craft_experiments.common_utils.plots import COLOURS, DRIFT, plot_drift, plot_success_bars
+from craft_experiments.common_utils.report_folder import read_folder
 from prismatic.command_line import bad_input_in_one_line
 from prismatic.evidence.files import write_text
 from prismatic.evidence.pairing import PairedCounts, paired
@@ -134,12 +135,12 @@ def training_table(results: DemoResults) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     plain = results.seconds("train-plain")
     for run in results.runs:
-        last, metrics = run.metrics.rows[-1], run.metrics
-        seconds = results.seconds(f"train-{run.row}")
+        metrics = run.metrics
+        samples, seconds = metrics.series("samples_seen")[1], results.seconds(f"train-{run.row}")
         cells = [
             row_label(run.row),
-            str(last["step"]),
-            f"{last['samples_seen']:,}" if "samples_seen" in last else "-",
+            str(metrics.rows[-1]["step"]),
+            f"{samples[-1]:,.0f}" if samples else "-",
             number(metrics.tail_mean(ACTION_LOSS)),
             number(metrics.tail_mean(DRIFT)),
             number(run.budget),
@@ -304,9 +305,7 @@ def make_report(folder: str | os.PathLike) -> DemoResults:
 
 def main() -> None:
     """Write the report of a folder, print its table and where the rest is."""
-    if len(sys.argv) > 2 or sys.argv[1:2] in (["-h"], ["--help"]):
-        sys.exit("usage: make_report.py [RESULTS_DIR]   (default: runs/demo)")
-    results = make_report(sys.argv[1] if len(sys.argv) == 2 else "runs/demo")
+    results = make_report(read_folder(__doc__, "runs/demo"))
     print(success_table(results), f"report: {results.folder / 'report.md'}", sep="\n\n")
     print(too_small(results) or "")
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
-from craft_experiments.common_utils.job_slots import Job, run_jobs
+from craft_experiments.common_utils.job_slots import Job, check_commands, run_jobs
 from craft_experiments.common_utils.terminal import say
 from prismatic.command_line import bad_input_in_one_line, flag, parse
 from prismatic.evidence.checks import read_object
 from prismatic.evidence.files import write_text
-from prismatic.output_folder import check_folder
+from prismatic.output_folder import check_folder, hold
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT_SCRIPT = Path(__file__).with_name("make_report.py")
@@ -107,11 +107,15 @@ def main() -> None:
         check_record_dir(cfg)
         check_folder(cfg.work_dir, "--work_dir")
         jobs = plan(cfg)
+        check_commands(jobs, Path(cfg.work_dir) / "logs")
+        if cfg.record_dir:
+            hold(Path(cfg.record_dir), "--record_dir")  # until the end: what is known now is cheaper than in an hour
     say(f"{len(jobs)} jobs, two at a time; everything is written below {cfg.work_dir}")
     work = Path(cfg.work_dir)
     run_jobs(jobs, work / "logs", slots=2)
     write_manifest(cfg, jobs)
-    subprocess.run([sys.executable, str(REPORT_SCRIPT), cfg.work_dir], check=True)
+    if code := subprocess.run([sys.executable, str(REPORT_SCRIPT), cfg.work_dir], check=False).returncode:
+        sys.exit(code)  # it has said why
     if cfg.record_dir:
         copy_record(work, Path(cfg.record_dir))
 

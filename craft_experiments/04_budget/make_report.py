@@ -8,29 +8,38 @@ Writes budget.md, budget.png and traces.png beside the folder `runs/`.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 from craft_experiments.common_utils.drift_runs import DRIFT, LAMBDA, TAIL, read_runs, spread, tail_mean
 from craft_experiments.common_utils.plots import COLOURS, new_figure, save_figure
+from craft_experiments.common_utils.report_folder import read_folder
 from prismatic.command_line import bad_input_in_one_line
 from prismatic.evidence.files import write_text
+
+GATE = "CRaFT/Gate Open"
 
 
 def main() -> None:
     """Read {folder}/runs/*.json, write the page and the figures."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results/budget")
+    folder = read_folder(__doc__, "results/budget")
     runs = load_runs(folder)
+    page = report(runs)
     plot_budget(runs, folder / "budget.png")
     plot_traces(runs, folder / "traces.png")
-    write_text(folder / "budget.md", report(runs))
-    print(report(runs))
+    write_text(folder / "budget.md", page)
+    print(page)
 
 
 def load_runs(folder: Path) -> list[dict]:
-    """Records of all runs in name order (see `read_runs`), with `open`, the share of steps with an open gate, added."""
-    return [run | {"open": statistics.fmean(run["CRaFT/Gate Open"])} for run in read_runs(folder)]
+    """Records of all runs in name order (see `read_runs`), with `open`, the share of steps with an open gate, added.
+
+    Raises also ValueError when none of them had a budget.
+    """
+    runs = [run | {"open": statistics.fmean(run[GATE])} for run in read_runs(folder, (LAMBDA, GATE))]
+    if all(run["budget"] is None for run in runs):
+        raise ValueError(f"{folder / 'runs'}: found no run with a budget")
+    return runs
 
 
 def by_variant(runs: list[dict]) -> dict[str, dict[float, list[dict]]]:

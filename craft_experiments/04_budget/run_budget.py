@@ -20,11 +20,9 @@ from craft_experiments.common_utils.drift_runs import (
     LAMBDA,
     Cell,
     DriftConfig,
-    numbers,
     run_experiment,
-    seeds_of,
 )
-from prismatic.command_line import parse_or_exit
+from prismatic.command_line import flag, parse_or_exit
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
@@ -42,18 +40,12 @@ class BudgetConfig(DriftConfig):
     """Sizes of the experiment."""
 
     start: str = "pretrained_models/tiny-libero-object"
-    data_root_dir: str = "datasets/rlds"
-    dataset_name: str = "libero_spatial_scripted_no_noops"
-    seeds: str = "0,1,2"
-    max_steps: int = 500
-    batch_size: int = 8
-    learning_rate: float = 5e-4
-    lr_warmup_steps: float = 20
-    slots: int = 2
     work_dir: str = "runs/budget"
     results_dir: str = "results/budget"
-    # Relative squared drift of the features. At the largest, this task no longer needs the drift it is allowed.
-    budgets: str = "0.003,0.0045,0.007,0.01,0.015,0.03"
+    # At the largest, this task no longer needs the drift it is allowed.
+    budgets: tuple[float, ...] = flag(
+        (0.003, 0.0045, 0.007, 0.01, 0.015, 0.03), "relative squared drift of the features", more_than=0
+    )
 
 
 def main() -> None:
@@ -61,14 +53,15 @@ def main() -> None:
     cfg = parse_or_exit(BudgetConfig, __doc__)
     os.chdir(ROOT)
     run_experiment(cfg, cells, KEPT)
-    subprocess.run([sys.executable, str(Path(__file__).with_name("make_report.py")), cfg.results_dir], check=True)
+    sys.exit(
+        subprocess.run([sys.executable, str(Path(__file__).with_name("make_report.py")), cfg.results_dir]).returncode
+    )
 
 
 def cells(cfg: BudgetConfig) -> list[Cell]:
     """All runs: every variant, budget and seed, and per seed one run that only measures."""
-    budgets, seeds = numbers(cfg.budgets, "--budgets"), seeds_of(cfg)
-    grid = [(variant, budget, seed) for seed in seeds for variant in VARIANTS for budget in budgets]
-    measuring = [("budget", float("inf"), seed) for seed in seeds]
+    grid = [(variant, budget, seed) for seed in cfg.seeds for variant in VARIANTS for budget in cfg.budgets]
+    measuring = [("budget", float("inf"), seed) for seed in cfg.seeds]
     return [Cell(variant, budget, seed, VARIANTS[variant]) for variant, budget, seed in measuring + grid]
 
 

@@ -8,7 +8,6 @@ Writes controller.md and controller.png beside the folder `runs/`.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from craft_experiments.common_utils.drift_runs import (
     tail_mean,
 )
 from craft_experiments.common_utils.plots import COLOURS, moving_average, new_figure, save_figure
+from craft_experiments.common_utils.report_folder import read_folder
 from prismatic.command_line import bad_input_in_one_line
 from prismatic.evidence.files import write_text
 from prismatic.evidence.statistics import mean_and_half_width
@@ -82,8 +82,8 @@ class Duel:
 
 def main() -> None:
     """Read {folder}/runs/*.json, write the page and the figure."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results/controller")
-    runs = read_runs(folder)
+    folder = read_folder(__doc__, "results/controller")
+    runs = read_runs(folder, (LAMBDA,))
     page = report(runs)
     plot(runs, folder / "controller.png")
     write_text(folder / "controller.md", page)
@@ -108,11 +108,16 @@ def sweep(runs: list[dict]) -> Sweep:
 
 
 def duels(runs: list[dict]) -> list[Duel]:
-    """All pairs of budget, largest first, and controller that have runs."""
+    """All pairs of budget, largest first, and controller that have runs. ValueError for runs of different lengths."""
     groups: dict[tuple[float, str], list[dict]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run["seed"]):
         if run["budget"] is not None:
             groups[run["budget"], run["variant"]].append(run)
+    for (budget, controller), own in groups.items():
+        if len(lengths := {len(run[DRIFT]) for run in own}) > 1:
+            raise ValueError(
+                f"{controller} at eps {budget:g}: found runs of {sorted(lengths)} steps, expected one length"
+            )
     return [
         Duel(controller, budget, own, [rival(runs, budget, run["seed"]) for run in own])
         for (budget, controller), own in sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1]))
@@ -230,7 +235,7 @@ def sentence(duel: Duel) -> str:
 
 def warnings(duel: Duel) -> list[bool]:
     """Per run whether it said that its budget is out of reach; empty for a controller that never says it."""
-    said = [[flag for flag in run[OUT_OF_REACH] if flag is not None] for run in duel.runs]
+    said = [[flag for flag in run.get(OUT_OF_REACH, ()) if flag is not None] for run in duel.runs]
     return [any(flags) for flags in said] if all(said) else []
 
 

@@ -22,11 +22,9 @@ from craft_experiments.common_utils.drift_runs import (
     OUT_OF_REACH,
     Cell,
     DriftConfig,
-    numbers,
     run_experiment,
-    seeds_of,
 )
-from prismatic.command_line import parse_or_exit
+from prismatic.command_line import flag, flag_like, parse_or_exit
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = ("--lr_schedule", "cosine", "--craft_preset", "budget")
@@ -39,18 +37,13 @@ class ControllerConfig(DriftConfig):
     """Sizes of the experiment."""
 
     start: str = "pretrained_models/tiny-libero-displaced"
-    data_root_dir: str = "datasets/rlds"
-    dataset_name: str = "libero_spatial_scripted_no_noops"
-    seeds: str = "0,1,2"
-    max_steps: int = 800
-    batch_size: int = 8
-    learning_rate: float = 7e-4
-    lr_warmup_steps: float = 0.05
-    slots: int = 2
     work_dir: str = "runs/controller"
     results_dir: str = "results/controller"
-    budgets: str = "0.01,0.003,0.001"  # relative squared drift of the features
-    lambdas: str = "0,1,3,10,30,100"  # 0 only measures
+    max_steps: int = flag_like(DriftConfig, "max_steps", 800)
+    learning_rate: float = flag_like(DriftConfig, "learning_rate", 7e-4)
+    lr_warmup_steps: float = flag_like(DriftConfig, "lr_warmup_steps", 0.05)
+    budgets: tuple[float, ...] = flag((0.01, 0.003, 0.001), "relative squared drift of the features", more_than=0)
+    lambdas: tuple[float, ...] = flag((0, 1, 3, 10, 30, 100), "fixed multipliers; 0 only measures", at_least=0)
 
 
 def main() -> None:
@@ -58,19 +51,19 @@ def main() -> None:
     cfg = parse_or_exit(ControllerConfig, __doc__)
     os.chdir(ROOT)
     run_experiment(cfg, cells, KEPT, compact=True)
-    subprocess.run([sys.executable, str(Path(__file__).with_name("make_report.py")), cfg.results_dir], check=True)
+    sys.exit(
+        subprocess.run([sys.executable, str(Path(__file__).with_name("make_report.py")), cfg.results_dir]).returncode
+    )
 
 
 def cells(cfg: ControllerConfig) -> list[Cell]:
     """All runs in the order in which they begin: the first seed of everything before the second."""
-    return [cell for seed in seeds_of(cfg) for cell in [*_controlled(cfg, seed), *_fixed(cfg, seed)]]
+    return [cell for seed in cfg.seeds for cell in [*_controlled(cfg, seed), *_fixed(cfg, seed)]]
 
 
 def _controlled(cfg: ControllerConfig, seed: int) -> list[Cell]:
     return [
-        Cell(name, budget, seed, (*COMMON, *flags))
-        for name, flags in CONTROLLERS.items()
-        for budget in numbers(cfg.budgets, "--budgets")
+        Cell(name, budget, seed, (*COMMON, *flags)) for name, flags in CONTROLLERS.items() for budget in cfg.budgets
     ]
 
 
@@ -78,10 +71,7 @@ def _fixed(cfg: ControllerConfig, seed: int) -> list[Cell]:
     """A multiplier that nothing moves knows no budget: one run serves them all."""
     still = ("--craft_enable_dual", "False", "--craft_enable_projection", "False")
     constant = (*COMMON, *still, "--craft_fixed_lambda")
-    return [
-        Cell(f"fixed {value:g}", float("inf"), seed, (*constant, f"{value:g}"))
-        for value in numbers(cfg.lambdas, "--lambdas")
-    ]
+    return [Cell(f"fixed {value:g}", float("inf"), seed, (*constant, f"{value:g}")) for value in cfg.lambdas]
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from prismatic.command_line import bad_input_in_one_line, faults_in_one_line
-from prismatic.evidence.checks import is_count, is_number, read_object
+from prismatic.command_line import bad_input_in_one_line, faults_in_one_line, flag, flag_like
+from prismatic.evidence.checks import check_fields, is_count, is_number, read_object
 from prismatic.evidence.files import write_text
 from prismatic.evidence.results import read_jsonl
 from prismatic.output_folder import held
+from prismatic.training.config import FinetuneConfig
 
 DRIFT, LAMBDA, OUT_OF_REACH = "CRaFT/Retention Loss", "CRaFT/Lambda", "CRaFT/Out Of Reach"
 TAIL = 0.25
@@ -40,19 +41,19 @@ HEAD, GROUP, DIGITS = 100, 4, 4
 
 @dataclass
 class DriftConfig:
-    """What the runs of one experiment share. Steps are optimizer steps; a warm-up below 1 is a share of them."""
+    """What the runs of one experiment share. Sizes of a run have the ranges of `finetune.py`, which is given them."""
 
     start: str
-    data_root_dir: str
-    dataset_name: str
-    seeds: str  # comma separated
-    max_steps: int
-    batch_size: int
-    learning_rate: float
-    lr_warmup_steps: float
-    slots: int  # runs at the same time, one core each
     work_dir: str
     results_dir: str
+    max_steps: int = flag_like(FinetuneConfig, "max_steps", 500)
+    learning_rate: float = flag_like(FinetuneConfig, "learning_rate", 5e-4)
+    lr_warmup_steps: float = flag_like(FinetuneConfig, "lr_warmup_steps", 20)
+    batch_size: int = flag_like(FinetuneConfig, "batch_size", 8)
+    data_root_dir: str = "datasets/rlds"
+    dataset_name: str = "libero_spatial_scripted_no_noops"
+    seeds: tuple[int, ...] = flag((0, 1, 2), "of the trainings, with commas between", at_least=0)
+    slots: int = flag(2, "runs at the same time, one core each", at_least=1, at_most=1024)
 
 
 @dataclass(frozen=True)
@@ -72,23 +73,6 @@ class Cell:
 
 class RunFailed(Exception):
     """Training runs that did not end well; the message holds the end of what they said."""
-
-
-def numbers(text: str, flag: str) -> list[float]:
-    """Comma separated numbers of a flag. Raises ValueError that names it."""
-    return _words(text, flag, float, "numbers")
-
-
-def seeds_of(cfg: DriftConfig) -> list[int]:
-    """The seeds as numbers. Raises ValueError that names the flag."""
-    return _words(cfg.seeds, "--seeds", int, "whole numbers")
-
-
-def _words(text: str, flag: str, kind: type, expected: str) -> list:
-    try:
-        return [kind(word) for word in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{flag}: found {text!r}, expected {expected} with commas between") from None
 
 
 def record_file(cfg: DriftConfig, cell: Cell) -> Path:
@@ -147,7 +131,7 @@ def run_missing(cfg: DriftConfig, cells: list[Cell], kept: tuple[str, ...], comp
     Raises:
         RunFailed: runs that failed, with the end of their output; the others are finished and recorded first.
     """
-    missing = [cell for cell in cells if not record_file(cfg, cell).exists()]
+    missing = [cell for cell in dict.fromkeys(cells) if not record_file(cfg, cell).exists()]
     print(f"{len(missing)} runs to do", flush=True)
     started, failures = time.monotonic(), []
     with ThreadPoolExecutor(cfg.slots) as pool:
@@ -231,23 +215,26 @@ def expanded(record: dict) -> dict:
     return record | series | {"measured_steps": list(range(steps))}
 
 
-def read_runs(folder: Path) -> list[dict]:
+def read_runs(folder: Path, needed: tuple[str, ...] = ()) -> list[dict]:
     """Records of all runs in name order, with `achieved` (drift) and `loss`, the means of their last quarter, added.
+
+    needed: series that each must have, as it has drift and loss: a number for every step that measured.
 
     Raises FileNotFoundError when there is none, and ValueError, which names the file, for another content.
     """
     files = sorted((folder / "runs").glob("*.json"))
     if not files:
         raise FileNotFoundError(f"{folder / 'runs'}: no run has been recorded")
-    runs = [expanded(_checked(file)) for file in files]
+    runs = [expanded(_checked(file, (DRIFT, "all_losses", *needed))) for file in files]
     for run in runs:
         run["achieved"] = tail_mean(run[DRIFT])
         run["loss"] = tail_mean(run["all_losses"])
     return runs
 
 
-def _checked(file: Path) -> dict:
+def _checked(file: Path, needed: tuple[str, ...]) -> dict:
     record = read_object(file)
+    _check_setting(record, str(file))
     steps, averaged = record.get("steps", 1), record.get("averaged", {"after": 1, "over": 1})
     if not is_count(steps) or not 1 <= steps <= MAX_STEPS or not isinstance(averaged, dict):
         raise ValueError(f"{file}: steps: found {steps!r}, expected 1 to {MAX_STEPS}")
@@ -256,13 +243,25 @@ def _checked(file: Path) -> dict:
         raise ValueError(f"{file}: averaged: found {averaged!r}, expected whole numbers as after and over")
     groups = min(steps, after) + -(-max(0, steps - after) // over)
     series = {name: values for name, values in record.items() if isinstance(values, list)}
-    for name in (DRIFT, "all_losses", *series):
+    if "averaged" not in record:
+        needed, groups = (*needed, "measured_steps"), len(series.get(DRIFT, ()))
+    for name in dict.fromkeys((*needed, *series)):
         values = series.get(name)
-        if not values or not all(value is None or is_number(value) for value in values):
+        if not values or not all(is_number(value) or (value is None and name not in needed) for value in values):
             raise ValueError(f"{file}: {name}: expected a list of finite numbers")
-        if "averaged" in record and len(values) != groups:
-            raise ValueError(f"{file}: {name}: found {len(values)} values, expected {groups} for {steps} steps")
+        if len(values) != groups and ("averaged" in record or name != "all_losses"):  # which has every step
+            raise ValueError(f"{file}: {name}: found {len(values)} values, expected {groups}")
     return record
+
+
+def _check_setting(record: dict, where: str) -> None:
+    check_fields(record, {"variant": str, "seed": int, "budget": (int, float, type(None))}, where)
+    if missing := sorted({"variant", "seed", "budget"} - record.keys()):
+        raise ValueError(f"{where}: found no {', '.join(missing)}")
+    if record["budget"] is not None and not record["budget"] > 0:
+        raise ValueError(f"{where}: budget: found {record['budget']}, expected a number above 0")
+    if ("steps" in record) != ("averaged" in record):
+        raise ValueError(f"{where}: expected steps and averaged together")
 
 
 def tail_mean(values: list[float], share: float = TAIL) -> float:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from craft_experiments.common_utils.terminal import say
+from prismatic.command_line import UsageError
 from prismatic.evidence.checks import parse_object
 from prismatic.evidence.files import remove_leftovers, write_text
 
@@ -182,11 +183,11 @@ def run_jobs(jobs: Sequence[Job], log_dir: Path, slots: int, report_s: float = 2
     what is running and how much time is left. A failed job ends the program with code 1 after the running ones ended,
     with the end of its log.
 
-    Raises SystemExit also when a result in place was made by another command than the job's.
+    Raises UsageError, before anything is written, when a result in place was made by another command than the job's.
     """
+    check_commands(jobs, log_dir)
     log_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(log_dir)
-    _check_commands(jobs, log_dir)
     queue = _Queue(list(jobs), log_dir, slots)
     started = spoken = time.monotonic()
     with _ended_by_signals():
@@ -309,15 +310,24 @@ def _start(job: Job, log_dir: Path, lock: int) -> Running:
     return Running(job, process, log, units_before=before)
 
 
-def _check_commands(jobs: Sequence[Job], log_dir: Path) -> None:
+def check_commands(jobs: Sequence[Job], log_dir: Path) -> None:
+    """UsageError for the first job that was begun with other flags, which are named."""
     for job in jobs:
         file = log_dir / f"{job.name}.command"
-        if file.exists() and file.read_text(encoding="utf-8").strip() != job.portable_command:
-            sys.exit(
-                f"{file}: {job.name} was begun with other settings: found\n    "
-                f"{file.read_text(encoding='utf-8').strip()}\nexpected\n    {job.portable_command}\n"
-                "Name another --work_dir, or delete this one."
+        begun = file.read_text(encoding="utf-8", errors="replace").strip() if file.exists() else job.portable_command
+        if begun != job.portable_command:
+            raise UsageError(
+                f"{file}: {job.name} was begun with other settings: found {_difference(begun, job.portable_command)}, "
+                f"expected {_difference(job.portable_command, begun)}; name another --work_dir, or delete this one"
             )
+
+
+def _difference(command: str, other: str) -> str:
+    """The words of a command line that another one has not, each with the flag before it."""
+    words, others = command.split(), set(other.split())
+    new = [i for i, word in enumerate(words) if word not in others]
+    kept = sorted({i - 1 for i in new if i and words[i - 1].startswith("--")} | set(new))
+    return " ".join(words[i] for i in kept) or "nothing else"
 
 
 def _outcome(job: Job) -> str:

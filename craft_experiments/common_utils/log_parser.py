@@ -25,9 +25,11 @@ if not __package__:  # run as a script
 from craft_experiments.common_utils.log_figures import read_rate
 from craft_experiments.common_utils.log_runs import EvalLog, LogFormatError, TaskOutcome, parse_runs, select_runs
 from craft_experiments.common_utils.log_text import decode_text, message_lines, read_log_bytes, unwrapped
+from prismatic.command_line import OneLineParser, bad_input_in_one_line
 from prismatic.evidence.cells import markdown_cell, one_line
 from prismatic.evidence.failure_codes import FailureCode
 from prismatic.evidence.files import write_text
+from prismatic.output_folder import check_file
 
 __all__ = ["EvalLog", "FailureCode", "LogFormatError", "TaskOutcome"]
 
@@ -310,6 +312,7 @@ def _deliver(text: str, output: str | None) -> int:
     if output is None:
         print(text, end="")
     else:
+        check_file(output, "--output")
         write_text(output, text)
     return 0
 
@@ -324,7 +327,7 @@ def _command_checkpoint(args: argparse.Namespace) -> int:
 
 
 def _argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Read evaluation logs, find checkpoints, write result tables.")
+    parser = OneLineParser(description="Read evaluation logs, find checkpoints, write result tables.")
     commands = parser.add_subparsers(dest="command", required=True)
     rate = commands.add_parser("rate", help="print the success rate of each suite; exit 3 when a run is incomplete")
     rate.set_defaults(run=_command_rate)
@@ -350,13 +353,13 @@ def _argument_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line entry. Returns 0, 2 for unreadable input, 3 for 'nothing to report' (incomplete, no checkpoint)."""
+    """Command line entry. Returns 0, or 3 for 'nothing to report' (incomplete, no checkpoint).
+
+    Input that cannot be read ends the process with one line and exit code 2.
+    """
     args = _argument_parser().parse_args(argv)
-    try:
+    with bad_input_in_one_line("log_parser.py"):
         return args.run(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

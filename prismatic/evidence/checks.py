@@ -229,9 +229,9 @@ def _check_known(row: Mapping[str, Any], kinds: Mapping[str, str], where: str) -
 def check_fields(found: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]], where: str) -> None:
     """Types of the named entries that are there.  Raises ValueError, which names place and entry."""
     for name, kind in kinds.items():
-        value = found.get(name)
-        if name in found and (not isinstance(value, kind) or (isinstance(value, bool) and kind is int)):
-            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        value, kinds_of = found.get(name), kind if isinstance(kind, tuple) else (kind,)
+        if name in found and (not isinstance(value, kinds_of) or (isinstance(value, bool) and bool not in kinds_of)):
+            names = " or ".join(k.__name__ for k in kinds_of)
             raise ValueError(f"{where}: {name}: found {_shown(value)}, expected {names}")
 
 

@@ -50,15 +50,21 @@ def read_jsonl(path: str | os.PathLike[str], finite: bool = True) -> list[dict[s
 
 @dataclass(frozen=True)
 class TrainingMetrics:
-    """Metrics of one run, a dict per logged optimizer step; steps ascend."""
+    """Metrics of one run, a dict per logged optimizer step; steps ascend. `where` names them in messages."""
 
     name: str
     rows: list[dict[str, Any]]
+    where: str = field(default="metrics", compare=False)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of the rows that carry `key`; two empty lists when none does."""
-        found = [(row["step"], float(row[key])) for row in self.rows if row.get(key) is not None]
-        return [step for step, _ in found], [value for _, value in found]
+        """(steps, values) of the rows that carry `key`; two empty lists when none does.
+
+        Raises ResultFormatError for a value that is no number.
+        """
+        found = [(row["step"], row[key]) for row in self.rows if row.get(key) is not None]
+        for step, value in found:
+            _checked(check_fields, {key: value}, {key: (int, float)}, f"{self.where}: step {step}")
+        return [step for step, _ in found], [float(value) for _, value in found]
 
     def tail_mean(self, key: str, share: float = 0.1) -> float | None:
         """Mean of `key` over the last `share` of its logged values (at least one); None when it was never logged."""
@@ -85,7 +91,7 @@ def read_metrics(name: str, path: str | os.PathLike[str]) -> TrainingMetrics:
         last = step
     if rows[0]["step"] == 0:  # records made while metrics counted steps from 0; the first step is always logged
         rows = [row | {"step": row["step"] + 1} for row in rows]
-    return TrainingMetrics(name, rows)
+    return TrainingMetrics(name, rows, str(path))
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,8 @@ def read_evaluation(folder: str | os.PathLike[str]) -> Evaluation:
     facts = {}
     if facts_path.is_file():
         facts = _checked(read_object, facts_path)
-        _checked(check_fields, facts, {"overall": dict, "config": (dict, type(None))}, str(facts_path))
+        kinds = {"overall": dict, "config": (dict, type(None)), "versions": dict, "wall_s": (int, float)}
+        _checked(check_fields, facts, kinds, str(facts_path))
     evaluation = Evaluation(str(folder), outcomes, len(statuses) - len(outcomes), facts)
     overall = facts.get("overall", {})
     for name, found in (("successes", evaluation.successes), ("trials", evaluation.trials)):

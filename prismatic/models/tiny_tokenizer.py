@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from prismatic.command_line import OneLineParser
 from prismatic.extern.hf.tokenizer_files import load_tokenizer, save_tokenizer
 
 TOKENIZER_DIR = Path(__file__).parent / "assets" / "tiny_tokenizer"
@@ -80,4 +81,5 @@ def _is_scene(word: str) -> bool:
 
 
 if __name__ == "__main__":
+    OneLineParser(description=train_tiny_tokenizer.__doc__).parse_args()
     train_tiny_tokenizer(libero_instructions())

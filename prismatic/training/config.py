@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
-from prismatic.command_line import check_values
+from prismatic.command_line import check_switches, check_values
 from prismatic.craft.settings import PRESET_FIELDS, CRaFTConfig, plain_values
 from prismatic.training.flag_checks import check_choice, check_unread
 from prismatic.training.flags import (
@@ -160,10 +160,7 @@ class FinetuneConfig(
             "val_split": (self.use_val_set, "--use_val_set True"),
             "replay_labels": (self.replay_data is not None, "--replay_data FOLDER"),
         }
-        for name in sorted(set(given) - {"craft_log_freq"}):  # every run has a log
-            for prefix, (is_on, switch) in switches.items():
-                if name.startswith(prefix) and not is_on:
-                    raise ValueError(f"--{name} {getattr(self, name, '')} has no effect: it needs {switch}")
+        check_switches(self, set(given) - {"craft_log_freq"}, switches)  # every run has a log
 
     def _check_saving_flags(self) -> None:
         if not isinstance(self.resume, bool) and self.resume != "auto":

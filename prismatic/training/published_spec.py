@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,19 @@ from prismatic.model_files import CheckpointError
 from prismatic.vla.action_spec import ACTION_SPECS, ActionSpec, NormalizationType
 from prismatic.vla.datasets.registry import expand_data_set_names, get_data_set_config
 
-_PLATFORM = re.compile(rf"({'|'.join(ACTION_SPECS)})(?![a-z])")
+_PUBLISHED = {
+    "calvin": ("calvin_abc", "calvin_abc_rlds"),
+    "aloha": (
+        "aloha_scoop_x_into_bowl",
+        "aloha1_fold_shorts_20_demos",
+        "aloha1_fold_shirt_30_demos",
+        "aloha1_scoop_x_into_bowl_45_demos",
+        "aloha1_put_x_into_pot_300_demos",
+    ),
+    "bridge": ("bridge", "bridge_orig", "bridge_oxe", "bridge_dataset"),
+}
+"""Data sets that the public code knows, in lower case. A name that only begins like one may be of any robot."""
+_ROBOTS = {name: ACTION_SPECS[robot] for robot, names in _PUBLISHED.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -37,8 +48,8 @@ def published_spec(
 
     Args:
         sizes: of the head.
-        statistics: names of the data sets in its statistics, which identify the robot when they are registered or
-            begin with a platform's name.
+        statistics: names of the data sets in its statistics, which identify the robot when they are registered, or
+            those of published data.
         source: its folder, for errors.
         robot: `--robot_platform`, or the specification itself where it is known.
         data_set: data that the caller registered and uses with the head; asked last.
@@ -90,10 +101,7 @@ def _choices() -> str:
 
 def _spec_of_name(name: str) -> ActionSpec | None:
     """Of a data set in the statistics."""
-    spec = _spec_of_data_set(name)
-    if spec is None and (match := _PLATFORM.match(name.lower())):
-        spec = ACTION_SPECS[match[1]]
-    return spec
+    return _spec_of_data_set(name) or _ROBOTS.get(name.lower())
 
 
 def _spec_of_data_set(name: str) -> ActionSpec | None:

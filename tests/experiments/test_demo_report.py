@@ -168,7 +168,7 @@ def test_records_of_a_setting_stand_together_by_seed(demo, report_module, tmp_pa
         (root / name / "manifest.json").write_text(json.dumps(manifest))
     (root / "b" / "evaluations" / "keep-target").rename(root / "b" / "old")
     write_evaluation(root / "b" / "evaluations" / "keep-target", [1] * 10)
-    compare_records.main(str(root))
+    compare_records.write_page(root)
     together, apart = (root / "report.md").read_text().split("\n## ")[1:]
     assert together.startswith("mine, 800 steps\n\nSeeds 7, 8: [a](a/report.md), [b](b/report.md).")
     assert apart.startswith("mine, 800 steps, action_budget `0.05`\n\nSeeds 7: [c]")
@@ -179,6 +179,12 @@ def test_records_of_a_setting_stand_together_by_seed(demo, report_module, tmp_pa
     assert "| 0.03 | 2 of 2 | 1.20, 1.20 |" in together and "| 0.03 | 1 of 1 | 1.20 |" in apart
     assert "- CRaFT keep, no old data: new task +0.10 ± 1.27 against plain of the same seed." in together
     assert "against plain of" not in apart
+    for wrong in ({}, {"seed": "7"}, {"seed": 7, "start": 3}):
+        (root / "b" / "manifest.json").write_text(json.dumps(manifest | {"settings": wrong}))
+        with pytest.raises(ValueError, match=f"{root / 'b' / 'manifest.json'}: settings"):
+            compare_records.write_page(root)
+    with pytest.raises(FileNotFoundError, match="found no manifest.json below it"):
+        compare_records.write_page(root / "a" / "metrics")
 
 
 def test_a_small_demo_says_so_and_a_displaced_one_too(demo, report_module):
@@ -215,6 +221,41 @@ def test_manifest_errors_name_the_entry(demo, report_module, tmp_path):
         report_module.make_report(demo)
     with pytest.raises(FileNotFoundError, match="manifest not found"):
         report_module.make_report(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "value"),
+    [
+        ("manifest.json", ["runs", 0], 3),
+        ("manifest.json", ["runs", 0], "name metrics"),
+        ("manifest.json", ["runs", 0, "name"], ["plain"]),
+        ("manifest.json", ["evaluations", 0, "row"], {}),
+        ("manifest.json", ["evaluations", 0, "column"], None),
+        ("manifest.json", ["evaluations", 0, "results_dir"], "a\0b"),
+        ("manifest.json", ["title"], 3),
+        ("manifest.json", ["settings"], []),
+        ("manifest.json", ["settings", "old_init_noise_mm"], "wide"),
+        ("manifest.json", ["settings", "rows"], ["start"]),
+        ("manifest.json", ["seconds", "all"], "long"),
+        ("manifest.json", ["commands", "train-plain"], ["python"]),
+        ("metrics/keep.json", ["training"], []),
+        ("metrics/keep.json", ["training", "craft_retention_budget"], "0.03"),
+        ("metrics/keep.jsonl", ["CRaFT/Retention Loss"], "small"),
+        ("metrics/keep.jsonl", ["samples_seen"], "many"),
+        ("evaluations/start-target/results.json", ["versions"], []),
+        ("evaluations/start-target/results.json", ["wall_s"], "long"),
+    ],
+)
+def test_a_record_with_a_value_of_another_kind_is_named(demo, report_module, file, place, value):
+    *lines, last = (demo / file).read_text().splitlines()
+    content = inner = json.loads(last)
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    (demo / file).write_text("\n".join([*lines, json.dumps(content)]))
+    with pytest.raises(ValueError, match=f"{file}: .*{place[0]}.*(found|expected)"):
+        report_module.make_report(demo)
+    assert not (demo / "report.md").exists()
 
 
 def test_a_superseded_error_does_not_count_and_a_repeat_is_an_error(tmp_path):

@@ -20,15 +20,15 @@ from craft_experiments.common_utils.drift_runs import (
     read_runs,
     run_experiment,
     run_missing,
-    seeds_of,
     tail_mean,
 )
+from prismatic.command_line import UsageError, parse
 
 
 @pytest.fixture
 def cfg(tmp_path):
     return DriftConfig(
-        start="start", data_root_dir="data", dataset_name="set", seeds="0,1", max_steps=8, batch_size=1,
+        start="start", data_root_dir="data", dataset_name="set", seeds=(0, 1), max_steps=8, batch_size=1,
         learning_rate=0.1, lr_warmup_steps=0.5, slots=2, work_dir=str(tmp_path / "work"),
         results_dir=str(tmp_path / "results"),
     )  # fmt: skip
@@ -59,7 +59,7 @@ def trained(monkeypatch):
 
 def test_only_steps_that_measured_are_recorded_and_a_recorded_cell_is_not_run_again(cfg, trained):
     cells = [Cell("a, b", 0.1, 0, ("--extra", "1")), Cell("a, b", float("inf"), 1)]
-    run_missing(cfg, cells, (DRIFT, "CRaFT/Out Of Reach"))
+    run_missing(cfg, [*cells, cells[0]], (DRIFT, "CRaFT/Out Of Reach"))
     first, second = read_runs(Path(cfg.results_dir))
     assert (first["measured_steps"], first[DRIFT], first["CRaFT/Out Of Reach"]) == (
         [0, 4],
@@ -121,17 +121,31 @@ def test_two_experiments_do_not_share_a_folder(cfg, trained, folder, capsys, hel
     assert not trained
 
 
-def test_a_failed_run_and_a_seed_that_is_no_number_end_the_program_without_a_traceback(cfg, trained, capsys):
+def test_a_failed_run_ends_the_program_without_a_traceback(cfg, trained, capsys):
     with pytest.raises(SystemExit) as ended:
         run_experiment(cfg, lambda _: [Cell("a", 0.1, 13)], (DRIFT,))
     assert ended.value.code == 1
-    with pytest.raises(SystemExit) as ended:
-        run_experiment(replace(cfg, seeds="0,b"), seeds_of, (DRIFT,))
-    assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert "no room on the device" in said
-    assert "--seeds: found '0,b', expected whole numbers with commas between" in said
+    assert "no room on the device" in capsys.readouterr().err
     assert not Path(cfg.results_dir).exists()
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ["--seeds", "0,b"],
+        ["--seeds", "-1"],
+        ["--max_steps", "0"],
+        ["--batch_size", "0"],
+        ["--slots", "0"],
+        ["--learning_rate", "nan"],
+        ["--learning_rate", "inf"],
+        ["--lr_warmup_steps", "-1"],
+    ],
+)
+def test_sizes_out_of_range_are_named(mistake):
+    needed = ["--start", "a", "--work_dir", "b", "--results_dir", "c"]
+    with pytest.raises(UsageError, match=f"{mistake[0]} is "):
+        parse(DriftConfig, [*needed, *mistake])
 
 
 def long_record(steps):

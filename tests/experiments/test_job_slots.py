@@ -12,6 +12,7 @@ import pytest
 
 from craft_experiments.common_utils import job_slots
 from craft_experiments.common_utils.job_slots import Job, Outlook, Running, run_jobs
+from prismatic.command_line import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,9 +73,17 @@ def test_a_job_without_its_result_has_failed(tmp_path, capsys):
 
 
 def test_a_result_of_another_command_is_refused(tmp_path):
-    run_jobs([touch_job(tmp_path, "a")], tmp_path / "logs", slots=1)
-    with pytest.raises(SystemExit, match="a was begun with other settings"):
-        run_jobs([touch_job(tmp_path, "a", code="x = 2")], tmp_path / "logs", slots=1)
+    program, done = [sys.executable, "-c", f"open({str(tmp_path / 'done')!r}, 'w')"], tmp_path / "done"
+    run_jobs([Job("a", [*program, "--seed", "7", "--steps", "3"], done)], tmp_path / "logs", slots=1)
+    expected = r"a.command: a was begun with other settings: found --seed 7, expected --seed 8 --new 1; name another"
+    with pytest.raises(UsageError, match=expected) as refused:
+        run_jobs([Job("a", [*program, "--seed", "8", "--steps", "3", "--new", "1"], done)], tmp_path / "logs", slots=1)
+    assert "\n" not in str(refused.value)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "b.command").write_bytes(b"\xff")
+    with pytest.raises(UsageError, match="b.command"):
+        run_jobs([touch_job(tmp_path, "x"), touch_job(tmp_path, "b")], tmp_path / "new", slots=1)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["b.command"]  # nothing was written
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -297,14 +297,17 @@ def test_command_line(tmp_path):
 
 def test_command_line_failures_have_exit_codes_and_no_output(tmp_path):
     (tmp_path / "cut").write_text("Task suite: libero_10\nSuccess: True\n")
+    (tmp_path / "list").write_text("libero_goal: 0.5000\n")
     for arguments, code in (
         (("rate", tmp_path / "cut"), 3),
         (("rate", tmp_path / "absent"), 2),
         (("checkpoint", tmp_path, "r"), 3),
         (("table", tmp_path / "cut"), 2),
+        (("table", tmp_path / "list", "--output", tmp_path), 2),
     ):
         done = run_command(*arguments)
         assert (done.returncode, done.stdout) == (code, "") and done.stderr
+        assert code == 3 or done.stderr.count("\n") == 1, done.stderr
 
 
 def test_comparison_averages_only_what_every_method_has(tmp_path):

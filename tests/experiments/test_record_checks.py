@@ -234,16 +234,24 @@ def test_states_are_checked(tmp_path, entry):
         {"all_losses": ["1"]},
         {"all_losses": []},
         {DRIFT: [1.0, float("inf"), 1.0]},
+        {DRIFT: [1.0, None, 1.0]},
+        {"CRaFT/Lambda": [1.0, None, 1.0]},
+        {"variant": 3},
+        {"seed": True},
+        {"seed": "0"},
+        {"budget": 0},
+        {"budget": "0.1"},
     ],
 )
 def test_records_of_drift_are_checked(tmp_path, change):
     good = {"steps": 4, "averaged": {"after": 2, "over": 2}, "all_losses": [1.0, 2.0, 3.0], DRIFT: [1.0, 1.0, 2.0]}
+    good |= {"variant": "a", "seed": 0, "budget": None, "CRaFT/Lambda": [0.0, 1.0, 2.0], "other": [None, 1.0, 1.0]}
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "a.json").write_text(json.dumps(good))
-    assert read_runs(tmp_path)[0]["achieved"] == 2.0
+    assert read_runs(tmp_path, ("CRaFT/Lambda",))[0]["achieved"] == 2.0
     (tmp_path / "runs" / "a.json").write_text(json.dumps(good | change))
     with pytest.raises(ValueError, match="a.json"):
-        read_runs(tmp_path)
+        read_runs(tmp_path, ("CRaFT/Lambda",))
 
 
 def test_metrics_of_a_training_that_diverged_are_read(tmp_path):

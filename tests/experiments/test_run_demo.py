@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from prismatic.command_line import parse
+from prismatic.output_folder import release
 
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("run_demo", ROOT / "craft_experiments" / "00_demo" / "run_demo.py")
@@ -154,6 +155,36 @@ def test_the_record_holds_what_the_report_needs_and_nothing_of_an_earlier_one(tm
     assert manifest["seconds"] == {"train-keep": 1.5}
     assert set(manifest["commands"]) == {job.name for job in jobs}
     assert all(str(ROOT) not in command for command in manifest["commands"].values())
+
+
+def test_the_record_has_one_writer_from_the_first_job_on(tmp_path, monkeypatch, capsys, held_elsewhere):
+    record, seen = tmp_path / "record", []
+    monkeypatch.setattr("sys.argv", ["run_demo.py", "--work_dir", str(tmp_path / "w"), "--record_dir", str(record)])
+
+    def run_jobs(*_, **__):
+        seen.append((tmp_path / ".record.lock").exists())
+        raise SystemExit(1)
+
+    monkeypatch.setattr(run_demo, "run_jobs", run_jobs)
+    with held_elsewhere(record) as other, pytest.raises(SystemExit, match="2"):
+        run_demo.main()
+    error = capsys.readouterr().err
+    assert f"--record_dir {record}: process {other.pid}" in error and error.count("\n") == 1 and seen == []
+    with pytest.raises(SystemExit, match="1"):
+        run_demo.main()
+    release(record)
+    assert seen == [True] and list(tmp_path.iterdir()) == []
+
+
+def test_jobs_begun_with_other_flags_are_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "train-plain.command").write_text("python vla-scripts/finetune.py --seed 8\n")
+    monkeypatch.setattr("sys.argv", ["run_demo.py", "--work_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        run_demo.main()
+    error = capsys.readouterr().err
+    assert "train-plain was begun with other settings: found --seed 8, expected --config" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("record", ["work", ".", "sub/.."])

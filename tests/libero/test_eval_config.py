@@ -103,6 +103,32 @@ def test_unusable_flags_are_errors_naming_the_flag(flags):
 
 
 @pytest.mark.parametrize(
+    ("words", "switch"),
+    [
+        ("--replay_episode 3", "--control replay"),
+        ("--replay_dataset d --control blind", "--control replay"),
+        ("--batch_inference True", "--num_workers 2 or more"),
+        ("--batch-inference True --num_workers 1", "--num_workers 2 or more"),
+        ("--worker_timeout_s 3600", "--num_workers N"),  # also at its default value
+        ("--max_videos 2 --save_videos none", "--save_videos all, first or failures"),
+        ("--video_frame_interval 1 --save_videos NONE", "--save_videos all, first or failures"),
+    ],
+)
+def test_a_flag_without_its_switch_is_refused(words, switch):
+    name = words.split()[0].replace("-", "_").replace("__", "--")
+    with pytest.raises(EvalInputError, match=f"{name} .* has no effect: it needs {switch}"):
+        parse(words)
+
+
+def test_a_flag_with_its_switch_or_one_that_is_off_is_taken():
+    parse("--batch_inference False --max_videos 2")
+    assert parse("--batch_inference True --num_workers 2 --worker_timeout_s 60").batch_inference
+    parse("--control replay --replay_dataset d --replay_episode 3 --save_videos none").validate()
+    with pytest.raises(EvalInputError, match="--replay_episode 3 has no effect"):
+        EvalConfig(pretrained_checkpoint="x", replay_episode=3).validate()  # an object of Python code
+
+
+@pytest.mark.parametrize(
     ("name", "meant"),
     [
         ("libero_long", "libero_10"),

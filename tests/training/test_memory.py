@@ -19,9 +19,10 @@ from prismatic.training.config import FinetuneConfig
 from prismatic.training.memory import report, trace
 from prismatic.training.memory.ledger import Ledger
 from prismatic.training.memory.report import GIB, largest_batch, peak_at
-from prismatic.training.memory.start_shape import empty_model
+from prismatic.training.memory.start_shape import empty_model, empty_start
 from prismatic.training.memory.trace import materialise, narrow, run_step, trace_step
 from prismatic.training.setup import apply_tuning
+from prismatic.vla.datasets import registry
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,23 @@ def test_checkpointing_a_part_keeps_less_of_this_part():
         less = trace_step(cfg, empty(cfg), 24)
         assert less.by_kind[kind] < plain.by_kind[kind], flag
         assert less.flops > plain.flops
+
+
+def test_the_chunk_is_that_of_the_registered_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    file = tmp_path / "bridge_data.py"
+    file.write_text(
+        "from dataclasses import replace\n"
+        "from prismatic.vla.datasets.registry import get_data_set_config, register_data_set\n"
+        "config = get_data_set_config('libero_')\n"
+        "spec = replace(config.action_spec, chunk_len=3)\n"
+        "register_data_set('aloha_mine', replace(config, action_spec=spec))\n"
+    )
+    cfg = config(dataset_name="aloha_mine", data_set_file=str(file))
+    assert empty(cfg).action_head.geometry.chunk_len == 3
+    assert empty_start(cfg).action_spec.chunk_len == 3
+    with pytest.raises(KeyError, match="'bridge_orig' has no registered standardisation"):
+        empty(config(dataset_name="bridge_orig"))
 
 
 @pytest.mark.parametrize("batch", [1, 6])
@@ -244,7 +262,7 @@ def test_a_dry_run_says_what_a_run_needs_and_starts_none(tmp_path):
 
 
 def test_the_predictor_reads_the_flags_of_a_run(tmp_path):
-    done = run_program("-m", "prismatic.training.memory", "--config", "tiny", "--batch_size", "2", "--device", "cpu")
+    done = run_program("-m", "prismatic.training.memory", "--config=tiny", "--batch_size", "2", "--device", "cpu")
     assert "batch size 2, mixed precision no" in done.stdout, done.stderr
     done = run_program("-m", "prismatic.training.memory", "--config", str(tmp_path))
     assert done.returncode == 2

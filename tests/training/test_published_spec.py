@@ -70,6 +70,7 @@ def head_of(tmp_path):
         ("calvin_abc_rlds", "calvin"),
         ("aloha_scoop_x_into_bowl", "aloha"),
         ("aloha1_fold_shirt_30_demos", "aloha"),
+        ("aloha1_put_X_into_pot_300_demos", "aloha"),
         ("bridge_orig", "bridge"),
         ("bridge", "bridge"),
     ],
@@ -79,9 +80,11 @@ def test_names_of_published_data_sets_identify_the_robot(name, platform):
     assert spec(HeadSizes(expected.action_dim, expected.proprio_dim), [name]) == expected
 
 
-@pytest.mark.parametrize("name", ["my_robot", "bridgeport", "liberty_arm", "not_libero"])
+@pytest.mark.parametrize(
+    "name", ["my_robot", "bridgeport", "liberty_arm", "not_libero", "aloha_mine", "bridge_v3", "calvin_d", "libero10"]
+)
 @pytest.mark.parametrize("sizes", [LIBERO, HeadSizes(7, 7), HeadSizes(14, 14), HeadSizes(7, None)])
-def test_sizes_alone_identify_nothing(name, sizes):
+def test_sizes_and_names_like_those_of_others_identify_nothing(name, sizes):
     with pytest.raises(CheckpointError, match=f"folder.*{name}.*--data_set_file.*--robot_platform"):
         spec(sizes, [name])
 

@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.modes import RenderMode, ResetMode
 from experiments.robot.libero.suite_names import LanguageSource, resolve_language_source, split_suite
 from experiments.robot.libero.video import SaveVideos
-from prismatic.command_line import ForeignFlag, UsageError, check_values, flag, parse, require_package
+from prismatic.command_line import (
+    ForeignFlag,
+    UsageError,
+    check_switches,
+    check_values,
+    flag,
+    given_flags,
+    parse,
+    require_package,
+)
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 from prismatic.output_folder import check_folder
 from prismatic.vla.datasets.formats import PLACE
@@ -177,6 +186,7 @@ class EvalConfig:
         """
         _check_supported(self)
         check_values(self)
+        self.check_switches({f.name for f in fields(self) if getattr(self, f.name) != f.default})
         if self.use_wandb:
             require_package("--use_wandb True", "wandb", "wandb")
         if self.save_videos is not SaveVideos.NONE:
@@ -185,6 +195,19 @@ class EvalConfig:
         _check_device(self.device)
         self.shard_part()
         task_numbers(self.task_ids)
+
+    def check_switches(self, given: Iterable[str]) -> None:
+        """EvalInputError for the first of these flags that nothing reads without another flag."""
+        has_videos = self.save_videos is not SaveVideos.NONE, "--save_videos all, first or failures"
+        switches = {
+            "batch_inference": (self.num_workers > 1, "--num_workers 2 or more"),
+            "max_videos": has_videos,
+            "replay_": (self.control is Control.REPLAY, "--control replay"),
+            # Not what names a place (`rollout_dir`, `wandb_project`): drivers and published commands always give it.
+            "video_frame_interval": has_videos,
+            "worker_timeout_s": (self.num_workers > 0, "--num_workers N"),
+        }
+        check_switches(self, given, switches)
 
     def renders(self) -> bool:
         """Whether anybody looks at an image."""
@@ -281,11 +304,8 @@ def _check_supported(cfg: EvalConfig) -> None:
 def _check_paths(cfg: EvalConfig) -> None:
     if cfg.resume and not cfg.results_dir:
         raise EvalInputError("--resume True: expected --results_dir, the folder to continue; found none")
-    if (cfg.control is Control.REPLAY) != (cfg.replay_dataset is not None):
-        raise EvalInputError(
-            f"--control {cfg.control.value} with --replay_dataset {cfg.replay_dataset}: "
-            "replay needs a data set, the other controls use none"
-        )
+    if cfg.control is Control.REPLAY and cfg.replay_dataset is None:
+        raise EvalInputError("--control replay: expected --replay_dataset, the demonstrations to replay; found none")
     if cfg.control is not Control.REPLAY and not cfg.pretrained_checkpoint:
         raise EvalInputError("--pretrained_checkpoint: expected a checkpoint directory, found nothing")
     if "image_aug" in cfg.pretrained_checkpoint and cfg.center_crop is False:
@@ -320,5 +340,10 @@ FOREIGN = {
 
 
 def parse_flags(args: Sequence[str] | None = None) -> EvalConfig:
-    """The flags of `run_libero_eval.py`, from `args` or the command line; UsageError for those that cannot be used."""
-    return parse(EvalConfig, args, FOREIGN, "Evaluate a checkpoint on a LIBERO suite.")
+    """The flags of `run_libero_eval.py`, from `args` or the command line.
+
+    Raises UsageError for those that cannot be used, and for a flag without its switch, also at its default value.
+    """
+    cfg = parse(EvalConfig, args, FOREIGN, "Evaluate a checkpoint on a LIBERO suite.")
+    cfg.check_switches(given_flags(args))
+    return cfg

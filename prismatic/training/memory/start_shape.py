@@ -21,6 +21,7 @@ from prismatic.training.instruction_record import recorded_instructions
 from prismatic.training.published import published_shape
 from prismatic.training.setup import StartModel, action_spec_of_data, head_flags, native_config, with_images
 from prismatic.vla.action_spec import ActionSpec
+from prismatic.vla.datasets.registry import load_data_set_file
 from prismatic.vla.images import ImageSpec
 
 
@@ -42,7 +43,9 @@ class _Shape:
 
 
 def empty_model(cfg: FinetuneConfig) -> VLAPolicyModel:
-    """The policy of `empty_start`, for which no tokenizer is needed."""
+    """The policy of `empty_start`, for which no tokenizer is needed, for the data sets of `--data_set_file` too."""
+    if cfg.data_set_file is not None:
+        load_data_set_file(cfg.data_set_file)
     return _shape(cfg).empty()
 
 
