@@ -162,7 +162,8 @@ def _asks_for_help(words: Sequence[str]) -> bool:
     """`--help` anywhere, or `-h` where a flag may stand: behind a flag it is that flag's text."""
     behind = [None, *words]
     return "--help" in words or any(
-        word == "-h" and not (before or "").startswith("--") for before, word in zip(behind, words, strict=False)
+        word == "-h" and (before is None or not before.startswith("--") or "=" in before)
+        for before, word in zip(behind, words, strict=False)
     )
 
 

@@ -59,7 +59,9 @@ def test_text_arrives_as_it_was_typed(word):
     assert parse(Config, [f"--text={word}"]).text == word
 
 
-@pytest.mark.parametrize("word", ["001", "12:30:45", "null", "on", "0x10", "a #b", "[x]", "20251109_123456", "-1", ""])
+@pytest.mark.parametrize(
+    "word", ["001", "12:30:45", "null", "on", "0x10", "a #b", "[x]", "20251109_12", "-1", "", "-h"]
+)
 def test_text_is_no_yaml(word):
     assert parse(Config, ["--text", word]).text == word
 
@@ -183,7 +185,10 @@ def test_a_range_says_what_it_holds(value, low, high):
 def test_help_names_flags_ranges_and_choices(capsys):
     with pytest.raises(SystemExit) as done:
         parse(Config, ["--count", "oops", "--help"])
-    text = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse(Config, ["--text=a", "-h"])
+    text, again = capsys.readouterr().out.split("usage:")[1:]
+    assert text == again
     assert done.value.code == 0 and "how many; at least 1 (default: 3)" in text and "which; a, b" in text
     assert "of the runs; at least 0 (default: 0,1)" in " ".join(text.split())
 
