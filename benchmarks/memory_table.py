@@ -46,7 +46,13 @@ ROWS: dict[str, dict] = {
     "plain, openvla-7b": OPENVLA,
     "plain, openvla-7b, plain head, gradient checkpointing": OPENVLA | {"use_pro_version": False} | RECOMPUTED,
 }
-README_ROWS = ("plain", "CRaFT `original`", "CRaFT `keep`, no old data", "plain, gradient checkpointing")
+README_ROWS = (
+    "plain",
+    "CRaFT `original`",
+    "CRaFT `keep`, no old data",
+    "plain, gradient checkpointing",
+    "CRaFT `keep`, no old data, gradient checkpointing",
+)
 FILES = {"predicted": True, "before": False}  # name of the record: whether the code is as it is
 
 
