@@ -11,7 +11,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 RECIPES = {
     "A projection rule": "prismatic/craft/rules.py",
-    "A dual": "prismatic/craft/duals/__init__.py",
+    "A dual": "prismatic/craft/duals/pi.py",
     "A signal or a memory": "prismatic/training/retention/signals.py",
     "A data format": "prismatic/vla/datasets/formats.py",
     "A table row": "craft_experiments/tables.py",

@@ -3,9 +3,10 @@
     minimise L_act(theta)   subject to   L_ret(theta) = distance(s(theta), s(theta_0)) <= eps
 
 This package knows tensors and modules, no policy and no data: it works in any PyTorch loop
-(examples/constrain_your_model.py). One file per idea: `settings`, what is held (`features`, `distances`), the start
-weights theta_0 (`reference`), the gate (`gate`), the multiplier (`duals/`, one file per rule), the combination of the
-two gradients (`rules`) and their arithmetic (`gradients`); `constraint` puts them together. The maths: docs/IDEA.md.
+(examples/constrain_your_model.py). One file per idea: `settings` and their `fields`, what is held (`features`,
+`distances`), the start weights theta_0 (`reference`), the gate (`gate`), the multiplier (`duals/`, one file per rule),
+the combination of the two gradients (`rules`) and their arithmetic (`gradients`); `constraint` puts them together. The
+maths: docs/IDEA.md.
 
 Names are imported when they are used: the settings alone need no torch.
 """

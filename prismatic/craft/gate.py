@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from prismatic.craft.settings import CRaFTConfig, When
+from prismatic.craft.fields import CRaFTFields, When
 
 
 class Gate:
     """Follows the retention loss: mean <- nu mean + (1 - nu) loss; the first loss is the first mean."""
 
-    def __init__(self, config: CRaFTConfig) -> None:
+    def __init__(self, config: CRaFTFields) -> None:
         self.config = config
         self.loss_mean: float | None = None
 

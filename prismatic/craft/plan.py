@@ -6,7 +6,6 @@ from enum import Enum
 
 from prismatic.craft.duals import CRaFTDualOptimizer
 from prismatic.craft.rules import RULES
-from prismatic.craft.settings import Rule
 
 
 class Plan(str, Enum):
@@ -21,7 +20,7 @@ class Plan(str, Enum):
     MEASURE = "measure"
 
 
-def next_plan(rule: Rule, dual: CRaFTDualOptimizer, has_own_passes: bool) -> Plan:
+def next_plan(rule: str, dual: CRaFTDualOptimizer, has_own_passes: bool) -> Plan:
     """The cheapest plan that gives the gradient of the rule; passes of their own tell gradients apart at no cost."""
     if RULES[rule].separates(dual.gate.is_open) or dual.controller.needs_norms:
         return Plan.SEPARATE

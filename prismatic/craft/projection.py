@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prismatic.craft.fields import CRaFTFields, Granularity, Guard
 from prismatic.craft.gradients import Products, inner_products
-from prismatic.craft.settings import CRaFTConfig, Granularity, Guard
 
 _BLOCK = re.compile(r".*?\.?(?:layers|blocks)\.\d+(?=\.)")
 _WRAPPERS = ("module", "vla", "base_model", "model")
@@ -33,6 +33,20 @@ class Groups:
         """Sum per group: (number of tensors,) -> (count,)."""
         return values.new_zeros(self.count).index_add_(0, self.index, values)
 
+    def informative(self, products: Products) -> Tensor:
+        """Whether the retention gradient of a group is more than rounding, (count,) bool."""
+        return self.sum(products.ret) > threshold(self.sum(products.act))
+
+    def projection(self, products: Products, config: CRaFTFields) -> Tensor:
+        """[d < 0] (-d) / n per group, >= 0 fp32, with the configured guard."""
+        dot, ret = self.sum(products.dot), self.sum(products.ret)
+        if config.projection_guard is Guard.ADDITIVE:
+            usable, denominator = dot < 0, ret + config.projection_eps
+        else:
+            usable, denominator = (dot < 0) & self.informative(products), ret
+        # Where there is no conflict the quotient may be 0/0 and is not used.
+        return torch.where(usable, -dot / denominator, torch.zeros_like(dot))
+
 
 class CRaFTGradientProjector:
     """Groups of the parameter tensors, and the projection as the original procedure documents it.
@@ -44,7 +58,7 @@ class CRaFTGradientProjector:
         names: parameter names, in the order of the gradients; needed for granularities other than tensor and global.
     """
 
-    def __init__(self, config: CRaFTConfig, names: Sequence[str] | None = None) -> None:
+    def __init__(self, config: CRaFTFields, names: Sequence[str] | None = None) -> None:
         self.config = config
         self.names = names
         self.conflict_ratio: Tensor | float = 0.0
@@ -68,7 +82,7 @@ class CRaFTGradientProjector:
         products = inner_products(g_act, [None if a is None else r for a, r in zip(g_act, g_ret, strict=True)])
         self.conflict_ratio = (products.dot < 0).float().mean()
         groups = self.groups(len(g_act), products.dot.device)
-        return projection_coefficients(products, groups, self.config)[groups.index]
+        return groups.projection(products, self.config)[groups.index]
 
     def groups(self, count: int, device: torch.device | None = None) -> Groups:
         """Groups of the parameter tensors; ValueError when the granularity needs names and there are none."""
@@ -105,17 +119,6 @@ def part_label(name: str) -> str:
     while len(pieces) > 1 and pieces[0] in _WRAPPERS:
         pieces = pieces[1:]
     return pieces[0]
-
-
-def projection_coefficients(products: Products, groups: Groups, config: CRaFTConfig) -> Tensor:
-    """[d < 0] (-d) / n per group, >= 0 fp32, with the configured guard."""
-    dot, ret, act = (groups.sum(x) for x in (products.dot, products.ret, products.act))
-    if config.projection_guard is Guard.ADDITIVE:
-        usable, denominator = dot < 0, ret + config.projection_eps
-    else:
-        usable, denominator = (dot < 0) & (ret > threshold(act)), ret
-    # Where there is no conflict the quotient may be 0/0 and is not used.
-    return torch.where(usable, -dot / denominator, torch.zeros_like(dot))
 
 
 def threshold(act: Tensor) -> Tensor:

@@ -9,19 +9,22 @@ With a = the action gradient, r = the retention gradient of a group, d = <a, r>,
     barrier  kappa = clip((phi (L_ret - eps) - d) / n, 0, lambda_max)   argmin ||g - a||^2, <g, r> >= phi (L_ret - eps)
 
 The bracket is also zero while the gate is closed. The barrier is the dynamic barrier of Gong et al. (NeurIPS 2021) with
-L_ret - eps as the barrier function. A new rule is a class here, in `RULES`, and a name in `settings.Rule`.
+L_ret - eps as the barrier function. A new rule is a class and a line in `RULES`. The names are flags, which are
+answered without torch: nothing here imports it, tensors have what is needed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from prismatic.craft.fields import OFF, CRaFTFields
 
-from prismatic.craft.gradients import Products
-from prismatic.craft.projection import Groups, projection_coefficients, threshold
-from prismatic.craft.settings import CRaFTConfig, Rule
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prismatic.craft.gradients import Products
+    from prismatic.craft.projection import Groups
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,18 @@ class RuleInputs:
 class ProjectionRule:
     """The rule `off`: the multiplier is the only force."""
 
+    reads_multiplier = True
+    """Whether `kappa` depends on lambda. Where it does not, a dual of the share has no meaning and is refused."""
+    one_group = False
+    """Whether the rule is defined for `projection_granularity` global only."""
+
     def separates(self, gate_is_open: bool) -> bool:
         """Whether kappa may differ from lambda in the coming step, so that the two gradients have to be told apart."""
         return False
 
-    def projection(self, products: Products, groups: Groups, inputs: RuleInputs, config: CRaFTConfig) -> Tensor:
+    def projection(self, products: Products, groups: Groups, inputs: RuleInputs, config: CRaFTFields) -> Tensor:
         """What the projection adds or would add, per group (G,) fp32, >= 0."""
-        return torch.zeros_like(groups.sum(products.dot))
+        return products.dot.new_zeros(groups.count)
 
     def kappa(self, projection: Tensor, multiplier: float) -> Tensor:
         """Coefficients (G,) fp32 of the retention gradient."""
@@ -63,9 +71,10 @@ class Add(ProjectionRule):
     def separates(self, gate_is_open: bool) -> bool:
         return gate_is_open
 
-    def projection(self, products: Products, groups: Groups, inputs: RuleInputs, config: CRaFTConfig) -> Tensor:
-        projection = projection_coefficients(products, groups, config)
-        return projection if inputs.gate_is_open else torch.zeros_like(projection)
+    def projection(self, products: Products, groups: Groups, inputs: RuleInputs, config: CRaFTFields) -> Tensor:
+        if not inputs.gate_is_open:
+            return super().projection(products, groups, inputs, config)
+        return groups.projection(products, config)
 
 
 class Max(Add):
@@ -78,30 +87,34 @@ class Max(Add):
 class Barrier(ProjectionRule):
     """Has no multiplier: the coefficient follows from the violation."""
 
+    reads_multiplier = False
+    one_group = True
+
     def separates(self, gate_is_open: bool) -> bool:
         return True
 
-    def projection(self, products: Products, groups: Groups, inputs: RuleInputs, config: CRaFTConfig) -> Tensor:
-        dot, ret, act = (groups.sum(x) for x in (products.dot, products.ret, products.act))
+    def projection(self, products: Products, groups: Groups, inputs: RuleInputs, config: CRaFTFields) -> Tensor:
+        dot, ret = groups.sum(products.dot), groups.sum(products.ret)
         wanted = ((config.barrier_phi * inputs.violation - dot) / ret).clamp(0.0, config.lambda_max)
-        return torch.where(ret > threshold(act), wanted, torch.zeros_like(ret))
+        return wanted.where(groups.informative(products), 0.0)
 
     def kappa(self, projection: Tensor, multiplier: float) -> Tensor:
         return projection
 
     def shed(self, projection: Tensor) -> Tensor:
-        return torch.zeros_like(projection)
+        return projection.new_zeros(projection.shape)
 
 
-RULES: dict[Rule, ProjectionRule] = {
-    Rule.OFF: ProjectionRule(),
-    Rule.ADD: Add(),
-    Rule.MAX: Max(),
-    Rule.BARRIER: Barrier(),
+RULES: dict[str, ProjectionRule] = {
+    "add": Add(),
+    "max": Max(),
+    "barrier": Barrier(),
+    OFF: ProjectionRule(),
 }
+"""By the name that is a flag's value."""
 
 
-def kappa(products: Products, groups: Groups, inputs: RuleInputs, config: CRaFTConfig) -> tuple[Tensor, Tensor]:
+def kappa(products: Products, groups: Groups, inputs: RuleInputs, config: CRaFTFields) -> tuple[Tensor, Tensor]:
     """Coefficients of the retention gradient, and the projection that is in them, both per group (G,) fp32."""
     rule = RULES[config.rule]
     projection = rule.projection(products, groups, inputs, config)

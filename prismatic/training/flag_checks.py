@@ -8,7 +8,8 @@ from enum import Enum
 from typing import Protocol
 
 from prismatic.command_line import one_of
-from prismatic.craft.settings import PRESETS, CRaFTConfig, DualKind, SignalKind
+from prismatic.craft.duals import DUALS
+from prismatic.craft.settings import PRESETS, CRaFTConfig, SignalKind
 
 _OF_FEATURES = (
     "anchor_layer_idx",
@@ -20,7 +21,6 @@ _OF_FEATURES = (
     "w_raw",
     "w_aq",
 )
-_OF_OTHER_DUALS = ("retention_weight", "dual_lr", "dual_error", "dual_ki", "dual_kp", "lambda_max", "fixed_lambda")
 
 
 class _Flags(Protocol):
@@ -37,12 +37,13 @@ def check_unread(cfg: _Flags, config: CRaFTConfig) -> None:
     """
     own = _changed(cfg)
     unread: dict[str, str] = {}
-    if config.signal is SignalKind.ACTIONS:
-        unread |= dict.fromkeys(_OF_FEATURES, "is about features, but --craft_signal is actions")
-    if config.dual_kind is DualKind.SHARE:
-        unread |= dict.fromkeys(_OF_OTHER_DUALS, "has no effect: --craft_dual share does not read it")
-    else:
-        unread["share_limit"] = f"has no effect: it needs --craft_dual share, found {config.dual_kind.value}"
+    if config.signal is not SignalKind.FEATURES:
+        unread |= dict.fromkeys(_OF_FEATURES, f"is about features, but --craft_signal is {config.signal.value}")
+    chosen = config.dual_kind
+    for name, dual in DUALS.items():
+        if name != chosen:
+            unread |= dict.fromkeys(dual.own, f"has no effect: it needs --craft_dual {name}, found {chosen}")
+    unread |= dict.fromkeys(DUALS[chosen].unread, f"has no effect: --craft_dual {chosen} does not read it")
     if cfg.retention_method == "feature_penalty":
         unread["dual"] = "has no effect: --retention_method feature_penalty has a constant multiplier"
     for name, why in unread.items():

@@ -5,26 +5,23 @@ Published flags keep their names; None means "as the start model says".
 
 from __future__ import annotations
 
-import typing
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, ClassVar
 
 from prismatic.command_line import flag
-from prismatic.craft.settings import PRESETS, CRaFTConfig
+from prismatic.craft.settings import PRESETS, CRaFTConfig, choices_of
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 from prismatic.training.schedules import LRSchedule
 from prismatic.vla.datasets.formats import PLACE, SKIP_BAD_EPISODES, SPLIT
 
 _SETTINGS = {entry.name: entry for entry in fields(CRaFTConfig)}
-_KINDS = typing.get_type_hints(CRaFTConfig)
 _ONLY = "accepted as in published commands; "
 
 
 def craft_flag(setting: str, text: str, **limits: Any) -> Any:
     """The flag of a setting of the constraint: its default, or None for what the presets decide, with their values."""
-    kind = _KINDS[setting]
-    choices = tuple(member.value for member in kind) if isinstance(kind, type) and issubclass(kind, Enum) else ()
+    choices = choices_of(setting)
     if setting in PRESETS["original"]:
         values = "; ".join(f"{preset} {_plain(values[setting])}" for preset, values in PRESETS.items())
         return flag(None, f"{text}. None: as the preset says ({values})", choices=choices, **limits)

@@ -10,17 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prismatic.craft import PRESET_FIELDS, PRESETS, CRaFTConfig, plain_values
+from prismatic.craft.duals import DUALS
+from prismatic.craft.rules import RULES
 from prismatic.craft.settings import (
     AnchorKind,
     AnchorType,
     ConflictMetric,
     DualError,
-    DualKind,
     FeatureSource,
     Granularity,
     Guard,
     RetentionMetric,
-    Rule,
     SignalKind,
     When,
 )
@@ -30,10 +30,8 @@ CHOICES = {
     "anchor_type": AnchorType,
     "feature_source": FeatureSource,
     "retention_metric": RetentionMetric,
-    "dual": DualKind,
     "dual_error": DualError,
     "projection_granularity": Granularity,
-    "projection_rule": Rule,
     "projection_when": When,
     "projection_guard": Guard,
     "projection_metric": ConflictMetric,
@@ -57,11 +55,16 @@ class TestRanges:
         ("field", "member"), [(field, member) for field, kind in CHOICES.items() for member in kind]
     )
     def test_choices_are_taken_by_name_and_by_member(self, field, member):
-        # The barrier is defined for one group only.
-        rest = {"projection_granularity": "global"} if member is Rule.BARRIER else {}
-        by_name, by_member = (CRaFTConfig(**{field: value}, **rest) for value in (member.value, member))
+        by_name, by_member = (CRaFTConfig(**{field: value}) for value in (member.value, member))
         assert getattr(by_name, field) is member
         assert by_name == by_member
+
+    @pytest.mark.parametrize(("field", "known"), [("projection_rule", RULES), ("dual", DUALS)])
+    def test_rules_and_duals_are_taken_by_their_names_in_the_tables(self, field, known):
+        for name in known:
+            assert getattr(CRaFTConfig(**{field: name}, projection_granularity="global"), field) == name
+        with pytest.raises(ValueError, match=f"{field} is 'none', expected one of {', '.join(known)}$"):
+            CRaFTConfig(**{field: "none"})
 
     def test_every_enum_field_is_covered_here(self):
         assert set(CHOICES) == {f.name for f in fields(CRaFTConfig) if hasattr(f.default, "value")}
@@ -142,9 +145,9 @@ class TestCombinations:
 
     def test_switches_override_the_choices(self):
         config = CRaFTConfig(enable_projection=False, enable_dual=False, fixed_lambda=0.3, retention_weight=0.7)
-        assert (config.rule, config.dual_kind, config.initial_lambda) == (Rule.OFF, DualKind.OFF, 0.3)
+        assert (config.rule, config.dual_kind, config.initial_lambda) == ("off", "off", 0.3)
         config = CRaFTConfig(projection_rule="max", dual="pi", fixed_lambda=0.3, retention_weight=0.7)
-        assert (config.rule, config.dual_kind, config.initial_lambda) == (Rule.MAX, DualKind.PI, 0.7)
+        assert (config.rule, config.dual_kind, config.initial_lambda) == ("max", "pi", 0.7)
         assert CRaFTConfig(dual="off", fixed_lambda=0.3).initial_lambda == 0.3
 
 
@@ -194,6 +197,6 @@ class TestSerialisation:
         assert CRaFTConfig(**numbers) == config
 
     def test_plain_values(self):
-        values = plain_values({"a": Rule.MAX, "b": math.inf, "c": -math.inf, "d": None, "e": 0.5, "f": True})
-        assert values == {"a": "max", "b": "inf", "c": "-inf", "d": None, "e": 0.5, "f": True}
+        values = plain_values({"a": When.ACTIVE, "b": math.inf, "c": -math.inf, "d": None, "e": 0.5, "f": True})
+        assert values == {"a": "active", "b": "inf", "c": "-inf", "d": None, "e": 0.5, "f": True}
         assert type(values["a"]) is str

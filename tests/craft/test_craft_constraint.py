@@ -36,11 +36,13 @@ from prismatic.craft import (
     Plan,
     RetentionMetric,
 )
+from prismatic.craft.rules import RULES
 
 # `keep` holds another signal and always tells the gradients apart: test_own_passes.py.
 FEATURE_PRESETS = ["original", "budget"]
 METRICS = list(RetentionMetric)
-RULES = ["off", "add", "max", "barrier"]
+# Whether kappa may differ from lambda with the gate closed, and with the gate open.
+SEPARATES = {"off": (False, False), "add": (False, True), "max": (False, True), "barrier": (True, True)}
 # Seeds of `make_batch` for which all, or some, gradients of `make_trained()` are in conflict.
 CONFLICT, MIXED = 2, 3
 
@@ -85,7 +87,7 @@ class TestPlan:
     @pytest.mark.parametrize("multiplier", [0.0, 0.5])
     @pytest.mark.parametrize("drifted", [False, True])
     def test_it_separates_the_gradients_only_when_kappa_may_differ_from_lambda(self, when, rule, multiplier, drifted):
-        granularity = "global" if rule == "barrier" else "tensor"
+        granularity = "global" if RULES[rule].one_group else "tensor"
         policy = make_policy()
         constraint = make_constraint(
             policy, projection_when=when, projection_rule=rule, projection_granularity=granularity,
@@ -97,7 +99,7 @@ class TestPlan:
         constrained_backward(policy, constraint, [make_batch()])
         constraint.combine_()
         gate = when == "always" or drifted
-        if rule == "barrier" or (rule != "off" and gate):
+        if SEPARATES[rule][gate]:
             assert constraint.plan is Plan.SEPARATE
         else:
             assert constraint.plan is (Plan.FUSED if multiplier > 0 else Plan.MEASURE)

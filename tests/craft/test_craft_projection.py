@@ -13,7 +13,7 @@ from torchjd.aggregation import PCGrad
 from prismatic.craft import CRaFTConfig, CRaFTGradientProjector
 from prismatic.craft.gradients import adam_scaling, adam_updates, inner_products
 from prismatic.craft.projection import Groups, group_label, part_label, threshold
-from prismatic.craft.rules import RuleInputs, kappa
+from prismatic.craft.rules import RULES, RuleInputs, kappa
 from prismatic.craft.settings import Granularity
 
 LAYER = "vla.base_model.model.language_model.model.layers.3"
@@ -25,6 +25,7 @@ NAMES = [
 ]
 GRANULARITIES = list(Granularity)
 granularities = st.sampled_from(GRANULARITIES)
+GATED = [name for name, rule in RULES.items() if not rule.separates(False)]
 # Not below what fp32 can hold.
 violations = st.just(0.0) | st.floats(1e-6, 2) | st.floats(-2, -1e-6)
 anything = gradient_lists(("full", "zero_a", "zero_r", "no_a", "no_r", "bf16"))
@@ -334,9 +335,9 @@ class TestRules:
             "off": price.multiplier,
             "add": price.multiplier + bracket,
             "max": max(price.multiplier, bracket),
-        }[config.projection_rule.value], error
+        }[config.projection_rule], error
 
-    @pytest.mark.parametrize("rule", ["off", "add", "max", "barrier"])
+    @pytest.mark.parametrize("rule", RULES)
     @given(
         pair=gradient_lists(("full", "zero_a", "zero_r")),
         granularity=granularities,
@@ -349,7 +350,7 @@ class TestRules:
     @quick
     def test_closed_forms(self, rule, pair, granularity, guard, multiplier, violation, gate, phi):
         a, r = pair
-        granularity = Granularity.GLOBAL if rule == "barrier" else granularity
+        granularity = Granularity.GLOBAL if RULES[rule].one_group else granularity
         tool = projector(
             granularity, len(a), projection_rule=rule, projection_guard=guard, barrier_phi=phi, lambda_max=100.0
         )
@@ -365,7 +366,7 @@ class TestRules:
             expected, error = self.closed_form(x, y, tool.config, price)
             assert value == pytest.approx(expected, rel=1e-5, abs=error)
 
-    @given(anything, granularities, st.sampled_from(["off", "add", "max"]), st.floats(0, 5))
+    @given(anything, granularities, st.sampled_from(GATED), st.floats(0, 5))
     @quick
     def test_with_the_gate_closed_kappa_is_lambda(self, pair, granularity, rule, multiplier):
         a, r = pair

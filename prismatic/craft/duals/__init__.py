@@ -1,29 +1,37 @@
-"""The multiplier lambda: the price of drift, moved once per optimizer step. One file per rule."""
+"""The multiplier lambda: the price of drift, moved once per optimizer step.
+
+One file per rule; its name is the file's. Nothing here imports torch, for the names are flags.
+"""
 
 from __future__ import annotations
 
 import math
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
-from prismatic.craft.duals.ascent import Ascent
 from prismatic.craft.duals.base import Dual
-from prismatic.craft.duals.pi import PI
-from prismatic.craft.duals.share import Share
+from prismatic.craft.fields import OFF, CRaFTFields
 from prismatic.craft.gate import Gate
-from prismatic.craft.settings import CRaFTConfig, DualKind
 
-DUALS: dict[DualKind, type[Dual]] = {
-    DualKind.OFF: Dual,
-    DualKind.ASCENT: Ascent,
-    DualKind.PI: PI,
-    DualKind.SHARE: Share,
-}
+
+def _dual_in(file: str) -> type[Dual]:
+    """The one `Dual` that a file of this folder defines."""
+    module = import_module(f"{__name__}.{file}")
+    kinds = (kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Dual))
+    (dual,) = (kind for kind in kinds if kind.__module__ == module.__name__)
+    return dual
+
+
+_FILES = sorted(found.name for found in iter_modules(__path__) if found.name != "base")
+DUALS: dict[str, type[Dual]] = {name: _dual_in(name) for name in _FILES} | {OFF: Dual}
+"""By the name that is a flag's value."""
 
 
 class CRaFTDualOptimizer:
     """The multiplier by the configured rule, and the gate that follows the same losses."""
 
-    def __init__(self, config: CRaFTConfig) -> None:
+    def __init__(self, config: CRaFTFields) -> None:
         self.config = config
         self.reset()
 
@@ -44,7 +52,7 @@ class CRaFTDualOptimizer:
         """Take in the retention loss of a step; returns the new multiplier.
 
         Args:
-            l_ret: measured loss, averaged over micro-batches and processes, in the unit of `CRaFTConfig.loss_budget`.
+            l_ret: measured loss, averaged over micro-batches and processes, in the unit of `CRaFTFields.loss_budget`.
                 Not finite: nothing changes.
             can_reduce: False when the retention gradient vanished.
         """

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
-from prismatic.craft.settings import CRaFTConfig, DualError
+from prismatic.craft.fields import CRaFTFields, DualError
 
 
 class Dual:
     """A multiplier in fp64 on the CPU. This class is the rule `off`: the multiplier is constant.
 
-    Losses and the budget are in the unit of `CRaFTConfig.loss_budget`.
+    Losses and the budget are in the unit of `CRaFTFields.loss_budget`.
     """
 
     needs_norms = False
     """Whether `multiplier_for` reads the norms of this step's two gradients, which then have to be told apart."""
+    own: Collection[str] = ()
+    """Settings that this rule alone reads. Given with another one, their flags are refused."""
+    unread: Collection[str] = ()
+    """Settings of multipliers that this rule does not read. Their flags are refused with it."""
 
-    def __init__(self, config: CRaFTConfig) -> None:
+    def __init__(self, config: CRaFTFields) -> None:
         self.config = config
         self.value = config.initial_lambda
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prismatic.craft.duals.base import Dual, is_finite
-from prismatic.craft.settings import CRaFTConfig
+from prismatic.craft.fields import CRaFTFields
 
 
 class PI(Dual):
@@ -15,7 +15,7 @@ class PI(Dual):
     errors are skipped while the retention gradient vanishes (conditional integration).
     """
 
-    def __init__(self, config: CRaFTConfig) -> None:
+    def __init__(self, config: CRaFTFields) -> None:
         super().__init__(config)
         self._xi: float | None = None
 

@@ -17,7 +17,7 @@ import math
 from typing import Any
 
 from prismatic.craft.duals.base import Dual, is_finite
-from prismatic.craft.settings import CRaFTConfig
+from prismatic.craft.fields import CRaFTFields
 
 _LOW = -5.0
 _START = -4.0
@@ -32,10 +32,12 @@ class Share(Dual):
     """
 
     needs_norms = True
+    own = ("share_limit",)
+    unread = ("retention_weight", "dual_lr", "dual_error", "dual_ki", "dual_kp", "lambda_max", "fixed_lambda")
     patience = 100
     """Steps in a row at the limit, with the averaged loss above the budget, after which it is out of reach."""
 
-    def __init__(self, config: CRaFTConfig) -> None:
+    def __init__(self, config: CRaFTFields) -> None:
         super().__init__(config)
         self.drift: float | None = None  # D
         self.act: float | None = None

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from prismatic.craft import CRaFTConfig, CRaFTConstraint, CRaFTWeightManager, SignalKind, unwrap
-from prismatic.craft.settings import Rule
+from prismatic.craft.fields import OFF
 from prismatic.models.vla_policy import CraftRequest, PolicyOutput, VLAPolicyModel
 from prismatic.training.checkpoint_files import tensors_hash
 from prismatic.training.retention.memory import BATCH, Memory
@@ -115,10 +115,10 @@ class CRaFT(Retention):
         return [
             f"CRaFT: saved {self.weights.num_parameters:,} initial trainable parameters; "
             f"retention budget eps = {craft.retention_budget}, dual learning rate = {craft.dual_lr}, "
-            f"projection {'disabled' if craft.rule is Rule.OFF else 'enabled'}",
+            f"projection {'disabled' if craft.rule == OFF else 'enabled'}",
             f"CRaFT: signal {craft.signal.value}, memory {memories}, budget in {self.unit}, anchor "
-            f"{self.constraint.anchor.kind.value}, rule {craft.rule.value} per {craft.projection_granularity.value}, "
-            f"dual {craft.dual_kind.value}, every {self.every} steps",
+            f"{self.constraint.anchor.kind.value}, rule {craft.rule} per {craft.projection_granularity.value}, "
+            f"dual {craft.dual_kind}, every {self.every} steps",
         ]
 
     @property
