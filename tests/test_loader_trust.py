@@ -5,6 +5,7 @@ The calls are found in the sources, under whatever name a module was imported, s
 
 import ast
 import builtins
+import functools
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,7 @@ ONLY_THERE = ("h5py.File", "json.load", "json.loads")
 READERS = ("prismatic", "experiments", "craft_experiments", "vla-scripts")  # benchmarks read what they wrote
 
 
+@functools.cache
 def trees():
     files = sorted(file for place in PLACES for file in (ROOT / place).rglob("*.py"))
     return {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
@@ -105,23 +107,21 @@ class Module:
     """What one module trusts."""
 
     def __init__(self, tree: ast.AST, own: frozenset[str] = frozenset(), file: str = "") -> None:
-        self.tree, self.own, self.file = tree, own, file
-        self.names = imported(tree)
-        self.defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        self.own, self.file = own, file
+        self.nodes, self.names = list(ast.walk(tree)), imported(tree)
+        self.defined = {node.name for node in self.nodes if isinstance(node, ast.FunctionDef)}
         self.only_there = ONLY_THERE if file.startswith(READERS) or not file else ONLY_THERE[:1]
-        copies = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and self._is_copy(node)]
+        copies = [node for node in self.nodes if isinstance(node, ast.Call) and self._is_copy(node)]
         self.copies = {id(node.func) for node in copies}
         self.problems: list[str] = []
 
     def untrusted(self) -> list[str]:
-        calls = [node for node in ast.walk(self.tree) if isinstance(node, ast.Call)]
+        calls = [node for node in self.nodes if isinstance(node, ast.Call)]
         for call in calls:
             self._look_at_call(call)
-        called, inner = {id(call.func) for call in calls}, set()
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Attribute):
-                inner.add(id(node.value))
-        for node in ast.walk(self.tree):
+        called = {id(call.func) for call in calls}
+        inner = {id(node.value) for node in self.nodes if isinstance(node, ast.Attribute)}
+        for node in self.nodes:
             if isinstance(node, ast.Name | ast.Attribute) and id(node) not in inner:
                 self._look_at_name(node, id(node) in called)
         return self.problems
@@ -180,9 +180,10 @@ def test_all_calls_of_loaders_state_their_trust():
 
 def test_the_calls_are_found():
     """The rule is worth something only where there are calls: those of weights, and of nothing else of transformers."""
+    modules = [(file, tree, imported(tree)) for file, tree in trees().items()]
     calls = [
-        (file.name, dotted(node.func, imported(tree)))
-        for file, tree in trees().items()
+        (file.name, dotted(node.func, names))
+        for file, tree, names in modules
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
     ]

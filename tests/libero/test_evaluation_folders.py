@@ -40,7 +40,7 @@ def test_the_second_of_two_runs_into_one_folder_ends_in_one_line(cfg, monkeypatc
     backend = FakeBackend()
     monkeypatch.setattr(evaluation, "LiberoBackend", lambda: backend)
     flags = {name: getattr(cfg, name) for name in ("pretrained_checkpoint", "task_suite_name", "results_dir")}
-    flags |= {"local_log_dir": cfg.local_log_dir, "save_videos": "none", "resume": str(resume)}
+    flags |= {"local_log_dir": cfg.local_log_dir, "num_trials_per_task": "1", "resume": str(resume)}
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     monkeypatch.setattr("sys.argv", ["run_libero_eval.py", *words])
     with held_elsewhere(folder) as other, pytest.raises(SystemExit) as ended:

@@ -77,7 +77,7 @@ def be_impatient(number, frame):
     _set_pg_timeout(timedelta(seconds=5))
     open(os.environ["CRAFT_TEST_IMPATIENT"], "w").close()
 
-signal.signal(signal.SIGUSR1, be_impatient)
+signal.signal(signal.SIGUSR2, be_impatient)
 leave = torch.distributed.destroy_process_group
 
 def leave_alone(group=None):
@@ -175,7 +175,7 @@ def test_the_others_stop_when_a_process_dies_or_hangs(tmp_path, number):
     impatient = tmp_path / "impatient"
     run = launch(command(tmp_path, "run", 100_000, "--ddp_timeout", "1800"), 2, str(impatient))
     wait_for_steps(tmp_path, "run", 2, run[0])
-    os.kill(run[0].pid, signal.SIGUSR1)
+    os.kill(run[0].pid, signal.SIGUSR2)
     while run[0].poll() is None and not impatient.exists():
         time.sleep(0.02)
     os.kill(run[1].pid, number)
