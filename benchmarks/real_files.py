@@ -118,6 +118,43 @@ def _stand_in_for_torchvision() -> None:
         setattr(sys.modules[above], last, sys.modules[f"torchvision{part}"])
 
 
+def _tfds_episode(episode: int, texts: list[str]) -> dict:
+    """Steps of `write_tfds`. `texts`: one per step."""
+    import tensorflow_datasets as tfds
+
+    actions, state, scalar = numbers(episode, LENGTHS[episode])
+    box = tfds.features.BBox(0.1, 0.2, 0.3, 0.4)
+    steps = [
+        {
+            "observation": {
+                "front": picture(episode, t, 0),
+                "wrist": picture(episode, t, 1),
+                "state": state[t],
+                "scalar": scalar[t],
+                "cloud": np.zeros((4, 3), np.float32),
+                "boxes": [box] * (t % 3),
+            },
+            "action": actions[t],
+            "phase": t % 3,
+            "language_instruction": texts[t],
+        }
+        for t in range(LENGTHS[episode])
+    ]
+    return {"steps": steps}
+
+
+def _tfds_order(folder: Path) -> list[int]:
+    """Numbers of the episodes as they lie in the files, which is in the order of hashed keys."""
+    import tensorflow_datasets as tfds
+
+    order = []
+    read = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+    for example in tfds.as_numpy(tfds.builder_from_directory(str(folder)).as_dataset("train", read_config=read)):
+        first = next(iter(example["steps"]))["action"]
+        order.append(next(e for e, length in enumerate(LENGTHS) if np.array_equal(numbers(e, length)[0][0], first)))
+    return order
+
+
 def write_tfds(root: Path) -> None:
     """An RLDS set with many kinds of features, in several shards and two splits, by tensorflow-datasets."""
     import tensorflow_datasets as tfds
@@ -141,27 +178,6 @@ def write_tfds(root: Path) -> None:
         "language_instruction": tfds.features.Text(),
     }
 
-    def episode_of(episode: int) -> dict:
-        actions, state, scalar = numbers(episode, LENGTHS[episode])
-        box = tfds.features.BBox(0.1, 0.2, 0.3, 0.4)
-        steps = [
-            {
-                "observation": {
-                    "front": picture(episode, t, 0),
-                    "wrist": picture(episode, t, 1),
-                    "state": state[t],
-                    "scalar": scalar[t],
-                    "cloud": np.zeros((4, 3), np.float32),
-                    "boxes": [box] * (t % 3),
-                },
-                "action": actions[t],
-                "phase": t % 3,
-                "language_instruction": texts[episode][t],
-            }
-            for t in range(LENGTHS[episode])
-        ]
-        return {"steps": steps}
-
     class TfdsArm(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
 
@@ -171,21 +187,15 @@ def write_tfds(root: Path) -> None:
 
         def _split_generators(self, dl_manager):
             everything = range(len(LENGTHS))
-            return {"train": ((e, episode_of(e)) for e in everything), "val": ((e, episode_of(e)) for e in (1, 3))}
+            splits = {"train": everything, "val": (1, 3)}
+            return {split: ((e, _tfds_episode(e, texts[e])) for e in part) for split, part in splits.items()}
 
         def _generate_examples(self, *args):
             yield from args
 
     config = tfds.download.DownloadConfig(num_shards=2)
     TfdsArm(data_dir=str(root)).download_and_prepare(download_config=config)
-    # Files are in the order of hashed keys: read back, so that the comparison knows it.
-    order = []
-    read = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-    for example in tfds.as_numpy(
-        tfds.builder_from_directory(str(root / name / "1.0.0")).as_dataset("train", read_config=read)
-    ):
-        first = next(iter(example["steps"]))["action"]
-        order.append(next(e for e, length in enumerate(LENGTHS) if np.array_equal(numbers(e, length)[0][0], first)))
+    order = _tfds_order(root / name / "1.0.0")
     save(root, name, texts)
     np.save(root / f"{name}-order.npy", np.array(order))
     print(f"written {name}: {sum(LENGTHS)} steps in the order {order}")

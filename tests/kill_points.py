@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 CALLS = ("mkdir", "rename", "replace", "rmdir", "unlink")
@@ -23,7 +23,7 @@ def ends_with(work: Callable[[], None], kill_at: int | None = None) -> int:
     code = 1
     try:
         if kill_at is not None:
-            _kill_at(kill_at)
+            kill_at_call(kill_at)
         work()
         code = 0
     except BaseException:
@@ -34,7 +34,8 @@ def ends_with(work: Callable[[], None], kill_at: int | None = None) -> int:
         os._exit(code)
 
 
-def _kill_at(number: int) -> None:
+def kill_at_call(number: int, names: Sequence[str] = CALLS) -> None:
+    """Let this process die before its call number `number` of these functions of `os`."""
     calls: list[str] = []
 
     def patch(name: str) -> None:
@@ -48,7 +49,7 @@ def _kill_at(number: int) -> None:
 
         setattr(os, name, wrapped)
 
-    for name in CALLS:
+    for name in names:
         patch(name)
 
 

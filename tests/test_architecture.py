@@ -79,3 +79,17 @@ def test_there_is_no_circle():
         list(TopologicalSorter(GRAPH).static_order())
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+def too_long(text: str, lines: int) -> list[str]:
+    """Names of the functions with more lines, decorators left out."""
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [node.name for node in functions if node.end_lineno - node.lineno >= lines]
+
+
+def test_files_have_at_most_450_lines_and_functions_60():
+    files = [f for place in (*PACKAGES, "benchmarks", "examples", "vla-scripts") for f in (ROOT / place).rglob("*.py")]
+    assert len(files) > 250
+    assert [str(file) for file in files if file.read_text().count("\n") > 450] == []
+    assert {str(file): names for file in files if (names := too_long(file.read_text(), 60))} == {}
+    assert too_long("def long():\n" + "    x = 1\n" * 60 + "def short():\n" + "    x = 1\n" * 59, 60) == ["long"]

@@ -9,12 +9,15 @@ camera, the state without folded quaternions, and environments seeded with 0.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from experiments.robot.libero.controls import to_simulator_actions
 from prismatic.command_line import bad_input_in_one_line, is_installed, require_package
+
+if TYPE_CHECKING:
+    from experiments.robot.policy import VLAPolicy
 
 
 def policy_inputs(obs: dict[str, Any], num_images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
@@ -39,6 +42,15 @@ def policy_inputs(obs: dict[str, Any], num_images: int) -> tuple[np.ndarray, np.
     if state.shape != (8,):
         raise ValueError(f"observation: states: expected position, axis-angle and fingers (8,), found {state.shape}")
     return views[0], views[min(1, num_images - 1)], state, str(obs.get("task_description", ""))
+
+
+def _load(data_set_file: str, *checkpoint: Any, **given: Any) -> VLAPolicy:
+    from experiments.robot.policy import VLAPolicy
+    from prismatic.vla.datasets.registry import load_data_set_file
+
+    if data_set_file:
+        load_data_set_file(data_set_file)
+    return VLAPolicy.from_checkpoint(*checkpoint, **given)
 
 
 def server_class() -> type:
@@ -73,13 +85,8 @@ def server_class() -> type:
             base_checkpoint: str = "",
         ) -> None:
             super().__init__(chunk_size=num_open_loop_steps)
-            from experiments.robot.policy import VLAPolicy
-            from prismatic.vla.datasets.registry import load_data_set_file
-
-            if data_set_file:
-                load_data_set_file(data_set_file)
-            options = {"base": base_checkpoint or None, "robot": robot_platform or None}
-            self.policy = VLAPolicy.from_checkpoint(pretrained_checkpoint, device, unnorm_key or None, **options)
+            given = {"base": base_checkpoint or None, "robot": robot_platform or None}
+            self.policy = _load(data_set_file, pretrained_checkpoint, device, unnorm_key or None, **given)
             self.num_images = self.policy.metadata["num_images"]
 
         def predict(self, obs: dict[str, Any], ctx: Any) -> dict[str, np.ndarray]:

@@ -110,6 +110,9 @@ def _check_manifest(manifest: dict[str, Any], file: Path) -> None:
             raise CheckpointError(f"{file}: {name} is {str(value)[:80]!r}, expected {words}")
     for name, facts in (manifest.get("datasets") or {}).items():
         _check_collected(facts, f"{file}: datasets: {str(name)[:80]}")
+    for name, cameras in (manifest.get("cameras") or {}).items():
+        if not isinstance(cameras, list) or not all(isinstance(camera, str) for camera in cameras):
+            raise CheckpointError(f"{file}: cameras: {str(name)[:80]} is {str(cameras)[:80]!r}, expected names")
     if not is_file_name(manifest["file_suffix"]):
         raise CheckpointError(f"{file}: file_suffix is {manifest['file_suffix']!r}, expected a part of a file's name")
     sizes = {name: manifest[name] for name in ("action_head", "action_spec", "image_spec", "num_images")}

@@ -14,6 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
+import kill_points
 import micro
 import torch
 from accelerate import Accelerator
@@ -26,7 +27,7 @@ torch.set_num_threads(1)
 micro.install()
 root, steps, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 # Every call that makes a checkpoint what it is: a kill before the n-th of them lands inside a save.
-CALLS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
+CALLS = (*kill_points.CALLS, "fsync")
 
 
 def start(name: str, kill_at: int | None = None, most: int | None = None, **flags) -> tuple[int, int]:
@@ -59,7 +60,7 @@ def train(name: str, kill_at: int | None, most: int | None, started: int, flags:
     seed_everything(cfg.seed)
     trainer = Trainer(cfg, build_setup(cfg), Accelerator(cpu=True))
     if kill_at is not None:
-        kill_at_call(kill_at)
+        kill_points.kill_at_call(kill_at, CALLS)
     if most is not None:
         wait_after(trainer, most)
     os.write(started, b"x")
@@ -75,24 +76,6 @@ def wait_after(trainer: Trainer, most: int) -> None:
         return step(batches)
 
     trainer._train_one_step = limited
-
-
-def kill_at_call(number: int) -> None:
-    calls = []
-
-    def patch(name: str) -> None:
-        original = getattr(os, name)
-
-        def wrapped(*args, **kwargs):
-            calls.append(name)
-            if len(calls) == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        setattr(os, name, wrapped)
-
-    for name in CALLS:
-        patch(name)
 
 
 def leftovers() -> list[str]:

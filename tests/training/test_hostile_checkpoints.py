@@ -71,6 +71,8 @@ MANIFESTS = [
     ("use_proprio", 1),
     ("legacy_slices", "no"),
     ("step", 1.5),
+    ("cameras", {"x": 5}),
+    ("cameras", {"x": ["front", None]}),
     ("datasets", []),
     ("datasets", {"x": 5}),
     ("datasets", {"x": {"render_mode": ["lazy"]}}),

@@ -46,9 +46,10 @@ def final_state(folder: Path) -> dict:
 
 @pytest.mark.slow
 def test_thirty_kills_leave_no_trace(tmp_path):
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(
         [sys.executable, str(HARNESS), str(tmp_path), "160", "30", "3"],
-        capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=1800,
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
