@@ -70,14 +70,16 @@ class OutputSignal:
         compute: (bare module, batch) -> the tensor; by default the module is called with the batch. Without dropout or
             other noise, or the loss at theta_0 is not 0.
         name: of the signal in the log.
+        kind: any but the features has a budget in root mean squares.
     """
 
-    kind = SignalKind.ACTIONS
-
     def __init__(
-        self, compute: Callable[[Any, Any], Tensor] = lambda module, batch: module(batch), name: str = "output"
+        self,
+        compute: Callable[[Any, Any], Tensor] = lambda module, batch: module(batch),
+        name: str = "output",
+        kind: SignalKind = SignalKind.ACTIONS,
     ) -> None:
-        self._compute, self._name = compute, name
+        self._compute, self._name, self.kind = compute, name, kind
 
     def compute(self, module: nn.Module, batch: Any) -> Tensor:
         """The tensor of a batch."""

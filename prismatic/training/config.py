@@ -14,6 +14,7 @@ from prismatic.command_line import check_switches, check_values
 from prismatic.craft.settings import PRESET_FIELDS, CRaFTConfig, plain_values
 from prismatic.training.flag_checks import check_choice, check_unread
 from prismatic.training.flags import (
+    MEMORIES,
     CRaFTFlags,
     ExperimentalFlags,
     ModelFlags,
@@ -37,7 +38,6 @@ _UNSUPPORTED = {
 
 
 CHECKPOINTED = ("towers", "llm", "head")
-MEMORIES = ("batch", "data", "instructions")
 AIM = 1.1
 """A run that lands steers to this multiple of its budget."""
 # What a preset says beyond the settings of the constraint. memory_share: of the batch.
@@ -227,8 +227,8 @@ class FinetuneConfig(
             check_choice("craft_memory", name, MEMORIES)
         if len(set(self.memories)) != len(self.memories):
             raise ValueError(f"--craft_memory {self.craft_memory} names a memory twice")
-        for name in ("data", "instructions"):
-            value, used = getattr(self, f"craft_memory_{name}"), name in self.memories
+        for name in MEMORIES:
+            value, used = getattr(self, f"craft_memory_{name}", None), name in self.memories
             if value is not None and not used:
                 raise ValueError(
                     f"--craft_memory_{name} {value} needs --craft_memory {name}, found {self.craft_memory}"

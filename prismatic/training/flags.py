@@ -16,6 +16,8 @@ from prismatic.training.schedules import LRSchedule
 from prismatic.vla.datasets.formats import PLACE, SKIP_BAD_EPISODES, SPLIT
 
 _SETTINGS = {entry.name: entry for entry in fields(CRaFTConfig)}
+MEMORIES = ("batch", "data", "instructions")
+"""Names of `--craft_memory`; `retention/memory.py` has each. A flag that one alone reads is `--craft_memory_{name}`."""
 _ONLY = "accepted as in published commands; "
 
 
@@ -206,7 +208,7 @@ class CRaFTFlags:
     craft_signal: str | None = craft_flag("signal", "what is held: features, or what the whole policy does")
     craft_memory: str | None = flag(
         None,
-        "on which inputs: batch, data, instructions; several with commas. None: batch; keep: instructions, and data if "
+        f"on which inputs: {', '.join(MEMORIES)}; several with commas. None: batch; keep: instructions, and data if "
         "given",
     )
     craft_memory_data: str | None = flag(

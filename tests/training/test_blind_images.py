@@ -12,7 +12,7 @@ import torch
 from experiments.robot.libero.controls import Control, PolicyActor
 from prismatic.models.presets import PRESETS, build_processor
 from prismatic.training.config import FinetuneConfig
-from prismatic.training.retention.methods import observations
+from prismatic.training.retention.observed import observations
 from prismatic.vla.datasets import dataset_part
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset

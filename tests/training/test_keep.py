@@ -11,21 +11,22 @@ import numpy as np
 import pytest
 import torch
 
+from prismatic.craft import SignalKind
 from prismatic.models.presets import PRESETS
 from prismatic.training import loop
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.config import FinetuneConfig
+from prismatic.training.flags import MEMORIES as NAMES
 from prismatic.training.retention.instructions import read_instructions
-from prismatic.training.retention.memory import DataMemory, InstructionMemory, Memory, take_rows
+from prismatic.training.retention.memory import MEMORY_KINDS, DataMemory, InstructionMemory, Memory, take_rows
+from prismatic.training.retention.signals import SIGNALS
 from prismatic.training.step import optimizer_step
 
 DATA = str(micro.DATA / "libero_mini_no_noops")
 OLD = ["open the oven", "Close the oven"]
 TIMINGS = micro.MEASURED
-MEMORIES = {
-    "batch": {"craft_memory": "batch"},
+MEMORIES = {name: {"craft_memory": name} for name in NAMES} | {
     "data": {"craft_memory": "data", "craft_memory_data": DATA},
-    "instructions": {"craft_memory": "instructions"},
     "both": {"craft_memory": "instructions,data", "craft_memory_data": DATA},
 }
 
@@ -78,6 +79,11 @@ def perturb(trainer, size: float = 0.02) -> None:
                 p.add_(size * torch.randn(p.shape, generator=generator))
 
 
+def test_a_name_has_a_class_and_a_class_a_name():
+    assert set(MEMORY_KINDS) == set(NAMES)
+    assert set(SIGNALS) == set(SignalKind)
+
+
 # Every memory, and with both of them every tuning mode in which a pass may draw or share something.
 FULL, LORA, FROZEN_TOWERS = {}, {"use_lora": True, "lora_rank": 2, "lora_dropout": 0.3}, {"freeze_vision": True}
 BF16 = {"mixed_precision": "bf16"}
@@ -87,7 +93,7 @@ BF16 = {"mixed_precision": "bf16"}
     ("memory", "tuning"),
     [*((memory, FULL) for memory in MEMORIES), *(("both", tuning) for tuning in (LORA, FROZEN_TOWERS, BF16))],
 )
-@pytest.mark.parametrize("signal", ["features", "actions"])
+@pytest.mark.parametrize("signal", [kind.value for kind in SignalKind])
 def test_the_first_step_is_a_plain_one(make, signal, memory, tuning):
     """L_ret(theta_0) is exactly zero, and measuring it leaves gradients and random numbers alone."""
     results = {}

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from prismatic.craft import CRaFTConfig, CRaFTConstraint, CRaFTWeightManager, SignalKind, unwrap
+from prismatic.craft import CRaFTConfig, CRaFTConstraint, CRaFTWeightManager, unwrap
 from prismatic.craft.fields import OFF
 from prismatic.models.vla_policy import CraftRequest, PolicyOutput, VLAPolicyModel
 from prismatic.training.checkpoint_files import tensors_hash
@@ -60,6 +60,7 @@ class CRaFT(Retention):
             model, config, self.policy_signal.signal, reaches(policy, self.policy_signal.parts_of(policy)), count
         )
         self.weights = self.constraint.weights
+        self.unit = self.policy_signal.unit
         self._policy, self._reference = policy, None
 
     def at(self, step: int) -> Retention | None:
@@ -101,13 +102,6 @@ class CRaFT(Retention):
     def after_update(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         raising = self.constraint.raising_updates(optimizer)
         return {} if raising is None else {"CRaFT/Raising Updates": raising}
-
-    @property
-    def unit(self) -> str:
-        """Unit of the budget, for people."""
-        if self.config.signal is SignalKind.ACTIONS:
-            return "RMS of normalised actions"
-        return f"{self.config.retention_metric.value} of features"
 
     def banner(self) -> list[str]:
         craft = self.config

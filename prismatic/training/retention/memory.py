@@ -6,12 +6,14 @@
 | data | observations of a data set: images, state and instruction; its actions are not read |
 | instructions | the training batch's images and state, with an old instruction drawn per sample |
 
-A new memory is a class here and a line in `methods.build_memories`.
+A new memory is a class here, which `--craft_memory` finds by its `name`, and that name in `MEMORIES` of
+`prismatic/training/flags.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from prismatic.training.config import FinetuneConfig
+from prismatic.training.retention.instructions import old_instructions
+from prismatic.training.retention.observed import observations
+from prismatic.training.training_setup import TrainingSetup
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.dataset import VLADataset
 from prismatic.vla.datasets.sampler import EpochSampler
 
-BATCH, DATA, INSTRUCTIONS = "batch", "data", "instructions"
+BATCH = "batch"
 _STREAM = 3  # keeps the draws of instructions apart from those of augmentation and dropout, which use the same key
+
+
+@dataclass(frozen=True)
+class MemoryInputs:
+    """What memories are built from. collate: of the training batches. rank, world: this process and their number."""
+
+    cfg: FinetuneConfig
+    setup: TrainingSetup
+    collate: VLACollator
+    rank: int = 0
+    world: int = 1
 
 
 class Memory:
@@ -38,6 +55,18 @@ class Memory:
 
     def __init__(self, size: int | None = None) -> None:
         self.size = size
+
+    @classmethod
+    def build(cls, inputs: MemoryInputs, beside: Sequence[Memory]) -> Memory | None:
+        """The memory as the flags say, None when it has nothing to add to those of the run that are built already.
+
+        Raises ValueError or FileNotFoundError, which name the flag.
+        """
+        return cls(inputs.cfg.craft_memory_batch_size)
+
+    def shown(self) -> set[str]:
+        """Old instructions of which it holds the images."""
+        return set()
 
     def batch(self, training: dict[str, Any]) -> dict[str, Any]:
         """The memory's batch beside this training batch, on the same device."""
@@ -66,12 +95,24 @@ class InstructionMemory(Memory):
         size: see `Memory`.
     """
 
-    name = INSTRUCTIONS
+    name = "instructions"
 
     def __init__(self, instructions: Sequence[str], collate: VLACollator, seed: int, size: int | None = None) -> None:
         super().__init__(size)
         self.instructions, self._collate, self._seed = list(instructions), collate, seed
         collate.tokenize(self.instructions)
+
+    @classmethod
+    def build(cls, inputs: MemoryInputs, beside: Sequence[Memory]) -> Memory | None:
+        """None when the other memories show all old instructions."""
+        cfg = inputs.cfg
+        sentences = old_instructions(cfg, inputs.setup, {sentence for memory in beside for sentence in memory.shown()})
+        if not sentences:
+            return None
+        try:
+            return cls(sentences, inputs.collate, cfg.seed, cfg.craft_memory_batch_size)
+        except ValueError as error:  # one does not fit the tokenizer
+            raise ValueError(f"--craft_memory instructions: {error}; shorten it or leave it out") from None
 
     def batch(self, training: dict[str, Any]) -> dict[str, Any]:
         """The first samples of the training batch with old instructions."""
@@ -99,7 +140,7 @@ class DataMemory(Memory):
         rank, world: this process and their number.
     """
 
-    name = DATA
+    name = "data"
     size: int
 
     def __init__(
@@ -111,6 +152,18 @@ class DataMemory(Memory):
         self._generator = torch.Generator().manual_seed(seed)  # the loader draws a seed when it starts
         self._samples = 0  # of all processes
         self._batches: Iterator[dict[str, Any]] | None = None
+
+    @classmethod
+    def build(cls, inputs: MemoryInputs, beside: Sequence[Memory]) -> Memory:
+        """Of `--craft_memory_data`."""
+        cfg = inputs.cfg
+        assert cfg.craft_memory_data is not None  # demanded by `FinetuneConfig`
+        dataset = observations("--craft_memory_data", cfg.craft_memory_data, inputs.setup, cfg)
+        size = cfg.craft_memory_batch_size or cfg.batch_size
+        return cls(dataset, inputs.collate, size, cfg.seed, inputs.rank, inputs.world)
+
+    def shown(self) -> set[str]:
+        return {sentence for entry in self.dataset.manifest().values() for sentence in entry["episodes"]}
 
     def batch(self, training: dict[str, Any]) -> dict[str, Any]:
         """The next batch of the data set."""
@@ -135,6 +188,10 @@ class DataMemory(Memory):
         """Continue after the samples that were used; ValueError when seed or data differ."""
         self._sampler.load_state_dict(state)
         self._samples, self._batches = int(state["samples"]), None
+
+
+MEMORY_KINDS: dict[str, type[Memory]] = {kind.name: kind for kind in (Memory, DataMemory, InstructionMemory)}
+"""In the order in which they are built: each sees those before it."""
 
 
 def take_rows(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:

@@ -20,26 +20,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from prismatic.craft import SignalKind
 from prismatic.training.config import FinetuneConfig, RetentionMethod
-from prismatic.training.data_sets import open_old_data
 from prismatic.training.retention.craft import CRaFT
-from prismatic.training.retention.instructions import old_instructions
 from prismatic.training.retention.l2sp import L2SP
-from prismatic.training.retention.memory import (
-    BATCH,
-    DATA,
-    INSTRUCTIONS,
-    DataMemory,
-    InstructionMemory,
-    Memory,
-    to_device,
-)
+from prismatic.training.retention.memory import MEMORY_KINDS, Memory, MemoryInputs, to_device
+from prismatic.training.retention.observed import observations
 from prismatic.training.retention.protocol import Retention
 from prismatic.training.retention.replay import DistilledReplay
+from prismatic.training.retention.signals import SIGNALS
 from prismatic.training.training_setup import TrainingSetup
 from prismatic.vla.datasets.collator import VLACollator
-from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.sampler import EpochSampler
 
 _NEW_HEADS = ("random", "native", "vlm")
@@ -61,8 +51,8 @@ def build_retention(
         return None
     check_parallelism(accelerator)
     config = cfg.craft_config()
-    if config.signal is SignalKind.ACTIONS:
-        _check_skill("--craft_signal actions", cfg, setup, "hold the features (--craft_signal features)")
+    if SIGNALS[config.signal].needs_skill:
+        _check_skill(f"--craft_signal {config.signal.value}", cfg, setup, "hold the features (--craft_signal features)")
     assert cfg.craft_every is not None  # resolved with the preset
     return CRaFT(model, config, build_memories(cfg, setup, accelerator, collate), accelerator, cfg.craft_every)
 
@@ -78,46 +68,13 @@ def _check_skill(flag: str, cfg: FinetuneConfig, setup: TrainingSetup, instead: 
 def build_memories(
     cfg: FinetuneConfig, setup: TrainingSetup, accelerator: Accelerator, collate: VLACollator
 ) -> list[Memory]:
-    """The memories that `--craft_memory` names, in its order, without `instructions` when `data` shows all of them."""
-    size = cfg.craft_memory_batch_size
-    memories: dict[str, Memory] = {}
-    shown: set[str] = set()
-    if BATCH in cfg.memories:
-        memories[BATCH] = Memory(size)
-    if DATA in cfg.memories:
-        assert cfg.craft_memory_data is not None  # demanded by `FinetuneConfig`
-        dataset = observations("--craft_memory_data", cfg.craft_memory_data, setup, cfg)
-        shown = {sentence for entry in dataset.manifest().values() for sentence in entry["episodes"]}
-        rank, world = accelerator.process_index, accelerator.num_processes
-        memories[DATA] = DataMemory(dataset, collate, size or cfg.batch_size, cfg.seed, rank, world)
-    if INSTRUCTIONS in cfg.memories and (sentences := old_instructions(cfg, setup, shown)):
-        try:
-            memories[INSTRUCTIONS] = InstructionMemory(sentences, collate, cfg.seed, size)
-        except ValueError as error:  # one does not fit the tokenizer
-            raise ValueError(f"--craft_memory instructions: {error}; shorten it or leave it out") from None
-    return [memories[name] for name in cfg.memories if name in memories]
-
-
-def observations(
-    flag: str, folder: str, setup: TrainingSetup, cfg: FinetuneConfig, image_aug: bool | None = None
-) -> VLADataset:
-    """Images, state and instructions of the data set at `FOLDER` or `FOLDER:SPLIT`, as the run sees them.
-
-    `image_aug` None augments as in training. Raises what `open_old_data` does.
-    """
-    training: DatasetSettings = setup.dataset.settings
-    settings = DatasetSettings(
-        setup.action_spec,
-        setup.image_spec,
-        setup.num_images,
-        image_aug=training.image_aug if image_aug is None else image_aug,
-        blind_images=training.blind_images,  # a blind run sees no image, here neither
-        seed=cfg.seed,
-        observations_only=True,
-        skip_bad_episodes=cfg.skip_bad_episodes,
-        known_statistics=setup.statistics,
-    )
-    return open_old_data(flag, folder, settings)
+    """The memories that `--craft_memory` names, in its order, without those that say that they are not needed."""
+    inputs = MemoryInputs(cfg, setup, collate, accelerator.process_index, accelerator.num_processes)
+    built: dict[str, Memory] = {}
+    for name, kind in MEMORY_KINDS.items():  # `instructions` look at `data`, whatever the flag's order
+        if name in cfg.memories and (memory := kind.build(inputs, list(built.values()))) is not None:
+            built[name] = memory
+    return [built[name] for name in cfg.memories if name in built]
 
 
 def monitored_batches(

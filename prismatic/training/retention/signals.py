@@ -1,6 +1,7 @@
 """What a policy can be held to: which module computes it, which weights reach it, and whether the training pass has it.
 
-A new signal is a class here, a name in `craft.settings.SignalKind` and a line in `SIGNALS`.
+A new signal is a class here with a line in `SIGNALS`, and a name in `SignalKind` (`prismatic/craft/fields.py`) for the
+flag.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ def craft_request(config: CRaFTConfig) -> CraftRequest:
 class PolicySignal(Protocol):
     """What `CRaFT` asks of a signal of the policy."""
 
+    needs_skill: bool
+    """Whether a start with a new action head has nothing of it to keep."""
+
+    @property
+    def unit(self) -> str:
+        """Unit of the budget, for people."""
+
     @property
     def request(self) -> CraftRequest | None:
         """Features that the training pass has to return for it."""
@@ -58,8 +66,11 @@ class PolicySignal(Protocol):
 class PolicyFeatures:
     """The bridge features: they come with every training pass, and head and proprio projector cannot change them."""
 
+    needs_skill = False
+
     def __init__(self, config: CRaFTConfig, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
         self.request, self._autocast = craft_request(config), autocast
+        self.unit = f"{config.retention_metric.value} of features"
         self.signal = FeatureSignal(config, self._compute)
 
     def _compute(self, policy: VLAPolicyModel, batch: dict[str, Any]) -> RawParts:
@@ -86,10 +97,12 @@ class PolicyActions:
     """The normalised action chunk (B, K, A) of the whole policy, without start noise of the head or dropout."""
 
     request: CraftRequest | None = None
+    needs_skill = True
+    unit = "RMS of normalised actions"
 
     def __init__(self, config: CRaFTConfig, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
         self._autocast = autocast
-        self.signal: Signal = OutputSignal(self._compute, "actions")
+        self.signal: Signal = OutputSignal(self._compute, "actions", config.signal)
 
     def _compute(self, policy: VLAPolicyModel, batch: dict[str, Any]) -> Any:
         # `forward` and not a call: exchanged weights must not meet a compiled graph (`compilation.py`).
@@ -113,5 +126,12 @@ class PolicyActions:
         return output.actions
 
 
-SIGNALS: dict[SignalKind, Callable[[CRaFTConfig, Callable[[], AbstractContextManager[Any]]], PolicySignal]]
-SIGNALS = {SignalKind.FEATURES: PolicyFeatures, SignalKind.ACTIONS: PolicyActions}
+class MakesSignal(Protocol):
+    """A class of `SIGNALS`. autocast: context of the precision of its passes."""
+
+    needs_skill: bool
+
+    def __call__(self, config: CRaFTConfig, autocast: Callable[[], AbstractContextManager[Any]]) -> PolicySignal: ...
+
+
+SIGNALS: dict[SignalKind, MakesSignal] = {SignalKind.FEATURES: PolicyFeatures, SignalKind.ACTIONS: PolicyActions}
