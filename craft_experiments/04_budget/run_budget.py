@@ -10,8 +10,6 @@ figure from these files.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from craft_experiments.common_utils.drift_runs import (
 from prismatic.command_line import flag, parse_or_exit
 
 ROOT = Path(__file__).resolve().parents[2]
+REPORT = Path(__file__).with_name("make_report.py")
 VARIANTS = {
     "budget": ("--craft_preset", "budget"),
     # The original rule in the same unit as the budget preset, so that one eps means one thing.
@@ -52,10 +51,7 @@ def main() -> None:
     """Run what is missing, then write the report."""
     cfg = parse_or_exit(BudgetConfig, __doc__)
     os.chdir(ROOT)
-    run_experiment(cfg, cells, KEPT)
-    sys.exit(
-        subprocess.run([sys.executable, str(Path(__file__).with_name("make_report.py")), cfg.results_dir]).returncode
-    )
+    run_experiment(cfg, cells, KEPT, REPORT)
 
 
 def cells(cfg: BudgetConfig) -> list[Cell]:

@@ -11,8 +11,6 @@ figure from these files.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from craft_experiments.common_utils.drift_runs import (
 from prismatic.command_line import flag, flag_like, parse_or_exit
 
 ROOT = Path(__file__).resolve().parents[2]
+REPORT = Path(__file__).with_name("make_report.py")
 COMMON = ("--lr_schedule", "cosine", "--craft_preset", "budget")
 CONTROLLERS = {"share": ("--craft_dual", "share", "--craft_projection_rule", "off"), "pi": ()}
 KEPT = (DRIFT, LAMBDA, OUT_OF_REACH)
@@ -50,10 +49,7 @@ def main() -> None:
     """Run what is missing, then write the report."""
     cfg = parse_or_exit(ControllerConfig, __doc__)
     os.chdir(ROOT)
-    run_experiment(cfg, cells, KEPT, compact=True)
-    sys.exit(
-        subprocess.run([sys.executable, str(Path(__file__).with_name("make_report.py")), cfg.results_dir]).returncode
-    )
+    run_experiment(cfg, cells, KEPT, REPORT, compact=True)
 
 
 def cells(cfg: ControllerConfig) -> list[Cell]:

@@ -5,6 +5,7 @@
 #   bash run_retention_experiments.sh                 paper scale, one GPU; run it again to continue
 #   PRESET=tiny bash run_retention_experiments.sh     the small model on a CPU
 #   bash run_retention_experiments.sh --dry-run       print each command and run none
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # `sh script` is another shell
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=../common_utils/run_table.sh

@@ -110,9 +110,16 @@ AnyConfig = TypeVar("AnyConfig", bound=DriftConfig)
 
 
 def run_experiment(
-    cfg: AnyConfig, cells_of: Callable[[AnyConfig], list[Cell]], kept: tuple[str, ...], compact: bool = False
+    cfg: AnyConfig,
+    cells_of: Callable[[AnyConfig], list[Cell]],
+    kept: tuple[str, ...],
+    report: Path,
+    compact: bool = False,
 ) -> None:
-    """`run_missing` for a program: it is the only writer of both folders, and what fails is said in one piece."""
+    """`run_missing` for a program, then the script `report` on the records.
+
+    The program is the only writer of both folders; what fails is said in one piece, and ends it.
+    """
     program = os.path.basename(sys.argv[0])
     with bad_input_in_one_line(program):
         cells = cells_of(cfg)
@@ -121,6 +128,8 @@ def run_experiment(
             folders.enter_context(held(Path(cfg.work_dir), "--work_dir"))
             with faults_in_one_line(program, (RunFailed,)):
                 run_missing(cfg, cells, kept, compact)
+    if code := subprocess.run([sys.executable, str(report), cfg.results_dir], check=False).returncode:
+        sys.exit(code)  # it has said why
 
 
 def run_missing(cfg: DriftConfig, cells: list[Cell], kept: tuple[str, ...], compact: bool = False) -> None:

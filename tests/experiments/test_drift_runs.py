@@ -113,7 +113,7 @@ def test_a_run_that_was_broken_off_begins_again_unless_it_is_still_at_work(cfg, 
 def test_two_experiments_do_not_share_a_folder(cfg, trained, folder, capsys, held_elsewhere):
     path = getattr(cfg, folder)
     with held_elsewhere(Path(path)) as other, pytest.raises(SystemExit) as ended:
-        run_experiment(cfg, lambda _: [Cell("a", 0.1, 0)], (DRIFT,))
+        run_experiment(cfg, lambda _: [Cell("a", 0.1, 0)], (DRIFT,), Path("report.py"))
     (line,) = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2
     assert f"--{folder} {path}" in line
@@ -123,7 +123,7 @@ def test_two_experiments_do_not_share_a_folder(cfg, trained, folder, capsys, hel
 
 def test_a_failed_run_ends_the_program_without_a_traceback(cfg, trained, capsys):
     with pytest.raises(SystemExit) as ended:
-        run_experiment(cfg, lambda _: [Cell("a", 0.1, 13)], (DRIFT,))
+        run_experiment(cfg, lambda _: [Cell("a", 0.1, 13)], (DRIFT,), Path("report.py"))
     assert ended.value.code == 1
     assert "no room on the device" in capsys.readouterr().err
     assert not Path(cfg.results_dir).exists()
