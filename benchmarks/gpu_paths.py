@@ -47,7 +47,7 @@ def paths(cfg: PartConfig) -> Checks:
     merge and evaluation. Everything must be finite, on the device and in its dtype.
     """
     if cfg.is_trial:
-        runs = METHODS | {name: WAYS[name] for name in TRIED} | {"bf16": {"mixed_precision": "bf16"} | LORA}
+        runs = {name: (METHODS | WAYS)[name] for name in TRIED} | {"bf16": {"mixed_precision": "bf16"} | LORA}
     else:
         runs = METHODS | WAYS | {"fp16": {"mixed_precision": "fp16"}, "float32": {"mixed_precision": "no"}}
     with tempfile.TemporaryDirectory() as folder:

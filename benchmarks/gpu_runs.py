@@ -45,8 +45,15 @@ WAYS = {
     "compiled": {"compile": True},
     "compiled, CRaFT `budget`": {"compile": True} | METHODS["CRaFT `budget`"],
 }
-TRIED = ("accumulation, EMA, validation", "compiled")
-"""Those of `WAYS` that a trial on a CPU runs."""
+TRIED = (
+    "plain",
+    "CRaFT `budget`",
+    "CRaFT `keep`, old observations",
+    "distilled replay",
+    "L2-SP",
+    "accumulation, EMA, validation",
+)
+"""Those that a trial on a CPU runs: it tries the kit, not the product."""
 
 
 def trained(cfg: PartConfig, folder: str, name: str, **flags) -> Trainer:

@@ -1,9 +1,10 @@
-"""Writes one page on several records of the demo: seeds of one setting together, settings below each other.
+"""Writes one page on several records of the demo, seeds of one setting together, and a picture of the first setting.
 
     python craft_experiments/00_demo/compare_records.py results/keep
 
-Reads every `manifest.json` below the folder, and what it names, and writes `report.md` there. Records that differ in
-nothing but `OWN` (seed, folders, what was evaluated) are one setting. Every number is computed here from the raw files.
+Reads every `manifest.json` below the folder, and what it names; writes `report.md` and `picture_*.svg` there. Records
+that differ in nothing but `OWN` (seed, folders, what was evaluated) are one setting. Every number is computed here from
+the raw files.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from demo_results import COLUMN_LABELS, ROW_LABELS, TRAINED, DemoResults, load_results, row_label
 from make_report import OUT_OF_REACH, number
+from picture import draw_picture
 from run_demo import DemoConfig
 
 from craft_experiments.common_utils.plots import DRIFT
@@ -49,6 +51,7 @@ def write_page(folder: Path) -> Path:
         check_settings(record)
     page = folder / "report.md"
     write_text(page, compose(records, folder))
+    draw_picture(next(iter(groups(records).values())), folder)
     return page
 
 

@@ -154,7 +154,7 @@ def test_records_of_a_setting_stand_together_by_seed(demo, report_module, tmp_pa
     """Two seeds of one setting share a table; another budget is another setting."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
     compare_records = importlib.import_module("compare_records")
-    for name in ("compare_records", "make_report", "run_demo"):  # other experiments have a make_report, too
+    for name in ("compare_records", "picture", "make_report", "run_demo"):  # other experiments have a make_report, too
         del sys.modules[name]
     root = tmp_path_factory.mktemp("records")
     for name, settings in (
@@ -169,6 +169,9 @@ def test_records_of_a_setting_stand_together_by_seed(demo, report_module, tmp_pa
     (root / "b" / "evaluations" / "keep-target").rename(root / "b" / "old")
     write_evaluation(root / "b" / "evaluations" / "keep-target", [1] * 10)
     compare_records.write_page(root)
+    light, dark = ((root / f"picture_{theme}.svg").read_bytes() for theme in ("light", "dark"))
+    compare_records.write_page(root)
+    assert light == (root / "picture_light.svg").read_bytes() != dark  # the same records, the same bytes
     together, apart = (root / "report.md").read_text().split("\n## ")[1:]
     assert together.startswith("mine, 800 steps\n\nSeeds 7, 8: [a](a/report.md), [b](b/report.md).")
     assert apart.startswith("mine, 800 steps, action_budget `0.05`\n\nSeeds 7: [c]")
