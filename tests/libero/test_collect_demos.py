@@ -284,7 +284,8 @@ def test_a_collection_that_was_killed_anywhere_goes_on(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.splitlines()[-1]) > 20
+    # pathlib of Python 3.10 keeps the functions of os that it found when it was imported: its calls are no kill points.
+    assert int(done.stdout.splitlines()[-1]) > (20 if sys.version_info >= (3, 11) else 10)
 
 
 def test_finished_episodes_are_ordered_and_restricted_to_the_run(tmp_path):

@@ -218,7 +218,8 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             attention_mask=plain_causal_mask(body, full_mask) if trusted else hide_right_padding(full_mask),
             use_cache=False,
             output_attentions=output_attentions,
-            output_hidden_states=True,
+            # The library records by hooks that it hangs on the layers once per body: a cut one would hang its own.
+            output_hidden_states=layers is None,
             return_dict=True,
         )
 
@@ -256,7 +257,7 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
             labels, action_mask: (B, L); bool mask of the Q placeholders, or published-style labels to derive it from.
             output_craft_features, craft_layer_idx: also return C_AQ, and C_R of this hidden state (None: the middle).
             craft_cr_token_mode: "vision_only", or "vision_plus_prompt" (whole layer plus `raw_latent_mask`).
-            craft_raw_only: return C_R alone; the LLM runs only up to its layer, later hidden states are missing.
+            craft_raw_only: return C_R alone, without hidden states; the LLM runs only up to its layer.
             vision_features: (B, N, embed_dim) output of the towers for these pixels, when known already.
             trusted_masks: the caller vouches for Q slots per row and right padding: nothing is read back to check.
             compat: published arguments without a role here; diffusion and FiLM inputs must be None/False.
@@ -275,30 +276,31 @@ class PrismaticForConditionalGeneration(PrismaticPreTrainedModel):
         output = self._run_body(layers, input_ids, inputs_embeds, (full_mask, trusted_masks), bool(output_attentions))
         result = PrismaticCausalLMOutputWithPast(
             logits=self.language_model.lm_head(output.last_hidden_state) if output_logits else None,
-            hidden_states=output.hidden_states if output_hidden_states else None,
+            hidden_states=output.hidden_states if output_hidden_states and layers is None else None,
             attentions=output.attentions if output_attentions else None,
             projector_features=projected if output_projector_features else None,
         )
         if output_craft_features:
             assert inputs_embeds is not None and mask is not None  # made from `pixel_values`
-            states = output.hidden_states or (inputs_embeds,)  # a body cut to no layers records none
-            self._add_craft_features(result, states, (attention_mask, mask), craft_layer_idx, craft_cr_token_mode)
+            layer = None if craft_raw_only else resolve_craft_layer(craft_layer_idx, self._num_states)
+            self._add_craft_features(result, output, (attention_mask, mask), layer, craft_cr_token_mode)
         return result if return_dict is not False else result.to_tuple()
 
     def _add_craft_features(
         self,
         result: PrismaticCausalLMOutputWithPast,
-        hidden_states: Sequence[torch.Tensor],
+        output: Any,
         masks: tuple[torch.Tensor | None, torch.Tensor],
-        layer_idx: int | None,
+        layer: int | None,
         token_mode: CrTokenMode | str,
     ) -> None:
+        """C_R of the hidden state `layer`, and C_AQ; None is the output of a body that was cut there: C_R alone."""
         attention_mask, action_mask = masks
         layout, mode = self.bridge_layout, CrTokenMode(token_mode)
-        layer = hidden_states[resolve_craft_layer(layer_idx, self._num_states)]
-        if len(hidden_states) == self._num_states:
-            result.action_query_features = layout.action_query_latent(hidden_states[-1], action_mask)
-        result.raw_latent_features, result.raw_latent_mask = layout.raw_latent(layer, attention_mask, action_mask, mode)
+        state = output.last_hidden_state if layer is None else output.hidden_states[layer]
+        if layer is not None:
+            result.action_query_features = layout.action_query_latent(output.hidden_states[-1], action_mask)
+        result.raw_latent_features, result.raw_latent_mask = layout.raw_latent(state, attention_mask, action_mask, mode)
 
     @property
     def _num_states(self) -> int:
