@@ -105,6 +105,15 @@ def test_unusable_flags_are_errors_naming_the_flag(flags):
 
 
 @pytest.mark.parametrize(
+    "words", ["--init_noise_mm nan", "--init_noise_mm inf", "--init_noise_mm -1", "--seed -1", "--env_img_res 1e30"]
+)
+def test_numbers_that_would_run_something_else_are_refused(words):
+    flag, value = words.split()
+    with pytest.raises(UsageError, match=f"{flag} is .*{value}.*, expected .*at least"):
+        parse(words)
+
+
+@pytest.mark.parametrize(
     ("flag", "package", "extra"),
     [("--use_wandb True", "wandb", "wandb"), ("--save_videos first", "imageio_ffmpeg", "libero")],
 )
