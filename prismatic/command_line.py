@@ -311,10 +311,13 @@ def _check_text(name: str, text: str) -> None:
 
 
 def check_name(what: str, name: str) -> None:
-    """UsageError unless a text can name a file in one folder on every common file system."""
-    bad = sorted({character for character in name if character in '/\\:*?"<>|' or not character.isprintable()})
+    """UsageError unless a text can name a file in one folder.
+
+    What a shell or another system would read as something else is refused. A colon is taken: times of day are names.
+    """
+    bad = sorted({character for character in name if character in '/\\*?"<>|' or not character.isprintable()})
     if bad:
-        raise UsageError(f"{what} is {name!r} with {' '.join(map(repr, bad))}, expected a name, not a path")
+        raise UsageError(f"{what} is {name!r} with {' '.join(map(repr, bad))}, expected a name, not a path or pattern")
     if not name or name != name.strip() or name.startswith((".", "-")) or len(name.encode()) > 200:
         raise UsageError(
             f"{what} is {name!r}, expected a name of 1 to 200 bytes that starts with neither dot nor dash and has "

@@ -94,6 +94,7 @@ def test_numbers_in_their_range(count, share):
         (["--seeds", ""], "--seeds is '', expected a whole number"),
         (["--parts", "head,haed"], "--parts is 'haed', expected one of head, body; did you mean head?"),
         (["--note", "a/b"], "--note is 'a/b' with '/', expected a name, not a path"),
+        (["--note", "a*?"], "--note is 'a*?' with '*' '?', expected a name, not a path or pattern"),
         (["--note", ".."], "--note is '..', expected a name"),
         (["--text", "a\0b"], "--text: found a NUL character"),
         (["--cuont", "1"], "--cuont: no such flag; did you mean --count?"),
@@ -163,6 +164,11 @@ def test_objects_are_checked_as_words_are():
     with pytest.raises(UsageError, match="--count is 0, expected at least 1"):
         check_values(Config(count=0))
     check_values(Config(budget=math.inf))
+
+
+@pytest.mark.parametrize("word", ["001", "12:30:45", "2026-01-02T03:04:05+01:00", "null", "on", "0x10", "a #b", "[x]"])
+def test_a_name_is_taken_as_it_was_typed(word):
+    assert parse(Config, ["--note", word]).note == word
 
 
 @given(st.text(string.printable + "äß/\\\0 ", max_size=6))

@@ -20,6 +20,8 @@ from experiments.robot.libero.policy_facts import (
 )
 from experiments.robot.libero.suite_names import BASE_SUITES, nearest_suite
 from experiments.robot.libero.tasks import UnknownSuiteError, max_episode_steps
+from prismatic import command_line
+from prismatic.command_line import UsageError
 
 PUBLISHED_COMMAND = (
     "--use_proprio True --num_images_in_input 2 --use_film False --pretrained_checkpoint runs/x--20000_chkpt "
@@ -100,6 +102,25 @@ def test_unusable_flags_are_errors_naming_the_flag(flags):
         cfg.validate()
     assert any(f"--{name}" in str(caught.value) for name in [*flags, "control"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words", ["--init_noise_mm nan", "--init_noise_mm inf", "--init_noise_mm -1", "--seed -1", "--env_img_res 1e30"]
+)
+def test_numbers_that_would_run_something_else_are_refused(words):
+    flag, value = words.split()
+    with pytest.raises(UsageError, match=f"{flag} is .*{value}.*, expected .*at least"):
+        parse(words)
+
+
+@pytest.mark.parametrize(
+    ("flag", "package", "extra"),
+    [("--use_wandb True", "wandb", "wandb"), ("--save_videos first", "imageio_ffmpeg", "libero")],
+)
+def test_a_package_that_a_flag_needs_is_asked_for_with_the_flags(monkeypatch, flag, package, extra):
+    monkeypatch.setattr(command_line, "is_installed", lambda name: name != package)
+    with pytest.raises(UsageError, match=rf"{flag} needs {package}.*pip install 'craft-vla\[{extra}\]'"):
+        parse(f"--pretrained_checkpoint x --save_videos none {flag}").validate()
 
 
 @pytest.mark.parametrize(

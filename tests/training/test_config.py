@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from prismatic import command_line
+from prismatic.command_line import UsageError
 from prismatic.training.command_line import parse_flags
 from prismatic.training.config import FinetuneConfig, TuningMode
 
@@ -137,3 +139,13 @@ def test_flags_that_nothing_reads_without_another_are_refused(flags, switch):
 def test_resume_on_the_command_line(text, value):
     found = parse_flags(["--resume", text]).resume
     assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+def test_a_package_that_a_flag_needs_is_asked_for_with_the_flags(monkeypatch, package):
+    """Before a model is loaded or a file of an earlier run is touched."""
+    monkeypatch.setattr(command_line, "is_installed", lambda name: name != package)
+    way_out = rf"--use_{package} True needs {package}.*pip install 'craft-vla\[{package}\]'"
+    with pytest.raises(UsageError, match=way_out):
+        parse_flags([f"--use_{package}", "True"])
+    parse_flags([f"--use_{package}", "False"])

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from prismatic.command_line import groups_of
+from prismatic.command_line import UsageError, groups_of
 from prismatic.craft.settings import PRESET_FIELDS, PRESETS, CRaFTConfig
+from prismatic.training.command_line import parse_flags
 from prismatic.training.config import FinetuneConfig
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,25 @@ def test_every_number_has_a_range():
     numbers = [n for n, k in kinds.items() if n in FLAGS and {int, float} & {k, *typing.get_args(k)}]
     assert len(numbers) > 40
     assert [n for n in numbers if str(FLAGS[n].metadata["range"]) == "a finite number"] == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--max_grad_norm -1",  # would turn gradients round
+        "--max_grad_norm 0",  # would learn nothing
+        "--lora_dropout nan --use_lora True",
+        "--num_data_workers -1",
+        "--learning_rate inf",
+        "--learning_rate 1e30",
+        "--max_steps 1e30",
+        "--seed -1",
+    ],
+)
+def test_numbers_that_would_train_something_else_are_refused(words):
+    flag, value = words.split()[:2]
+    with pytest.raises(UsageError, match=f"{flag} is .*{value[:2]}.*, expected .*(at least|more than)"):
+        parse_flags(words.split())
 
 
 @pytest.mark.parametrize("setting", [entry.name for entry in fields(CRaFTConfig) if entry.name != "aim"])

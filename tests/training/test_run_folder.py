@@ -89,16 +89,17 @@ def test_a_run_has_one_writer(make_trainer, tmp_path, held_elsewhere, monkeypatc
         pass
 
 
-def test_data_and_run_may_lie_in_folders_with_any_name(make_trainer, odd_folder, monkeypatch):
+@pytest.mark.parametrize("run_id", ["it's a", "12:30:45"])
+def test_data_and_run_may_lie_in_folders_with_any_name(make_trainer, odd_folder, monkeypatch, run_id):
     """Adapters find their base there, too."""
     monkeypatch.setitem(PRESETS, "tiny", micro.MICRO)
     shutil.copytree(micro.DATA, odd_folder / "data")
     places = {"data_root_dir": str(odd_folder / "data"), "run_root_dir": str(odd_folder / "runs")}
-    make_trainer("it's a", max_steps=1, **places).fit()
-    again = make_trainer("it's a", max_steps=2, resume="auto", **places)
+    make_trainer(run_id, max_steps=1, **places).fit()
+    again = make_trainer(run_id, max_steps=2, resume="auto", **places)
     assert again.step == 1
     again.fit()
-    start = odd_folder / "runs" / "it's a--2_chkpt"
+    start = odd_folder / "runs" / f"{run_id}--2_chkpt"
     lora = {"use_lora": True, "lora_rank": 2, "config_file_path": str(start)}
     make_trainer("b", max_steps=1, **lora, **places).fit()
     assert load_checkpoint(odd_folder / "runs" / "b--1_chkpt").manifest["tuning"] == "lora"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -10,10 +11,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import micro
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prismatic.models.presets import PRESETS
+from prismatic.training.checkpoint_folder import find_checkpoints
 from prismatic.training.tracking import Tracker, say
 
 
@@ -81,6 +85,18 @@ def test_a_resumed_run_holds_every_step_once(tmp_path):
     tracker.log(3, {"loss": 0.25})
     tracker.close()
     assert steps(tmp_path) == [1, 2, 3] and "0.25" in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_console_metrics_and_checkpoints_count_alike(make_trainer, monkeypatch, tmp_path, capsys):
+    """A step is one update of the weights, however many batches go into it and however often the run was resumed."""
+    monkeypatch.setitem(PRESETS, "tiny", micro.MICRO)
+    places = {"data_root_dir": str(micro.DATA), "grad_accumulation_steps": 2, "save_freq": 1}
+    make_trainer("run", max_steps=2, **places).fit()
+    make_trainer("run", max_steps=4, resume="auto", **places).fit()
+    counted = [1, 2, 3, 4]
+    assert [int(number) for number in re.findall(r"^step +(\d+) ", capsys.readouterr().out, re.M)] == counted
+    assert steps(tmp_path / "runs" / "run") == counted
+    assert [step for step, _ in find_checkpoints(tmp_path / "runs", "run")] == counted
 
 
 @given(jumps=st.lists(st.integers(-(10**6), 10**6), min_size=1, max_size=3))
