@@ -206,9 +206,9 @@ def write_tfds(root: Path) -> None:
 
 def compare(root: Path) -> int:
     """Read every set that was written; returns the number of differences."""
-    from prismatic.vla.datasets.formats import find_format
+    from prismatic.vla.datasets.format_table import find_format
+    from prismatic.vla.datasets.formats import open_source
     from prismatic.vla.datasets.inspect_measures import read_pixels
-    from prismatic.vla.datasets.opening import open_source
     from prismatic.vla.datasets.source import SourceKeys
 
     keys = {

@@ -13,7 +13,7 @@ RECIPES = {
     "A projection rule": "prismatic/craft/rules.py",
     "A dual": "prismatic/craft/duals/pi.py",
     "A signal or a memory": "prismatic/training/retention/signals.py",
-    "A data format": "prismatic/vla/datasets/formats.py",
+    "A data format": "prismatic/vla/datasets/format_table.py",
     "A table row": "craft_experiments/tables.py",
 }
 """Each recipe, and the file without which it would be none."""

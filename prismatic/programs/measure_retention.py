@@ -18,7 +18,7 @@ from prismatic.output_folder import check_file, held
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.training.representation import MeasureSettings, measure_retention, write_report
 from prismatic.vla.action_spec import ActionSpec
-from prismatic.vla.datasets.formats import SKIP_BAD_EPISODES, SPLIT
+from prismatic.vla.datasets.format_table import SKIP_BAD_EPISODES, SPLIT
 from prismatic.vla.datasets.registry import load_data_set_file
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prismatic.training.tracking import say
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
-from prismatic.vla.datasets.formats import expected_files, find_format, folder_and_split
+from prismatic.vla.datasets.format_table import expected_files, find_format, folder_and_split
 
 
 def open_data(

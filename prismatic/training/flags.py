@@ -13,7 +13,7 @@ from prismatic.command_line import flag
 from prismatic.craft.settings import PRESETS, CRaFTConfig, choices_of
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 from prismatic.training.schedules import LRSchedule
-from prismatic.vla.datasets.formats import PLACE, SKIP_BAD_EPISODES, SPLIT
+from prismatic.vla.datasets.format_table import PLACE, SKIP_BAD_EPISODES, SPLIT
 
 _SETTINGS = {entry.name: entry for entry in fields(CRaFTConfig)}
 MEMORIES = ("batch", "data", "instructions")

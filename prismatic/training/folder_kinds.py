@@ -23,7 +23,7 @@ from prismatic.model_files import (
     weight_files,
 )
 from prismatic.training.checkpoint_folder import LATEST, MANIFEST, TRAINING_STATE
-from prismatic.vla.datasets.formats import is_data_set
+from prismatic.vla.datasets.format_table import is_data_set
 
 _STEP = re.compile(r"(.+)--(\d+)_chkpt")
 _HEAD = "action_head--*checkpoint.*"

@@ -29,7 +29,7 @@ from prismatic.training.representation import (
     write_report,
 )
 from prismatic.training.setup import build_setup
-from prismatic.vla.datasets.opening import open_data_set
+from prismatic.vla.datasets.formats import open_data_set
 from prismatic.vla.datasets.registry import get_data_set_config
 
 NAME = "libero_mini_no_noops"

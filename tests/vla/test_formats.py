@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from prismatic import command_line
 from prismatic.command_line import UsageError
-from prismatic.vla.datasets import opening
+from prismatic.vla.datasets import formats
 from prismatic.vla.datasets.hdf5_source import HDF5Source
 from prismatic.vla.datasets.lerobot_source import LeRobotSource
 from prismatic.vla.datasets.registry import get_data_set_config
@@ -216,7 +216,7 @@ def test_a_data_set_may_lie_in_a_folder_with_any_name(name, small, odd_folder):
     if name == "rlds":
         write_data_set(odd_folder, "libero_formats", [make_smooth_episode(0, 3, side=16)], side=16)
         keys = get_data_set_config("libero_").keys[0]
-        assert opening.open_source(odd_folder / "libero_formats", keys).frame("image", 0, 2)
+        assert formats.open_source(odd_folder / "libero_formats", keys).frame("image", 0, 2)
     else:
         read_everything(name, shutil.copytree(small[name], odd_folder / "data"))
 
@@ -250,4 +250,4 @@ def test_damaged_files_give_the_documented_errors(name, small, tmp_path_factory,
 def test_a_format_without_its_packages_names_the_extra(folders, monkeypatch, name, keys, extra):
     monkeypatch.setattr(command_line, "is_installed", lambda _: False)
     with pytest.raises(UsageError, match=rf"{folders[name]} is a data set in .*pip install 'craft-vla\[{extra}\]'"):
-        opening.open_source(folders[name], keys)
+        formats.open_source(folders[name], keys)

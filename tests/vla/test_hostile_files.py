@@ -27,7 +27,7 @@ from PIL import Image
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets import hdf5_source, index_writer, lerobot_index, lerobot_tables
 from prismatic.vla.datasets.example_proto import build_example, parse_example
-from prismatic.vla.datasets.opening import open_source
+from prismatic.vla.datasets.formats import open_source
 from prismatic.vla.datasets.registry import get_data_set_config
 from prismatic.vla.datasets.source import DataSetError, MissingFeatureError, SourceKeys
 from prismatic.vla.datasets.source_files import regular_file

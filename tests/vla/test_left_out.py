@@ -12,7 +12,7 @@ from format_writers import CAMERAS, make_smooth_episode, write_hdf5, write_lerob
 
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.example_proto import build_example, parse_example
-from prismatic.vla.datasets.opening import open_data_set
+from prismatic.vla.datasets.formats import open_data_set
 from prismatic.vla.datasets.registry import get_data_set_config
 from prismatic.vla.datasets.source import DataSetError
 from prismatic.vla.datasets.tfrecord import index_records, read_record, write_records

@@ -12,7 +12,7 @@ from data_fixtures import make_episode
 from experiments.robot.doctor import demonstrations
 from prismatic.training.data_sets import open_old_data
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
-from prismatic.vla.datasets.formats import FORMATS, Format, find_format
+from prismatic.vla.datasets.format_table import FORMATS, Format, find_format
 from prismatic.vla.datasets.index import open_index
 from prismatic.vla.datasets.indexed_source import IndexedSource
 from prismatic.vla.datasets.inspect import inspect

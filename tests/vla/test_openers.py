@@ -23,7 +23,7 @@ from prismatic.training.config import FinetuneConfig
 from prismatic.training.memory.start_shape import empty_start
 from prismatic.training.retention.methods import build_memories, monitored_batches
 from prismatic.training.setup import build_setup
-from prismatic.vla.datasets.formats import folder_and_split
+from prismatic.vla.datasets.format_table import folder_and_split
 from prismatic.vla.datasets.inspect import format_report, inspect
 from prismatic.vla.images import encode_jpeg
 

@@ -20,7 +20,7 @@ from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_rang
 from prismatic.evidence.files import write_json
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 from prismatic.output_folder import check_file
-from prismatic.vla.datasets.formats import PLACE
+from prismatic.vla.datasets.format_table import PLACE
 
 SHIPPED_DATA = Path(__file__).parents[3] / "datasets" / "rlds" / "libero_object_scripted_no_noops"
 """Scripted demonstrations of a source checkout; an installed package has none."""

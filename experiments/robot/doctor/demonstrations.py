@@ -15,7 +15,7 @@ from experiments.robot.libero.modes import RenderMode, ResetMode
 from experiments.robot.libero.suite_names import split_suite
 from prismatic.vla.action_spec import ActionSpec, NormalizationType
 from prismatic.vla.datasets.dataset_part import episodes_left_out, numbers
-from prismatic.vla.datasets.formats import expected_files, folder_and_split, is_data_set
+from prismatic.vla.datasets.format_table import expected_files, folder_and_split, is_data_set
 from prismatic.vla.datasets.inspect import open_folder
 from prismatic.vla.datasets.inspect_measures import read_pixels
 from prismatic.vla.datasets.registry import DataSetConfig, standardize_libero

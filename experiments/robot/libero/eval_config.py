@@ -27,7 +27,7 @@ from prismatic.command_line import (
 )
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 from prismatic.output_folder import check_folder
-from prismatic.vla.datasets.formats import PLACE
+from prismatic.vla.datasets.format_table import PLACE
 
 DEFAULT_INITIAL_STATES = "DEFAULT"
 

@@ -14,7 +14,7 @@ from prismatic.evidence.checks import FOREIGN, parse_object
 from prismatic.evidence.episodes import CONTENT_FACTS
 from prismatic.evidence.hashes import file_hash, files_hash, folder_hash
 from prismatic.training.checkpoint_folder import MANIFEST
-from prismatic.vla.datasets.formats import folder_and_split
+from prismatic.vla.datasets.format_table import folder_and_split
 
 
 def checkpoint_fingerprint(path: str) -> str:

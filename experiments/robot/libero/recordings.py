@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.robot.libero.controls import to_simulator_actions
-from prismatic.vla.datasets.formats import folder_and_split
+from prismatic.vla.datasets.format_table import folder_and_split
 from prismatic.vla.datasets.inspect import open_folder
 from prismatic.vla.datasets.inspect_checks import check_for_training
 from prismatic.vla.datasets.registry import get_data_set_config, standardize_libero

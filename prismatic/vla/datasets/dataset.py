@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.dataset_part import Part, check_size, episodes_left_out, left_out_lines, numbers
+from prismatic.vla.datasets.formats import open_data_set
 from prismatic.vla.datasets.inspect_checks import check_for_training
 from prismatic.vla.datasets.known_statistics import known_key
-from prismatic.vla.datasets.opening import open_data_set
 from prismatic.vla.datasets.registry import (
     DataSetConfig,
     alternative_name,

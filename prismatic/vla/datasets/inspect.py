@@ -18,11 +18,11 @@ from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_rang
 from prismatic.evidence.files import write_json
 from prismatic.output_folder import check_folder, held
 from prismatic.vla.action_spec import ActionSpec
-from prismatic.vla.datasets.formats import find_format, folder_and_split
+from prismatic.vla.datasets.format_table import find_format, folder_and_split
+from prismatic.vla.datasets.formats import open_data_set
 from prismatic.vla.datasets.inspect_checks import find_problems
 from prismatic.vla.datasets.inspect_measures import QUANTILES, measure
 from prismatic.vla.datasets.inspect_strip import draw_strip
-from prismatic.vla.datasets.opening import open_data_set
 from prismatic.vla.datasets.registry import DataSetConfig, get_data_set_config, load_data_set_file
 from prismatic.vla.datasets.rlds import RLDSReader
 from prismatic.vla.datasets.rlds_source import RLDSSource

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prismatic.vla.datasets.formats import FORMATS
+from prismatic.vla.datasets.format_table import FORMATS
 
 
 class DataSetError(ValueError):
