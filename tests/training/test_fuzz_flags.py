@@ -9,6 +9,8 @@ import micro
 import pytest
 from accelerate.state import AcceleratorState
 
+from experiments.robot.libero.eval_config import EvalConfig
+from prismatic.command_line import parse_or_exit
 from prismatic.models.presets import PRESETS
 from prismatic.programs import finetune
 from prismatic.training.config import FinetuneConfig
@@ -81,3 +83,18 @@ def test_numbers(name, tmp_path, capsys):
 def test_texts(name, tmp_path, capsys):
     for value in TEXTS:
         ends_well(name, value, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("kind", [FinetuneConfig, EvalConfig])
+def test_names_that_are_nearly_flags(kind, capsys, monkeypatch):
+    names = {f.name for f in fields(kind)}
+    for name in names:
+        middle = len(name) // 2
+        for near in {name[:-1], name + "s", name[:middle] + name[middle + 1 :]} - names:
+            monkeypatch.setattr("sys.argv", ["program", f"--{near}", "1"])
+            with pytest.raises(SystemExit) as ended:
+                parse_or_exit(kind)
+            (line,) = capsys.readouterr().err.splitlines()
+            assert ended.value.code == 2
+            message = f"--{near}: no such flag; did you mean --"
+            assert message in line and line.split(message)[1].split("?")[0] in names
