@@ -139,18 +139,28 @@ def page(found: dict[str, dict[str, list[float]]]) -> str:
         "product: distance | mean loss, product against plain |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    ratios, close = [], []
     for size, curves in found.items():
         for seed in sorted({name.rpartition(" ")[2] for name in curves}):
-            lines.append(_row(size, seed, *(curves[f"{kind}, seed {seed}"] for kind in (FLOAT32, PLAIN, PRODUCT))))
+            exact, plain, product = (curves[f"{kind}, seed {seed}"] for kind in (FLOAT32, PLAIN, PRODUCT))
+            noise, own = _distance(plain, exact), _distance(product, exact)
+            shift = statistics.fmean(product) - statistics.fmean(plain)
+            ends = [f"{statistics.fmean(curve[-len(curve) // 3 :]):.4f}" for curve in (exact, plain, product)]
+            cells = [size, seed, str(len(exact)), *ends, f"{noise:.5f}", f"{own:.5f}", f"{shift:+.5f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+            ratios.append(own / noise)
+            close.append(abs(shift) < noise)
+    lines += [
+        "",
+        f"Mean loss within the noise: {sum(close)} of {len(close)}. The product's own distance is "
+        f"{min(ratios):.2f} to {max(ratios):.2f} times the plain one's, and no larger in "
+        f"{sum(ratio <= 1 for ratio in ratios)} of {len(ratios)}: it rounds the residual stream as well.",
+    ]
     return "\n".join(lines)
 
 
-def _row(size: str, seed: str, exact: list[float], plain: list[float], product: list[float]) -> str:
-    ends = [f"{statistics.fmean(curve[-len(curve) // 3 :]):.4f}" for curve in (exact, plain, product)]
-    distances = [statistics.fmean(abs(a - b) for a, b in zip(curve, exact, strict=True)) for curve in (plain, product)]
-    shift = statistics.fmean(product) - statistics.fmean(plain)
-    cells = [size, seed, str(len(exact)), *ends, *(f"{distance:.5f}" for distance in distances), f"{shift:+.5f}"]
-    return f"| {' | '.join(cells)} |"
+def _distance(curve: list[float], exact: list[float]) -> float:
+    return statistics.fmean(abs(a - b) for a, b in zip(curve, exact, strict=True))
 
 
 if __name__ == "__main__":
