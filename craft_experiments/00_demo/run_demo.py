@@ -269,7 +269,8 @@ def write_manifest(cfg: DemoConfig, jobs: list[Job]) -> None:
 def copy_record(work: Path, record: Path) -> None:
     """Replace the record by this demo's: manifest, metrics, episodes, results, report, figures, at most one video.
 
-    Of an earlier record nothing stays, or a report could mix two; other files of the folder are left alone.
+    Of an earlier record nothing stays, or a report could mix two; other files of the folder are left alone. Paths in it
+    are relative to the repository, wherever it lies.
     """
     for name in _REPLACED:
         shutil.rmtree(record / name, ignore_errors=True)
@@ -283,7 +284,10 @@ def copy_record(work: Path, record: Path) -> None:
     names += [path.relative_to(work).as_posix() for path in sorted(work.glob("videos/**/*.mp4"))[:1]]
     for name in names:
         (record / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(work / name, record / name)
+        if name.endswith(".json"):
+            write_text(record / name, (work / name).read_text(encoding="utf-8").replace(f"{ROOT}{os.sep}", ""))
+        else:
+            shutil.copyfile(work / name, record / name)
     say(f"the record is in {record}")
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -204,3 +205,10 @@ def test_the_record_may_not_replace_folders_of_something_else(tmp_path, monkeypa
         run_demo.check_record_dir(cfg)
     (tmp_path / "mine" / "manifest.json").write_text("{}")
     run_demo.check_record_dir(cfg)
+
+
+def test_records_name_no_place_of_a_machine():
+    """They are read elsewhere."""
+    files = sorted((ROOT / "results").rglob("*.json"))
+    assert len(files) > 300
+    assert [f for f in files if re.search(r'"/(tmp|root|home|work|Users)/', f.read_text(encoding="utf-8"))] == []
