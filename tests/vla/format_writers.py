@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,6 +55,17 @@ def write_video(path: Path, images: Sequence[np.ndarray], codec: str, pix_fmt: s
         for image in images:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
+    _give_back_real_time()
+
+
+def _give_back_real_time() -> None:
+    """SVT-AV1 gives the calling thread of a root user real-time priority, and leaves it there: tests that come later,
+    and the programs that they start, would starve whatever else the core has to do.
+    """
+    if hasattr(os, "sched_setscheduler"):
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
 
 
 def write_lerobot_v21(root: Path, episodes: Sequence[Episode], images: str = "png", video: dict = VIDEO) -> Path:
