@@ -19,6 +19,25 @@ def markdown_cell(text: object) -> str:
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
 
 
+def markdown_code(text: object) -> str:
+    """The text as code in a line or a table of Markdown: nothing in it is markup, whatever it holds."""
+    text = one_line(text).replace("|", "\\|")
+    fence = "`" * (longest_run(text, "`") + 1)
+    space = " " if not text.strip() or text.startswith(("`", " ")) or text.endswith(("`", " ")) else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def markdown_block(text: str, language: str = "") -> str:
+    """Text of several lines as a block of code in Markdown, which nothing in it can end."""
+    fence = "`" * max(3, longest_run(text, "`") + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def longest_run(text: str, character: str) -> int:
+    """How often a character stands in a row at most."""
+    return max((len(run) for run in re.findall(f"{re.escape(character)}+", text)), default=0)
+
+
 def csv_cell(value: object) -> object:
     """The value; a text that a spreadsheet would compute gets an apostrophe in front."""
     if not isinstance(value, str):
