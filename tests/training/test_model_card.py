@@ -19,6 +19,7 @@ from prismatic.command_line import parse
 from prismatic.evidence.cells import markdown_block, markdown_code
 from prismatic.evidence.files import write_json
 from prismatic.models.presets import PRESETS
+from prismatic.programs.merge_lora_weights_and_save import MergeConfig, merge
 from prismatic.programs.model_card import main
 from prismatic.training.checkpoint_folder import CARD, LISTING, MANIFEST, check_files
 from prismatic.training.checkpoints import load_checkpoint
@@ -346,3 +347,19 @@ def test_interpolated_and_merged_folders_have_cards_of_their_own(folder, tmp_pat
     loaded.manifest["interpolation"] = {"adapter_scale": 0.5, "parts": "all"}
     text = (save_policy(loaded, tmp_path / "half") / CARD).read_text()
     assert "| interpolated | 0.5 of the way from the start to the trained weights (`all`)" in text
+
+
+def test_a_merged_folder_needs_no_base_and_keeps_its_licence(make_trainer, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", micro.MICRO)
+    base = make_trainer("base", max_steps=1)
+    base.fit()
+    start = base.setup.run_dir.parent / "base--1_chkpt"
+    trainer = make_trainer("lora", max_steps=1, use_lora=True, lora_rank=4, config_file_path=str(start))
+    trainer.fit()
+    folder = trainer.setup.run_dir.parent / "lora--1_chkpt"
+    text = (folder / CARD).read_text()
+    assert 'base="START_FOLDER"' in text and "| trained weights | `lora` |" in text and "| LoRA rank | 4 |" in text
+    (folder / CARD).write_text(text.replace("license: unknown", "license: mit"))
+    merge(MergeConfig(lora_finetuned_checkpoint_dir=str(folder)))
+    text = (folder / CARD).read_text()
+    assert "START_FOLDER" not in text and front(text)["license"] == "mit" and check_files(folder)
