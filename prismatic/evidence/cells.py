@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _FORMULA = re.compile(r"\s*[=+\-@]")
@@ -20,11 +21,16 @@ def markdown_cell(text: object) -> str:
 
 
 def markdown_code(text: object) -> str:
-    """The text as code in a line or a table of Markdown: nothing in it is markup, whatever it holds."""
-    text = one_line(text).replace("|", "\\|")
+    """The text as code in a line of Markdown: nothing in it is markup. In a table `table_row` does the rest."""
+    text = one_line(text)
     fence = "`" * (longest_run(text, "`") + 1)
     space = " " if not text.strip() or text.startswith(("`", " ")) or text.endswith(("`", " ")) else ""
     return f"{fence}{space}{text}{space}{fence}"
+
+
+def table_row(cells: Iterable[str]) -> str:
+    """A row of a Markdown table. Cells are Markdown already; bars in them stay text."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def markdown_block(text: str, language: str = "") -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prismatic.command_line import UsageError
-from prismatic.evidence.cells import markdown_code
+from prismatic.evidence.cells import markdown_code, table_row
 from prismatic.evidence.episodes import RecordedRun, read_run
 from prismatic.evidence.statistics import wilson_interval
 from prismatic.model_files import read_json
@@ -86,9 +86,9 @@ def _rows(run: RecordedRun) -> list[str]:
     rows = []
     for suite in sorted(trials):
         low, high = wilson_interval(successes[suite], trials[suite])
-        counts = f"{len(tasks[suite])} | {successes[suite]} | {trials[suite]}"
-        rate = f"{100 * successes[suite] / trials[suite]:.1f} % | {100 * low:.1f} to {100 * high:.1f} %"
-        rows.append(f"| {name} | {markdown_code(' '.join(filter(None, suite)))} | {counts} | {rate} |")
+        counts = len(tasks[suite]), successes[suite], trials[suite]
+        rate = f"{100 * successes[suite] / trials[suite]:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %"
+        rows.append(table_row([name, markdown_code(" ".join(filter(None, suite))), *map(str, counts), *rate]))
     return rows
 
 

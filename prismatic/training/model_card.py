@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from prismatic.evidence.cells import markdown_block, markdown_code, one_line
+from prismatic.evidence.cells import markdown_block, markdown_code, one_line, table_row
 from prismatic.evidence.checks import is_integer, is_number
 from prismatic.evidence.files import write_text
 from prismatic.model_files import read_json
@@ -176,7 +176,7 @@ def _data(manifest: Mapping[str, Any], training: Mapping[str, Any], statistics: 
         facts = _object(entry)
         when = "in this run" if key in trained else "by the start model, or replayed"
         counts = (_number(facts.get("num_trajectories")), _number(facts.get("num_transitions")))
-        lines.append(f"| {markdown_code(key)} | {when} | {' | '.join(counts)} |")
+        lines.append(table_row([markdown_code(key), when, *counts]))
     for name, sentences in _object(manifest.get("instructions")).items():
         if isinstance(sentences, list) and sentences:
             lines += ["", f"Instructions of {markdown_code(name)}:", ""]
@@ -198,7 +198,7 @@ def _method(manifest: Mapping[str, Any], training: Mapping[str, Any]) -> list[st
         scale, parts = _number(found.get("adapter_scale")), markdown_code(found.get("parts"))
         way = f"{scale} of the way from the start to the trained weights ({parts})"
         rows.append(("interpolated", f"{way}; drift and budget are of the trained ones"))
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return ["| | |", "|---|---|", *map(table_row, rows)]
 
 
 def _drift_rows(craft: Mapping[str, Any], training: Mapping[str, Any]) -> list[tuple[str, str]]:
