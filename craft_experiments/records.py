@@ -27,6 +27,7 @@ from prismatic.evidence.checks import RECORD, check_fields, is_count, is_number,
 from prismatic.evidence.failure_codes import FailureCode
 from prismatic.evidence.files import write_bytes, write_text
 from prismatic.evidence.hashes import content_hash
+from prismatic.training.checkpoint_folder import CARD, MANIFEST, TRAINING_STATE
 
 FORMAT = 1
 MAX_RECORD_BYTES = 1 << 28
@@ -168,11 +169,16 @@ def flags_of(record: Mapping[str, Any]) -> dict[str, str]:
 def contents_of(flags: Mapping[str, str], names: Iterable[str] = CONTENT) -> dict[str, str]:
     """Flag -> hash of what the file or folder holds that it names; of several with commas, hashes with commas.
 
-    Flags that name neither are left out. The training state of a checkpoint does not count: it may be deleted.
+    Flags that name neither are left out. The training state of a checkpoint does not count: it may be deleted. Nor does
+    its model card, which is written anew.
     """
     places = {name: split_places(flags[name]) for name in names if flags.get(name)}
-    hashes = {name: [content_hash(place, "training_state") for place in found] for name, found in places.items()}
+    hashes = {name: [_content_of(place) for place in found] for name, found in places.items()}
     return {name: ",".join(map(str, found)) for name, found in hashes.items() if None not in found}
+
+
+def _content_of(place: str) -> str | None:
+    return content_hash(place, TRAINING_STATE, (CARD,) if (Path(place) / MANIFEST).is_file() else ())
 
 
 def check_settings(path: Path, record: Mapping[str, Any], flags: Mapping[str, str]) -> None:

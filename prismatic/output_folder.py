@@ -11,6 +11,8 @@ import errno
 import json
 import os
 import socket
+import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,8 @@ _HELD: dict[Path, tuple[int, list[Path]]] = {}
 """Lock file -> descriptor, and the folders above it that were made for it, outermost first."""
 # Some network file systems have no locks; there the check is left out.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_FLOCK = "hhqqi0q"
+"""`struct flock` of Linux: kind, whence, start, length, process."""
 _LONGEST_NAME = 200
 """Bytes; file systems take 255, and programs add endings."""
 
@@ -96,6 +100,26 @@ def _hold(path: Path, folder: Path, flag: str) -> None:
     if not _HELD:
         atexit.register(_release_all, os.getpid())
     _HELD[path] = descriptor, made
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process writes to the folder. The lock is only asked about: a writer that starts is not disturbed.
+
+    Also True for the rest of a killed writer where locks cannot be asked about: other systems than Linux.
+    """
+    path = _lock_file(folder)
+    if path in _HELD or sys.platform != "linux":
+        return path.exists()  # closing a file that this process has locked would unlock it
+    try:
+        with path.open("rb") as file:
+            import fcntl
+
+            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            return bool(struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 
 def release(folder: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from experiments.robot.libero import merge_shards
+from prismatic import output_folder
 from prismatic.command_line import UsageError
-from prismatic.output_folder import check_file, held, hold, release
+from prismatic.output_folder import check_file, held, hold, is_held, release
 from prismatic.programs.interpolate_weights import InterpolateConfig, interpolate
 from prismatic.programs.measure_retention import MeasureConfig, measure
 from prismatic.vla.datasets.inspect import inspect
@@ -29,6 +30,28 @@ def test_a_killed_writer_leaves_the_folder_free(tmp_path, held_elsewhere):
         pass  # killed
     with held(folder, "--output_dir"):
         pass
+
+
+def test_who_asks_whether_a_folder_is_held_disturbs_nobody(tmp_path, held_elsewhere):
+    folder = tmp_path / "out"
+    assert not is_held(folder) and list(tmp_path.iterdir()) == []
+    with held_elsewhere(folder):
+        assert is_held(folder)
+        with pytest.raises(UsageError):
+            hold(folder, "--output_dir")
+    assert not is_held(folder)  # killed
+    with held(folder, "--output_dir"):
+        assert is_held(folder) and is_held(folder)
+        context = multiprocessing.get_context("fork")
+        with context.Pool(1) as pool:
+            assert pool.apply(_is_held_by_another, [folder])
+    assert not is_held(folder)
+
+
+def _is_held_by_another(folder) -> bool:
+    """As another program would see it, with nothing that this process knows of its own locks."""
+    output_folder._HELD.clear()
+    return is_held(folder)
 
 
 def test_nothing_is_left_behind(tmp_path, held_elsewhere):

@@ -44,6 +44,8 @@ MISTAKES = {
     "prismatic.programs.finetune": ["--lora_rank", "8"],
     "prismatic.programs.merge_lora_weights_and_save": ["--lora_finetuned_checkpoint_dir", "no/such"],
     "prismatic.programs.interpolate_weights": ["--checkpoint", "no/such", "--output", "out"],
+    "prismatic.programs.model_card": ["no/such"],
+    "prismatic.programs.watch": ["no/such"],
     "prismatic.programs.measure_retention": [
         *("--checkpoint", "no/such", "--start", "no/such", "--dataset_name", "x", "--output", "out.json")
     ],

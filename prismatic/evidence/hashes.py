@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def _files(root: Path, without: str = "") -> list[Path]:
     return [p for p in files if not any(part.startswith(".") or part == without for part in p.relative_to(root).parts)]
 
 
-def content_hash(path: str, without: str = "") -> str | None:
+def content_hash(path: str, without: str = "", but: Collection[str] = ()) -> str | None:
     """:func:`file_hash` or :func:`folder_hash`; None when there is neither file nor folder.
 
     A file is read again only when it has another size or time than before.
@@ -50,9 +50,11 @@ def content_hash(path: str, without: str = "") -> str | None:
     Args:
         path: file or folder.
         without: name of folders in it that do not count.
+        but: names of files directly in it that do not count.
     """
     root = Path(path)
     files = _files(root, without) if root.is_dir() else [root] * root.is_file()
+    files = [file for file in files if file not in {root / name for name in but}]
     stamp = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     if not files:
         return None

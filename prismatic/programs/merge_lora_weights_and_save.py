@@ -21,10 +21,11 @@ from prismatic.model_files import BASE_CHECKPOINT, has_weights, read_json
 from prismatic.output_folder import check_folder, held
 from prismatic.training.base_model import BaseModel
 from prismatic.training.checkpoint_files import read_manifest
-from prismatic.training.checkpoint_folder import LISTING, MANIFEST, TRAINING_STATE, publish, seal
+from prismatic.training.checkpoint_folder import CARD, LISTING, MANIFEST, TRAINING_STATE, publish, seal
 from prismatic.training.checkpoints import add_merged_model, load_checkpoint, load_unmerged
 from prismatic.training.folder_kinds import check_is_checkpoint
 from prismatic.training.interpolation import check_scale, scale_adapters
+from prismatic.training.model_card import write_card
 from prismatic.training.published import check_exportable, export_published
 
 
@@ -73,6 +74,7 @@ def _merge(cfg: MergeConfig, source: Path, folder: Path) -> None:
     difference = add_merged_model(adapted.model, work, cfg.tolerance)
     _record_scale(work, cfg.adapter_scale)
     _record_base(work, folder, BaseModel.from_dict(adapted.manifest["base"], source).find(source, given))
+    write_card(work)
     _publish(work, folder)
     print(f"merged into {folder}: largest difference of a normalised action {difference:.3g} (allowed {cfg.tolerance})")
     if cfg.export_published_layout:
@@ -103,7 +105,7 @@ def _publish(work: Path, folder: Path) -> None:
         publish(work, folder)
         return
     (folder / LISTING).unlink(missing_ok=True)  # of the files before the merge
-    for file in (*sorted(work.glob("model*")), work / "config.json", work / MANIFEST):
+    for file in (*sorted(work.glob("model*")), work / "config.json", work / CARD, work / MANIFEST):
         file.replace(folder / file.name)
     seal(folder)
     shutil.rmtree(work)

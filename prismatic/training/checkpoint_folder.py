@@ -24,10 +24,20 @@ from prismatic.model_files import CheckpointError, MissingFileError, existing, r
 LISTING = "files.json"
 LATEST = "latest"
 MANIFEST = "craft_checkpoint.json"
+CARD = "README.md"
+"""The model card. It is not in the list of files: its owner edits it, and an evaluation rewrites it."""
 TRAINING_STATE = "training_state"
 _TMP, _OLD, _DELETED = ".tmp", ".old", ".deleted"
 # What a run keeps in its own folder, which `--save_latest_checkpoint_only True` shares with the checkpoint.
-_RUN_FILES = ("metrics.jsonl", "data_manifest.json", "tensorboard", LATEST)
+_RUN_FILES = (
+    "metrics.jsonl",
+    "flags.json",
+    "data_manifest.json",
+    "first_batch.png",
+    "first_batch.txt",
+    "tensorboard",
+    LATEST,
+)
 # Hashing these costs nothing, and they decide how much memory a model takes.
 _ALWAYS_HASHED = 1 << 20
 
@@ -96,13 +106,15 @@ def start_folder(folder: Path) -> Path:
 
 
 def seal(folder: Path) -> None:
-    """Flush all files to the disk and write the list of files, last."""
+    """Flush all files to the disk and write the list of files, last; the model card is not in it."""
     (folder / LISTING).unlink(missing_ok=True)
     paths = sorted(folder.rglob("*"))
     files = {}
     for path in paths:
         if path.is_file():
             _sync(path)
+            if path == folder / CARD:
+                continue
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     write_json(folder / LISTING, {"files": files})
     _sync(folder / LISTING)
@@ -145,7 +157,7 @@ def _files_of_the_run(folder: Path) -> list[Path]:
         return entries
     if not (folder / LISTING).exists():
         return [path for path in entries if path.name in _RUN_FILES]
-    of_checkpoint = {LISTING, *(name.split("/")[0] for name in _read_listing(folder / LISTING))}
+    of_checkpoint = {LISTING, CARD, *(name.split("/")[0] for name in _read_listing(folder / LISTING))}
     return [path for path in entries if path.name not in of_checkpoint]
 
 

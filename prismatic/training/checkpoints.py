@@ -9,6 +9,7 @@
       action_head--{step}_checkpoint.safetensors, proprio_projector--{step}_checkpoint.safetensors
       training_state/                                what a run needs to go on (optional): `training_state.py`
       files.json                                     sizes and sha256 of all of these: `checkpoint_folder.py`
+      README.md                                      the model card: `model_card.py`
 
 With `--ema_decay` the policy above is the averaged one; `training_state/` holds the weights training goes on with.
 
@@ -64,6 +65,7 @@ from prismatic.training.checkpoint_folder import (
 from prismatic.training.config import FinetuneConfig, TuningMode
 from prismatic.training.folder_kinds import check_is_checkpoint, is_published
 from prismatic.training.lora import load_adapter, merged_state_dict, verify_merge, with_unused_targets
+from prismatic.training.model_card import write_card
 from prismatic.training.published import export_published, load_published
 from prismatic.training.published_spec import HeadSizes, read_robot
 from prismatic.training.training_setup import TrainingSetup
@@ -187,6 +189,7 @@ def write_checkpoint(cfg: FinetuneConfig, setup: TrainingSetup, snapshot: Snapsh
         if cfg.merge_lora_during_training:
             with snapshot.policy_weights():
                 add_merged_model(setup.model, temporary)
+        write_card(temporary)
         if cfg.export_published_layout:
             published = folder.with_name(f"{folder.name}--published")
             export_published(load_checkpoint(temporary), published, snapshot.suffix)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from prismatic.command_line import ForeignFlag, given_flags, parse, require_package
 from prismatic.training.config import FinetuneConfig
+from prismatic.training.writers import WRITERS
 
 _DIFFUSION = ForeignFlag("diffusion heads are not implemented; leave it out", harmless=None)
 _START = ForeignFlag("use --config_file_path FOLDER")
@@ -32,7 +33,6 @@ def parse_flags(args: Sequence[str] | None = None) -> FinetuneConfig:
     """
     cfg = parse(FinetuneConfig, args, FOREIGN, "Fine-tune a vision-language-action policy, plain or under CRaFT.")
     cfg.check_switches(given_flags(args))
-    for name in ("wandb", "tensorboard"):
-        if getattr(cfg, f"use_{name}"):
-            require_package(f"--use_{name} True", name, name)
+    for name in cfg.services:
+        require_package(f"--use_{name} True", WRITERS[name].package, name)
     return cfg

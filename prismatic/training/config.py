@@ -26,6 +26,7 @@ from prismatic.training.flags import (
     TuningFlags,
 )
 from prismatic.training.schedules import LRSchedule, ScheduleSettings, parse_boundaries
+from prismatic.training.writers import WRITERS
 
 # Flags of the published script that this code base does not implement: a value other than the default is an error,
 # not a silent no-op.
@@ -64,6 +65,7 @@ _NOT_LEARNED = frozenset(
         "merge_lora_during_training",
         "use_wandb",
         "use_tensorboard",
+        "use_trackio",
         "wandb_entity",
         "wandb_project",
         "wandb_log_freq",
@@ -346,6 +348,11 @@ class FinetuneConfig(
         if self.retention.measures_drift or self.craft_log_freq != FinetuneConfig.craft_log_freq:
             return self.craft_log_freq
         return self.wandb_log_freq
+
+    @property
+    def services(self) -> list[str]:
+        """Names of the services that get the metrics as well (`writers.py`)."""
+        return [name for name in WRITERS if getattr(self, f"use_{name}")]
 
     def precision(self, on_cuda: bool) -> str:
         """Mixed precision: `auto` is bf16 on CUDA and none on the CPU, where bf16 is several times slower."""

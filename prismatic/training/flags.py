@@ -279,10 +279,13 @@ class TrackingFlags:
 
     group: ClassVar[str] = "tracking"
 
-    use_wandb: bool = flag(False, "report to Weights & Biases as well")
+    use_wandb: bool = flag(
+        False, "report to Weights & Biases as well; WANDB_MODE=offline in the environment: no network"
+    )
     use_tensorboard: bool = flag(False, "event files in {run_root_dir}/{run_id}/tensorboard")
+    use_trackio: bool = flag(False, "report to trackio on this machine as well; TRACKIO_DIR says where")
     wandb_entity: str | None = flag(None, "account")
-    wandb_project: str = flag("craft-vla", "project")
+    wandb_project: str = flag("craft-vla", "project, also of trackio")
     wandb_log_freq: int = flag(10, "the same as --craft_log_freq for plain runs, published", at_least=1)
     run_id_note: str | None = flag(None, "added to the run id", is_name=True)
     run_id_override: str | None = flag(None, "the run id; None: made of the main settings", is_name=True)

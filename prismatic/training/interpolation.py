@@ -28,6 +28,7 @@ from prismatic.training.checkpoint_folder import MANIFEST, publish, start_folder
 from prismatic.training.checkpoints import load_checkpoint, load_unmerged
 from prismatic.training.config import TuningMode
 from prismatic.training.folder_kinds import check_is_checkpoint
+from prismatic.training.model_card import write_card
 from prismatic.vla.action_spec import ActionSpec
 
 _QUERIES, _VLA, _LLM = "vla.action_queries", "vla", "vla.language_model"
@@ -308,5 +309,6 @@ def save_policy(loaded: LoadedCheckpoint, folder: str | Path) -> Path:
     loaded.processor.save_pretrained(temporary)
     write_json(temporary / "dataset_statistics.json", loaded.statistics)
     write_json(temporary / MANIFEST, loaded.manifest)
+    write_card(temporary)
     publish(temporary, folder)
     return folder

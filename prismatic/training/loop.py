@@ -23,6 +23,7 @@ from prismatic.training.compilation import compile_policy
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.ema import WeightAverage
 from prismatic.training.faults import batches_of, explained_faults
+from prismatic.training.first_batch import write_first_batch
 from prismatic.training.frozen_weights import narrow_frozen_weights
 from prismatic.training.processes import product_dtype_of
 from prismatic.training.resumed_flags import check_resumed_flags
@@ -31,7 +32,7 @@ from prismatic.training.retention.drift_monitor import DriftMonitor
 from prismatic.training.retention.landing import SAMPLES, Landing
 from prismatic.training.retention.memory import to_device
 from prismatic.training.retention.methods import build_retention, monitored_batches
-from prismatic.training.run_folder import clear_run_folder
+from prismatic.training.run_folder import FLAGS, clear_run_folder
 from prismatic.training.saving import CheckpointSaver, folder_to_resume
 from prismatic.training.step import StepContext, optimizer_step
 from prismatic.training.stop_signal import StopSignal, ignore_stop_signals
@@ -40,6 +41,7 @@ from prismatic.training.tracking import Tracker, say
 from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.training_state import TrainingState, restore_training_state
 from prismatic.training.validation import ValidationSettings, Validator
+from prismatic.training.writers import RunFacts, open_writers
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.sampler import EpochSampler
 
@@ -118,6 +120,8 @@ class Trainer:
         with self.throughput.step():
             with self.throughput.waiting_for_data():
                 micro_batches = list(islice(batches, self.cfg.grad_accumulation_steps))
+            if self.step == 0:
+                self._show(micro_batches[0])
             metrics = optimizer_step(self.step_context(), micro_batches, self.step)
             if self.ema is not None:
                 self.ema.update()
@@ -128,6 +132,16 @@ class Trainer:
             self._constraint_metrics = measured | {"CRaFT/Measured Step": self.step + 1}
         self.step += 1
         return self._constraint_metrics | metrics | {"VLA Train/Learning Rate": learning_rate}
+
+    def _show(self, batch: dict[str, Any]) -> None:
+        """Write the first batch beside the metrics; a run that is continued has done so."""
+        if self.tracker is None:
+            return
+        cameras = self.setup.dataset.cameras.get(batch["dataset_names"][0], ())
+        try:
+            write_first_batch(self.setup.run_dir, batch, self.setup.processor.image_processor, cameras)
+        except Exception as error:  # whatever fails there, the training is what counts
+            self.tracker.message(f"WARNING: the first batch is not shown ({type(error).__name__}: {error})")
 
     def _warn_out_of_reach(self, metrics: dict[str, float]) -> None:
         """One line when the budget proves to be out of reach."""
@@ -260,15 +274,9 @@ class Trainer:
         return scaler
 
     def _build_tracker(self) -> Tracker:
-        cfg, wandb_settings = self.cfg, None
-        if cfg.use_wandb:
-            wandb_settings = {
-                "project": cfg.wandb_project,
-                "entity": cfg.wandb_entity,
-                "name": f"ft+{cfg.run_id}",
-                "config": cfg.to_dict(),
-            }
-        return Tracker(self.setup.run_dir, self.step, wandb_settings, cfg.use_tensorboard)
+        cfg, folder = self.cfg, self.setup.run_dir
+        facts = RunFacts(folder, cfg.run_id, self.step, cfg.wandb_project, cfg.wandb_entity, cfg.to_dict())
+        return Tracker(folder, self.step, open_writers(cfg.services, facts))
 
     def batches(self) -> Generator[dict[str, Any], None, None]:
         """Endless batches on the training device, from the sampler's position."""
@@ -345,6 +353,7 @@ class Trainer:
     def _announce(self) -> None:
         if self.tracker is None:
             return
+        write_json(self.setup.run_dir / FLAGS, self.cfg.to_dict())
         write_json(self.setup.run_dir / "data_manifest.json", self.setup.dataset.manifest())
         trainable = sum(p.numel() for p in self.bare_model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.bare_model.parameters())

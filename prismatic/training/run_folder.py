@@ -10,6 +10,8 @@ from prismatic.training.checkpoint_folder import MANIFEST, find_checkpoints, rem
 from prismatic.training.config import FinetuneConfig
 
 METRICS = "metrics.jsonl"
+FLAGS = "flags.json"
+"""The flags of the run, resolved, from its first moment on."""
 
 
 def claim_run_folder(cfg: FinetuneConfig) -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prismatic.command_line import UsageError
 from prismatic.models.presets import PRESETS
 from prismatic.training.checkpoint_folder import find_checkpoints
+from prismatic.training.command_line import parse_flags
+from prismatic.training.flags import TrackingFlags
 from prismatic.training.tracking import Tracker, say
+from prismatic.training.writers import WRITERS, RunFacts, Writer, open_writers
 
 
 def steps(folder) -> list[int]:
@@ -49,18 +54,85 @@ def test_lines_wait_for_space(tmp_path, capsys, file_size_limit):
     assert capsys.readouterr().out.count("WARNING: ") == 1
 
 
-def test_a_service_that_fails_is_said_once(tmp_path, capsys):
-    tracker = Tracker(tmp_path)
+class Unreachable(Writer):
+    name = "far away"
 
-    def fail(*_args, **_kwargs):
+    def log(self, step, metrics):
         raise ConnectionError("no route")
 
-    tracker._wandb = SimpleNamespace(log=fail, finish=fail)
+    def close(self):
+        raise ConnectionError("no route")
+
+
+class Kept(Writer):
+    name = "kept"
+
+    def __init__(self):
+        self.seen, self.closed = [], False
+
+    def log(self, step, metrics):
+        self.seen.append((step, dict(metrics)))
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_service_that_fails_is_said_once_and_the_others_go_on(tmp_path, capsys):
+    kept = Kept()
+    tracker = Tracker(tmp_path, services=[Unreachable(), kept])
     for step in (1, 2):
         tracker.log(step, {"loss": 0.5})
     tracker.close()
     assert steps(tmp_path) == [1, 2]
-    assert capsys.readouterr().out.count("W&B cannot be written (ConnectionError: no route)") == 1
+    assert kept.seen == [(1, {"loss": 0.5}), (2, {"loss": 0.5})] and kept.closed
+    assert capsys.readouterr().out.count("far away cannot be written (ConnectionError: no route)") == 1
+
+
+def test_a_service_that_fails_does_not_end_a_training(make_trainer, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", micro.MICRO)
+    monkeypatch.setitem(WRITERS, "trackio", lambda facts: Unreachable())
+    make_trainer("run", use_trackio=True).fit()
+    assert (tmp_path / "runs" / "run--3_chkpt").is_dir() and steps(tmp_path / "runs" / "run") == [1, 2, 3]
+    assert capsys.readouterr().out.count("WARNING: far away") == 1
+
+
+def test_a_service_that_cannot_be_opened_is_refused_with_its_flag(tmp_path, monkeypatch):
+    def closed(facts):
+        raise RuntimeError("no account")
+
+    monkeypatch.setitem(WRITERS, "wandb", closed)
+    with pytest.raises(UsageError, match="--use_wandb True: RuntimeError: no account"):
+        open_writers(["wandb"], RunFacts(tmp_path, "run"))
+
+
+def test_every_service_has_a_flag_and_an_extra_and_its_package_is_asked_for(monkeypatch):
+    flags = {f.name for f in fields(TrackingFlags) if f.name.startswith("use_")}
+    assert flags == {f"use_{name}" for name in WRITERS}
+    for name, writer in WRITERS.items():
+        assert parse_flags([f"--use_{name}", "False"]).services == []
+        monkeypatch.setattr("prismatic.command_line.is_installed", lambda package: False)
+        with pytest.raises(UsageError, match=rf"--use_{name} True needs {writer.package}, .*craft-vla\[{name}\]"):
+            parse_flags([f"--use_{name}", "True"])
+        monkeypatch.setattr("prismatic.command_line.is_installed", lambda package: True)
+        assert parse_flags([f"--use_{name}", "True"]).services == [name]
+        assert f"\n{name} = [" in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_service_gets_run_flags_and_every_step(tmp_path, monkeypatch, name):
+    """What each service's client is told, with a stand-in for its package."""
+    told = []
+    run = SimpleNamespace(
+        log=lambda metrics, step: told.append((step, metrics)), finish=lambda: told.append("finished")
+    )
+    package = SimpleNamespace(init=lambda **settings: told.append(settings) or run)
+    monkeypatch.setitem(sys.modules, name, package)
+    facts = RunFacts(tmp_path, "my run", project="p", flags={"seed": 7})
+    tracker = Tracker(tmp_path, services=open_writers([name], facts))
+    tracker.log(3, {"loss": 0.5})
+    tracker.close()
+    assert told[0]["project"] == "p" and "my run" in told[0]["name"] and told[0]["config"] == {"seed": 7}
+    assert told[1:] == [(3, {"loss": 0.5}), "finished"]
 
 
 def test_a_console_that_is_gone_is_no_error(monkeypatch):
@@ -107,7 +179,8 @@ def test_tensorboard_shows_what_was_written_last_wherever_the_clock_jumps(jumps)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for part, jump in enumerate([0, *jumps]):
             patch.setattr(time, "time", lambda moved=now + jump: moved)
-            tracker = Tracker(Path(folder), start_step=2 * part, tensorboard=True)
+            services = open_writers(["tensorboard"], RunFacts(Path(folder), "run", 2 * part))
+            tracker = Tracker(Path(folder), start_step=2 * part, services=services)
             for step in range(2 * part + 1, 2 * part + 4):
                 tracker.log(step, {"part": float(part)})
                 written[step] = float(part)

@@ -10,42 +10,23 @@ from typing import Any
 
 from experiments.robot.libero.controls import Control
 from experiments.robot.libero.eval_config import DEFAULT_INITIAL_STATES, EvalConfig, EvalInputError
-from prismatic.evidence.checks import FOREIGN, parse_object
 from prismatic.evidence.episodes import CONTENT_FACTS
-from prismatic.evidence.hashes import file_hash, files_hash, folder_hash
-from prismatic.training.checkpoint_folder import MANIFEST
+from prismatic.evidence.hashes import file_hash, folder_hash
+from prismatic.training.checkpoint_hash import checkpoint_hash
 from prismatic.vla.datasets.format_table import folder_and_split
 
 
 def checkpoint_fingerprint(path: str) -> str:
-    """Hash of a checkpoint directory's files: names, sizes and contents.
-
-    The instructions that `craft_checkpoint.json` records do not count: they decide nothing that the policy does.
+    """:func:`checkpoint_hash` of a checkpoint directory.
 
     Raises:
         EvalInputError: the directory does not exist or is empty.
     """
-    root = Path(path)
-    files = sorted(item for item in root.rglob("*") if item.is_file()) if root.is_dir() else []
-    if not files:
-        found = "an empty directory" if root.is_dir() else "no such directory"
-        raise EvalInputError(f"--pretrained_checkpoint {path}: expected a checkpoint directory, found {found}")
-    manifest = root / MANIFEST
-    return files_hash(
-        root, files, {manifest: _without_instructions(manifest.read_bytes())} if manifest in files else {}
-    )
-
-
-def _without_instructions(manifest: bytes) -> bytes:
-    """The file as it was before the entry came: records of those checkpoints stay those of the same policy."""
-    try:
-        values = parse_object(manifest.decode(), MANIFEST, finite=False, limits=FOREIGN)
-    except ValueError:
-        return manifest
-    if "instructions" not in values:
-        return manifest
-    del values["instructions"]
-    return (json.dumps(values, indent=2) + "\n").encode()
+    found = checkpoint_hash(path)
+    if found is None:
+        what = "an empty directory" if Path(path).is_dir() else "no such directory"
+        raise EvalInputError(f"--pretrained_checkpoint {path}: expected a checkpoint directory, found {what}")
+    return found
 
 
 def run_fingerprint(cfg: EvalConfig) -> tuple[str, str]:

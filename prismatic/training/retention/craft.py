@@ -124,14 +124,17 @@ class CRaFT(Retention):
     def verdict(self) -> str | None:
         if self.drift is None:
             return None
+        budget = f"budget {self.config.retention_budget:g} ({self.unit})"
+        return f"CRaFT: {budget} {self.outcome}: averaged drift at the end of the training {self.drift:.3g}"
+
+    @property
+    def outcome(self) -> str | None:
+        """How the drift stands to the budget: met, exceeded or out of reach; None before the first measurement."""
+        if self.drift is None:
+            return None
         if self.drift <= TOLERANCE * self.config.retention_budget:
-            state = "met"  # also by a controller that has been at its limit for it
-        else:
-            state = "out of reach" if self.constraint.dual.controller.out_of_reach else "exceeded"
-        return (
-            f"CRaFT: budget {self.config.retention_budget:g} ({self.unit}) {state}: averaged drift at the end of "
-            f"the training {self.drift:.3g}"
-        )
+            return "met"  # also by a controller that has been at its limit for it
+        return "out of reach" if self.constraint.dual.controller.out_of_reach else "exceeded"
 
     def out_of_reach_warning(self) -> str:
         """What is said once when the controller has pulled as hard as it may for long."""
@@ -151,7 +154,8 @@ class CRaFT(Retention):
 
     def record(self) -> dict[str, Any]:
         anchor = {"kind": self.constraint.anchor.kind.value, "sha256": tensors_hash(self.weights.state_dict())}
-        return self.state_dict() | {"anchor": anchor, "achieved_drift": self.drift}
+        found = {"achieved_drift": self.drift, "unit": self.unit, "verdict": self.outcome}
+        return self.state_dict() | {"anchor": anchor} | found
 
     def state_dict(self) -> dict[str, Any]:
         return self.constraint.state_dict() | {"memory": {m.name: m.state_dict() for m in self.memories}}
