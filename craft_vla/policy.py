@@ -148,9 +148,11 @@ class Policy:
         state = np.zeros(self.action_spec.proprio_dim, dtype=np.float32)
         if self.uses_state:
             state = self._state(observation.state)
-        if not isinstance(observation.instruction, str):
-            raise ValueError(f"instruction is {type(observation.instruction).__name__}, expected text")
-        self._collate.tokenize([observation.instruction])
+        text = observation.instruction
+        if not isinstance(text, str) or text != text.encode(errors="ignore").decode():  # halves of a surrogate pair
+            found = f"{text[:100]!r}" if isinstance(text, str) else type(text).__name__
+            raise ValueError(f"instruction is {found}, expected text of whole characters")
+        self._collate.tokenize([text])
         return images, state
 
     def _sample(self, observation: Observation) -> dict[str, Any]:

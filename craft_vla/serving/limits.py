@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ class Pace:
     def __init__(self, per_second: float) -> None:
         self._gap = 1.0 / per_second
         self._burst = max(1.0, per_second) * self._gap
-        self._next = 0.0
+        self._next = -math.inf
 
     def seconds_to_wait(self, now: float | None = None) -> float:
         """Seconds until the request that has just come may be read; 0 at a pace within the limit."""

@@ -52,6 +52,7 @@ def unpack(message: bytes) -> Any:
             ext_hook=_no_extension,
             max_array_len=MAX_ITEMS,
             max_map_len=MAX_ITEMS,
+            max_ext_len=0,  # a time stamp is an extension that no hook sees
         )
     except MessageError:
         raise

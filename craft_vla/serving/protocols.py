@@ -65,6 +65,11 @@ class TimedHttp(H11Protocol):
         if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self.clock.stop()
 
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        """The header was whole; the websocket has a clock of its own."""
+        self.clock.stop()
+        super().handle_websocket_upgrade(event)
+
     def on_response_complete(self) -> None:
         """The rest of a body that was refused is not awaited for long."""
         super().on_response_complete()
