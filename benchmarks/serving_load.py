@@ -92,7 +92,8 @@ class Client:
 
     def connected(self) -> ClientConnection:
         """A websocket, behind its metadata."""
-        connection = connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, open_timeout=SECONDS)
+        opened = connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, open_timeout=SECONDS)
+        connection = opened.__enter__()  # left open: a client keeps its connection, or breaks it off
         unpack(connection.recv(SECONDS))
         return connection
 

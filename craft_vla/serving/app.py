@@ -103,9 +103,9 @@ class Service:
         with self._place():
             try:
                 await websocket.accept()
-                await self._send(websocket.send_bytes(pack(self.metadata)))
+                await websocket.send_bytes(pack(self.metadata))
                 await self._converse(websocket)
-            except (WebSocketDisconnect, OSError, asyncio.TimeoutError):  # left, or does not take its answer
+            except (WebSocketDisconnect, OSError):  # left, or did not take its answers
                 return
 
     async def _converse(self, websocket: WebSocket) -> None:
@@ -123,15 +123,15 @@ class Service:
             try:
                 answer = await self._answer_packed(event, began, last_seconds)
             except (ValueError, BusyError) as error:
-                await self._send(websocket.send_text(_line(error)))
+                await websocket.send_text(_line(error))
                 continue
             except PolicyError as error:
-                await self._send(websocket.send_text(_line(error)))
+                await websocket.send_text(_line(error))
                 await websocket.close(_INTERNAL_ERROR, _line(error)[:100])
                 return
             finally:
                 del event  # images; the next message may be hours away
-            await self._send(websocket.send_bytes(answer))
+            await websocket.send_bytes(answer)
             last_seconds = time.monotonic() - began
 
     async def _answer_packed(self, event: Mapping[str, Any], began: float, last_seconds: float | None) -> bytes:
@@ -142,9 +142,6 @@ class Service:
         if last_seconds is not None:
             timing["prev_total_ms"] = 1000 * last_seconds
         return pack({"actions": actions, "server_timing": timing})
-
-    async def _send(self, sending: Any) -> None:
-        await asyncio.wait_for(sending, self.limits.seconds_to_send)
 
     async def _actions(self, message: Any) -> np.ndarray:
         arguments = read_observation(message, self.cameras, self.metadata["unnorm_key"])

@@ -13,7 +13,7 @@ MEBIBYTE = 1 << 20
 
 @dataclass
 class Limits:
-    """Bounds of one server. Together they bound its memory: connections times the size of a message."""
+    """Bounds of one server. Its memory for clients is a few times the size of a message for each connection."""
 
     max_connections: int = flag(32, "clients at a time; one more is answered with status 503", at_least=1, at_most=1024)
     max_message_mb: int = flag(16, "MiB of a message: all its images, not compressed", at_least=1, at_most=1024)

@@ -99,9 +99,9 @@ def to_json(value: Any) -> str:
 
 def from_json(text: bytes | str) -> Any:
     """What `to_json` or `json_numpy.dumps` wrote. Raises MessageError."""
-    marks = text.encode(errors="replace") if isinstance(text, str) else text
     # Counted before they are read: a list of empty lists takes 30 times its text. Base64 holds none of these.
-    containers, commas = marks.count(b"[") + marks.count(b"{"), marks.count(b",")
+    counts = [text.count(mark) for mark in "[{,"] if isinstance(text, str) else [text.count(mark) for mark in b"[{,"]
+    containers, commas = counts[0] + counts[1], counts[2]
     if containers > 4 * MAX_CONTAINERS or commas > 4 * MAX_ITEMS:
         raise MessageError(
             f"JSON with {containers} brackets and {commas} commas, expected at most {4 * MAX_CONTAINERS} and "

@@ -1,7 +1,7 @@
 """uvicorn's connections with an end to patience: a client that stops in the middle of something is let go.
 
 uvicorn times the silence between requests. It waits without end for the rest of a header, a body or a websocket
-message, and takes any number of connections, fragments and pings.
+message and until its answer is taken, and takes any number of connections, fragments and pings.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TimedHttp(H11Protocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.app_state = self.app_state | {"pace": Pace(self.limits.requests_per_second)}
-        self.clock = _Clock(self.limits.seconds_to_send)
+        self.clock, self.unread = _Clock(self.limits.seconds_to_send), _Clock(self.limits.seconds_to_send)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
@@ -70,6 +70,21 @@ class TimedHttp(H11Protocol):
         self.clock.stop()
         super().handle_websocket_upgrade(event)
 
+    def pause_writing(self) -> None:
+        """Answers pile up: the client is to take them in time."""
+        super().pause_writing()
+        self.unread.start(self.transport)
+
+    def resume_writing(self) -> None:
+        """The client takes its answers."""
+        self.unread.stop()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """A farewell, which the client is to take in time."""
+        super().timeout_keep_alive_handler()
+        self.clock.start(self.transport)
+
     def on_response_complete(self) -> None:
         """The rest of a body that was refused is not awaited for long."""
         super().on_response_complete()
@@ -79,6 +94,7 @@ class TimedHttp(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is awaited any more."""
         self.clock.stop()
+        self.unread.stop()
         super().connection_lost(exc)
 
 
@@ -89,7 +105,7 @@ class TimedWebSocket(WebSocketsSansIOProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.clock = _Clock(self.limits.seconds_to_send)
+        self.clock, self.unread = _Clock(self.limits.seconds_to_send), _Clock(self.limits.seconds_to_send)
         self.is_whole = False
 
     def data_received(self, data: bytes) -> None:
@@ -98,6 +114,21 @@ class TimedWebSocket(WebSocketsSansIOProtocol):
         super().data_received(data)
         if not self.is_whole:
             self.clock.start(self.transport)
+
+    def pause_writing(self) -> None:
+        """Answers pile up: the client is to take them in time."""
+        super().pause_writing()
+        self.unread.start(self.transport)
+
+    def resume_writing(self) -> None:
+        """The client takes its answers."""
+        self.unread.stop()
+        super().resume_writing()
+
+    def on_task_complete(self, task: Any) -> None:
+        """The conversation is over. uvicorn would wait without end until the last answer is taken."""
+        super().on_task_complete(task)
+        self.clock.start(self.transport)
 
     def handle_connect(self, event: Any) -> None:
         """The opening request, which uvicorn hands over whole."""
@@ -124,14 +155,17 @@ class TimedWebSocket(WebSocketsSansIOProtocol):
         super().handle_cont(event)
 
     def send_receive_event_to_app(self) -> None:
-        """A whole message."""
+        """A whole message. Text is refused whatever it says, and need not be UTF-8 for that."""
         self.is_whole = True
         self.clock.stop()
+        if self.curr_msg_data_type == "text":
+            self.frames = [b""]
         super().send_receive_event_to_app()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is awaited any more."""
         self.clock.stop()
+        self.unread.stop()
         super().connection_lost(exc)
 
 

@@ -94,7 +94,7 @@ def make_server(
         timeout_keep_alive=max(1, int(limits.seconds_to_send)),
         timeout_graceful_shutdown=_GRACE_SECONDS,
         lifespan="on",
-        log_level="warning",
+        log_level="error",  # anybody can cause a warning
         access_log=False,
         proxy_headers=False,
         server_header=False,

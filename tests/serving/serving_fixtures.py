@@ -53,9 +53,11 @@ def limits(**given: Any) -> Limits:
 
 @contextmanager
 def serving(policy: Any, given: Limits | None = None, token: str | None = None, metadata: Any = None, **more: Any):
-    """Port of a running server."""
+    """Port of a running server; the list `servers`, if given, gets the server itself."""
+    servers = more.pop("servers", [])
     place = listen("127.0.0.1", 0)
     server = make_server(policy, policy.cameras, metadata or METADATA, given or limits(), token, **more)
+    servers.append(server)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
     thread.start()
     try:

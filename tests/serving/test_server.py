@@ -76,11 +76,15 @@ def test_metadata_come_first_then_an_answer_for_every_message(port):
         (openpi_message(1000), "expected another"),
         (openpi_message(**{"observation/state": openpi_array(np.zeros(8)) | {b"dtype": "|O"}}), "dtype '|O'"),
         ("text", "found text, expected msgpack"),
+        (bytearray(b"\x81\x81\0\0\0\0\xff"), "found text, expected msgpack"),  # a frame: text that is no UTF-8
     ],
 )
 def test_a_mistake_is_answered_by_one_line_of_text_and_the_connection_stays(port, message, said):
     with robot(port) as (connection, _):
-        connection.send(message)
+        if isinstance(message, bytearray):  # as it is: the client itself would not send it
+            connection.socket.sendall(message)
+        else:
+            connection.send(message)
         answer = connection.recv(PATIENCE)
         assert isinstance(answer, str) and said in answer and "\n" not in answer
         assert ask(connection, 4.0)[0, 0] == 4.0
@@ -227,6 +231,7 @@ UPGRADE = (
     b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
     b"Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
 )
+POST = b"POST /act HTTP/1.1\r\nHost: a\r\n"
 FRAME = b"\x82\xfe\x10\x00abcd"  # the head of a masked binary frame of 4096 bytes
 UNENDING = {
     # kind: what is sent at first, and then again and again
@@ -277,6 +282,35 @@ def ends(client: socket.socket, more: bytes) -> bool:
     return False
 
 
+def large(chunk: np.ndarray) -> np.ndarray:
+    """An answer of 32 MB, more than the network holds."""
+    return np.resize(chunk, (2000, 2000))
+
+
+@pytest.mark.parametrize("kind", ["websocket", "act"])
+def test_a_client_that_takes_no_answers_is_ended(kind):
+    servers = []
+    with serving(FakePolicy(), limits(seconds_to_send=0.2), shown=large, servers=servers) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as client:
+            if kind == "websocket":
+                client.sendall(UPGRADE)
+                assert b" 101 " in client.recv(65536)
+                message = openpi_message()
+                client.sendall(b"\x82\xfe" + len(message).to_bytes(2, "big") + bytes(4) + message)  # masked with 0
+            else:
+                body = json_numpy.dumps(oft()).encode()
+                client.sendall(
+                    POST + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+                )
+            assert client.recv(1)  # the answer is on its way
+            end = time.monotonic() + PATIENCE
+            while servers[0].server_state.connections:
+                assert time.monotonic() < end
+                time.sleep(0.02)
+        with robot(port) as (connection, _):
+            assert ask(connection)[0, 0] == 3.0  # 32 MB, taken
+
+
 def test_pauses_between_messages_and_pings_are_no_slowness(hasty):
     with robot(hasty) as (connection, _):
         for _ in range(4):
@@ -314,13 +348,14 @@ def quiet(clients):
     return clients
 
 
-@pytest.mark.parametrize(
-    "sent", [UPGRADE[:50], UPGRADE, UPGRADE + FRAME, UPGRADE + FRAME + b"x" * 5000, b"\x16\x03\x01"]
-)
+@pytest.mark.parametrize("sent", [None, b"", FRAME, FRAME + b"x" * 5000, b"\xff" * 100])
 def test_a_client_that_breaks_off_leaves_nothing_behind(port, sent):
     for _ in range(3):
         client = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
-        client.sendall(sent)
+        client.sendall(UPGRADE[:50] if sent is None else UPGRADE)
+        if sent is not None:
+            assert b" 101 " in client.recv(65536)
+            client.sendall(sent)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset
         client.close()
 
