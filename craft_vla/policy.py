@@ -16,7 +16,7 @@ from prismatic.training.checkpoint_files import LoadedCheckpoint
 from prismatic.training.checkpoints import load_checkpoint
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.collator import VLACollator
-from prismatic.vla.images import ImageSpec, prepare_eval_image
+from prismatic.vla.images import MAX_PIXELS, ImageSpec, prepare_eval_image
 from prismatic.vla.normalization import Normalizer, resolve_statistics_key
 
 Picture = np.ndarray | Image.Image
@@ -88,6 +88,15 @@ class Policy:
 
     # ---------------------------------------------------------------------------------------------- chunks
 
+    def check(self, observation: Observation) -> None:
+        """Raise the ValueError with which `predict` would refuse an observation, without asking the policy.
+
+        It names what was found and expected: missing or unknown cameras, images that are not (H, W, 3) uint8 with at
+        least one pixel and at most 2 ** 25, a state that is not (P,) finite numbers, an instruction that is empty, no
+        text, or longer than the tokenizer has room for.
+        """
+        self._inputs(observation)
+
     @property
     def uses_state(self) -> bool:
         """Whether the policy reads the robot's state."""
@@ -132,15 +141,25 @@ class Policy:
         actions = self._model(batch).actions.float().cpu().numpy().astype(np.float64)
         return [self._normalizer.unnormalize_action(chunk) for chunk in actions]
 
-    def _sample(self, observation: Observation) -> dict[str, Any]:
+    def _inputs(self, observation: Observation) -> tuple[list[np.ndarray], np.ndarray]:
+        """Pixels of the cameras in their order, and the state (P,) float32; zeros for a policy without it."""
         views = self._by_camera(observation.images)
-        proprio = np.zeros(self.action_spec.proprio_dim, dtype=np.float32)  # a policy without it has no use for one
+        images = [_pixels(views[name], name) for name in self.cameras]
+        state = np.zeros(self.action_spec.proprio_dim, dtype=np.float32)
         if self.uses_state:
             state = self._state(observation.state)
-            proprio = self._normalizer.normalize_proprio(state, self._zero_constant)
+        text = observation.instruction
+        if not isinstance(text, str) or text != text.encode(errors="ignore").decode():  # halves of a surrogate pair
+            found = f"{text[:100]!r}" if isinstance(text, str) else type(text).__name__
+            raise ValueError(f"instruction is {found}, expected text of whole characters")
+        self._collate.tokenize([text])
+        return images, state
+
+    def _sample(self, observation: Observation) -> dict[str, Any]:
+        images, state = self._inputs(observation)
         return {
-            "images": np.stack([prepare_eval_image(_pixels(views[n], n), self.image_spec) for n in self.cameras]),
-            "proprio": proprio,
+            "images": np.stack([prepare_eval_image(image, self.image_spec) for image in images]),
+            "proprio": self._normalizer.normalize_proprio(state, self._zero_constant) if self.uses_state else state,
             "actions": np.zeros((self.action_spec.chunk_len, self.action_spec.action_dim), dtype=np.float32),
             "instruction": observation.instruction,
             "dataset_name": self.unnorm_key,
@@ -148,9 +167,19 @@ class Policy:
         }
 
     def _state(self, state: Any) -> np.ndarray:
-        found = np.asarray(() if state is None else state, dtype=np.float32)
-        if found.shape != (self.action_spec.proprio_dim,):
-            raise ValueError(f"state has shape {found.shape}, expected ({self.action_spec.proprio_dim},)")
+        size = self.action_spec.proprio_dim
+        try:
+            given = np.asarray(() if state is None else state)
+            if given.dtype.kind not in "biuf":
+                raise TypeError
+            with np.errstate(over="ignore"):  # too large for float32 is not finite below
+                found = given.astype(np.float32)
+        except (TypeError, ValueError):
+            raise ValueError(f"state is {type(state).__name__} of other things, expected {size} numbers") from None
+        if found.shape != (size,):
+            raise ValueError(f"state has shape {found.shape}, expected ({size},)")
+        if wrong := np.flatnonzero(~np.isfinite(found)).tolist():
+            raise ValueError(f"state[{wrong[0]}] is {given[wrong[0]]}, which is not finite in float32")
         return found
 
     def _by_camera(self, images: Pictures) -> dict[str, Any]:
@@ -250,4 +279,6 @@ def _pixels(image: Any, camera: str) -> np.ndarray:
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"camera {camera}: found {pixels.dtype} {pixels.shape}, expected uint8 (height, width, 3)")
+    if not 0 < pixels.shape[0] * pixels.shape[1] <= MAX_PIXELS:
+        raise ValueError(f"camera {camera}: found an image {pixels.shape[:2]}, expected 1 to {MAX_PIXELS} pixels")
     return pixels

@@ -62,12 +62,43 @@ def test_a_batch_says_what_its_members_say(policy):
         (lambda v, s: (v | {"image": v["image"][..., 0]}, s), r"camera image: found uint8 \(96, 96\), expected"),
         (lambda v, s: (v, s[:7]), r"state has shape \(7,\), expected \(8,\)"),
         (lambda v, s: (v, None), r"state has shape \(0,\), expected \(8,\)"),
-        (lambda v, s: (v, s * np.nan), "not finite"),
+        (lambda v, s: (v, s * np.nan), r"state\[0\] is nan, which is not finite"),
+        (lambda v, s: (v, [*s[:7], 1e300]), r"state\[7\] is 1e\+300, which is not finite in float32"),
+        (lambda v, s: (v, ["a"] * 8), "state is list of other things, expected 8 numbers"),
+        (lambda v, s: (v, [[1], *s[:7]]), "state is list of other things, expected 8 numbers"),
+        (lambda v, s: (v, s + 1j), "state is ndarray of other things, expected 8 numbers"),
+        (lambda v, s: (v | {"image": v["image"][:0]}, s), r"camera image: found an image \(0, 96\), expected 1 to"),
+        (
+            lambda v, s: (v | {"image": np.broadcast_to(np.uint8(0), (6000, 6000, 3))}, s),
+            r"camera image: found an image \(6000, 6000\), expected 1 to 33554432 pixels",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(policy, change, message):
     with pytest.raises(ValueError, match=message):
         policy.predict(*change(*scene(3)), SENTENCES[0])
+    with pytest.raises(ValueError, match=message):
+        policy.check(craft_vla.Observation(*change(*scene(3)), SENTENCES[0]))
+
+
+@pytest.mark.parametrize(
+    ("instruction", "message"),
+    [
+        ("", "the instruction is '', expected a non-empty text"),
+        (3, "instruction is int, expected text of whole characters"),
+        ("\ud800", r"instruction is '\\ud800', expected text of whole characters"),
+        ("far " * 4000, r"prompt of 'far far .* the tokenizer allows"),
+    ],
+)
+def test_an_instruction_that_does_not_fit_is_named(policy, instruction, message):
+    with pytest.raises(ValueError, match=message) as error:
+        policy.check(craft_vla.Observation(*scene(3), instruction))
+    assert len(str(error.value)) < 500
+
+
+def test_a_check_asks_no_policy(policy, monkeypatch):
+    monkeypatch.setattr(policy._model, "forward", None)
+    policy.check(craft_vla.Observation(*scene(3), SENTENCES[0]))
 
 
 def counted(policy, monkeypatch) -> list[int]:

@@ -23,6 +23,7 @@ ROOMS = ("prismatic", "experiments", "craft_experiments", "vla-scripts", "benchm
 NO_PROGRAMS = {
     "benchmarks/tfdata_pipeline.py": "a part of data_loading.py, which starts it with a Python that has TensorFlow",
     "examples/constrain_your_model.py": "to be read; it takes no words",
+    "examples/async_client.py": "to be read; it runs where `openpi-client` is",
 }
 """Files that can be run and are not looked at -> why."""
 BY_PATH_TOO = ("experiments/robot/libero/run_libero_eval.py", "craft_experiments/common_utils/log_parser.py")
@@ -37,6 +38,7 @@ MISTAKES = {
     "experiments.robot.libero.suites": ["libero_object"],
     "experiments.robot.doctor": ["--data", "no/such"],
     "experiments.robot.doctor.render_reference": ["now"],
+    "experiments.robot.serve": ["--pretrained_checkpoint", "no/such"],
     "experiments.robot.serve_vla_eval": [],
     "prismatic.vla.datasets.inspect": ["no/such"],
     "prismatic.models.tiny_tokenizer": ["now"],
@@ -69,6 +71,7 @@ MISTAKES = {
     "benchmarks/inference.py": ["--rounds", "0"],
     "benchmarks/memory_table.py": ["--rows", "fast"],
     "benchmarks/real_files.py": ["compare", "no/such"],
+    "benchmarks/serving_load.py": ["--clients", "0"],
     "benchmarks/synthetic_data.py": ["--shards", "0"],
     "benchmarks/train_step.py": ["--tuning", "half"],
 }

@@ -10,6 +10,9 @@ import torch
 
 from prismatic.vla.prompts import PromptKind, check_tokenizer, encode_prompt
 
+_REMEMBERED = 10_000
+"""Instructions whose tokens are kept."""
+
 
 class VLACollator:
     """Builds the batch dictionary of the policy from `VLADataset` samples.
@@ -87,12 +90,14 @@ class VLACollator:
 
     def _encode(self, instruction: str) -> torch.Tensor:
         if instruction not in self._prompt_ids:
+            if len(self._prompt_ids) >= _REMEMBERED:  # a server is asked anything
+                self._prompt_ids.clear()
             ids = encode_prompt(self.tokenizer, instruction, self.prompt_kind)
             longest = self.tokenizer.model_max_length
             if len(ids) + self.num_action_queries > longest:
                 raise ValueError(
-                    f"prompt of {instruction!r} has {len(ids)} tokens and {self.num_action_queries} action queries, "
-                    f"the tokenizer allows {longest}"
+                    f"prompt of {instruction[:200]!r} has {len(ids)} tokens and {self.num_action_queries} action "
+                    f"queries, the tokenizer allows {longest}"
                 )
             self._prompt_ids[instruction] = torch.tensor(ids, dtype=torch.int64)
         return self._prompt_ids[instruction]
