@@ -32,9 +32,11 @@ def run_table(s: Settings, jobs: dict[str, Job]) -> dict[str, FailureCode]:
     say(f"{len(todo)} of {len(jobs)} jobs to run")
     unfinished = cells_of(todo.values())
     states = {name: State.PENDING if name in unfinished else State.EVALUATED for name in cells_of(jobs.values())}
-    set_states(s.records_dir, states)
+    if states:
+        set_states(s.records_dir, states)
     failures: dict[str, FailureCode] = {}
     running: dict[Future, Job] = {}
+    started, count = time.monotonic(), len(todo)
     with ThreadPoolExecutor(s.slots) as pool:
         while todo or running:
             for job in _leave_out(todo, failures):
@@ -49,6 +51,9 @@ def run_table(s: Settings, jobs: dict[str, Job]) -> dict[str, FailureCode]:
                 _collect(s, job, future, failures)
                 if not any(other.cell == job.cell for other in (*todo.values(), *running.values())):
                     _finish_cell(s, job, failures)
+            if left := len(todo) + len(running):
+                seconds = (time.monotonic() - started) * left / (count - left)
+                say(f"{count - left} of {count} jobs done, about {seconds / 60:.0f} min left")
     return failures
 
 
@@ -119,6 +124,7 @@ def _run(s: Settings, job: Job, command: list[str], lock: int) -> None:
     environment |= {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     if s.slots > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // s.slots)))
+    environment |= job.environment
     # The program inherits the lock of its job: if this one is killed, the next driver waits until the program is over.
     inherited = (lock,) if os.name == "posix" else ()  # Windows knows no such thing
     prefix = f"{job.name}: ".encode() if s.slots > 1 else b""

@@ -14,16 +14,18 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
+from craft_experiments.jobs.base import Job
+from craft_experiments.runner import run_table
+from craft_experiments.settings import RunConfig, Settings, resolve
 from prismatic.command_line import bad_input_in_one_line, faults_in_one_line, flag, flag_like
-from prismatic.evidence.checks import check_fields, is_count, is_number, read_object
+from prismatic.evidence.checks import check_fields, is_count, is_number, read_object, read_text
+from prismatic.evidence.failure_codes import FailureCode
 from prismatic.evidence.files import write_text
 from prismatic.evidence.results import read_jsonl
 from prismatic.output_folder import held
@@ -133,45 +135,72 @@ def run_experiment(
 
 
 def run_missing(cfg: DriftConfig, cells: list[Cell], kept: tuple[str, ...], compact: bool = False) -> None:
-    """Run the cells without a record, `slots` at a time, and record the metrics `kept` of the steps that measured.
+    """Run the cells without a record on the runner of the tables, and record the metrics `kept` of measured steps.
 
     The checkpoint of a run is deleted once its record is written: the weights are not judged here.
 
     Raises:
         RunFailed: runs that failed, with the end of their output; the others are finished and recorded first.
     """
-    missing = [cell for cell in dict.fromkeys(cells) if not record_file(cfg, cell).exists()]
-    print(f"{len(missing)} runs to do", flush=True)
-    started, failures = time.monotonic(), []
-    with ThreadPoolExecutor(cfg.slots) as pool:
-        runs = {pool.submit(_run, cfg, cell, kept, compact): cell for cell in missing}
-        try:
-            for count, done in enumerate(as_completed(runs), start=1):
-                error = done.exception()
-                left = (time.monotonic() - started) / count * (len(missing) - count) / 60
-                print(f"{'failed' if error else 'done'}: {runs[done].name}, {left:.0f} min left", flush=True)
-                failures += [str(error)] if error else []
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)  # else every run that has not begun would still be made
-            raise
-    if failures:
-        raise RunFailed("\n".join(failures))
+    jobs: dict[str, Job] = {job.name: job for job in (DriftRun(cfg, cell, kept, compact) for cell in cells)}
+    settings = _settings(cfg)
+    if failures := run_table(settings, jobs):
+        ends = [f"{jobs[name].name}: {code.value}\n{_end(jobs[name], settings)}" for name, code in failures.items()]
+        raise RunFailed("\n".join(ends))
 
 
-def _run(cfg: DriftConfig, cell: Cell, kept: tuple[str, ...], compact: bool) -> None:
-    words = command(cfg, cell)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, *words, *_AGAIN], env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise RunFailed(f"{cell.name}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    steps = read_jsonl(Path(cfg.work_dir) / cell.name / "metrics.jsonl", finite=False)
-    if len(steps) != cfg.max_steps:
-        raise RunFailed(f"{cell.name}: metrics.jsonl has {len(steps)} steps, expected {cfg.max_steps}")
-    record = _record(cell, words, steps, kept)
-    write_text(record_file(cfg, cell), json.dumps(compacted(record) if compact else record) + "\n")
-    shutil.rmtree(Path(cfg.work_dir) / f"{cell.name}--{cfg.max_steps}_chkpt", ignore_errors=True)
+def _settings(cfg: DriftConfig) -> Settings:
+    """What the runner reads: folders and slots."""
+    work, records = Path(cfg.work_dir), Path(cfg.results_dir) / "runs"
+    base = resolve(RunConfig(slots=cfg.slots), "retention")
+    return replace(base, work_dir=work, records_dir=records, results_dir=Path(cfg.results_dir))
+
+
+def _end(job: Job, settings: Settings) -> str:
+    log = job.log(settings)
+    return read_text(log, "replace")[-2000:].strip() if log.exists() else "nothing was started"
+
+
+@dataclass(frozen=True)
+class DriftRun(Job):
+    """One training on one core, and its record. It begins anew when it was broken off."""
+
+    cfg: DriftConfig
+    run: Cell
+    kept: tuple[str, ...]
+    compact: bool
+
+    kind = "drift"
+    failure = FailureCode.TRAINING_FAILED
+    measured = "drift"
+    environment: ClassVar[Mapping[str, str]] = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.run.name,)
+
+    def commands(self, s: Settings) -> list[list[str]]:
+        return [[s.python, *command(self.cfg, self.run), *_AGAIN]]
+
+    def content(self, s: Settings) -> dict[str, str]:
+        return {}
+
+    def record(self, s: Settings) -> Path:
+        return record_file(self.cfg, self.run)
+
+    def has_result(self, s: Settings) -> bool:
+        return self.record(s).exists()
+
+    def log(self, s: Settings) -> Path:
+        return s.work_dir / "logs" / f"{self.run.name}.log"
+
+    def finish(self, s: Settings, seconds: float, content: Mapping[str, str]) -> None:
+        steps = read_jsonl(s.work_dir / self.run.name / "metrics.jsonl", finite=False)
+        if len(steps) != self.cfg.max_steps:
+            raise ValueError(f"metrics.jsonl has {len(steps)} steps, expected {self.cfg.max_steps}")
+        record = _record(self.run, command(self.cfg, self.run), steps, self.kept)
+        write_text(self.record(s), json.dumps(compacted(record) if self.compact else record) + "\n")
+        shutil.rmtree(s.work_dir / f"{self.run.name}--{self.cfg.max_steps}_chkpt", ignore_errors=True)
 
 
 def _record(cell: Cell, words: list[str], steps: list[dict], kept: tuple[str, ...]) -> dict:

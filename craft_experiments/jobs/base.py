@@ -32,6 +32,7 @@ class Job(ABC):
         kind: first part of its name.
         failure: code when one of its programs fails.
         measured: name of what its record holds; empty for a job that leaves none.
+        environment: variables that its programs get, whatever the user set.
     """
 
     after: tuple[str, ...] = field(default=(), kw_only=True)
@@ -39,6 +40,7 @@ class Job(ABC):
     kind: ClassVar[str]
     failure: ClassVar[FailureCode]
     measured: ClassVar[str] = ""
+    environment: ClassVar[Mapping[str, str]] = {}
 
     @property
     @abstractmethod

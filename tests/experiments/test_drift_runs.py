@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 
@@ -34,27 +33,30 @@ def cfg(tmp_path):
     )  # fmt: skip
 
 
+TRAINING = """import json, pathlib, sys
+flag = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if flag["--seed"] == "13":
+    sys.exit("no room on the device")
+run = pathlib.Path(flag["--run_root_dir"]) / flag["--run_id_override"]
+run.mkdir(parents=True, exist_ok=True)
+with (run.parent / "started").open("a") as started:
+    started.write(json.dumps(sys.argv[1:]) + "\\n")
+with (run / "metrics.jsonl").open("w") as lines:
+    for step in range(int(flag["--max_steps"])):
+        row = {"step": step, "VLA Train/Loss": 1 / (step + 1), "CRaFT/Measured Step": step - step % 4}
+        lines.write(json.dumps(row | {"CRaFT/Retention Loss": step // 4 + 0.123456789}) + "\\n")
+"""
+"""Stands in for the training program: steps with a measurement in every fourth, failure for seed 13."""
+
+
 @pytest.fixture
-def trained(monkeypatch):
-    """Stands in for the training program: steps with a measurement in every fourth, failure for seed 13."""
-    commands = []
-
-    def train(words, **_):
-        commands.append(words)
-        flag = dict(zip(words[2::2], words[3::2], strict=True))
-        if flag["--seed"] == "13":
-            return CompletedProcess(words, 1, "", "no room on the device")
-        run = Path(flag["--run_root_dir"]) / flag["--run_id_override"]
-        run.mkdir(parents=True, exist_ok=True)
-        steps = [
-            {"step": s, "VLA Train/Loss": 1 / (s + 1), DRIFT: s // 4 + 0.123456789, "CRaFT/Measured Step": s - s % 4}
-            for s in range(int(flag["--max_steps"]))
-        ]  # fmt: skip
-        (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-        return CompletedProcess(words, 0, "", "")
-
-    monkeypatch.setattr(drift_runs.subprocess, "run", train)
-    return commands
+def trained(monkeypatch, tmp_path):
+    """What was started, so far."""
+    (tmp_path / "train.py").write_text(TRAINING)
+    command = drift_runs.command
+    monkeypatch.setattr(drift_runs, "command", lambda cfg, cell: [str(tmp_path / "train.py"), *command(cfg, cell)[1:]])
+    started = tmp_path / "work" / "started"
+    return lambda: [json.loads(line) for line in started.read_text().splitlines()] if started.exists() else []
 
 
 def test_only_steps_that_measured_are_recorded_and_a_recorded_cell_is_not_run_again(cfg, trained):
@@ -71,23 +73,24 @@ def test_only_steps_that_measured_are_recorded_and_a_recorded_cell_is_not_run_ag
     assert (first["budget"], second["budget"]) == (0.1, None)
     assert first["command"].endswith("--extra 1")
     run_missing(cfg, cells, (DRIFT,))
-    assert len(trained) == 2
+    assert len(trained()) == 2
 
 
 def test_a_failed_run_is_named_and_leaves_no_record_and_the_others_are_made(cfg, trained):
     cells = [Cell("a", 0.1, seed) for seed in (13, 0, 1)]
-    with pytest.raises(RunFailed, match=r"a--eps_0.1--seed_13: exit code 1\nno room on the device"):
+    with pytest.raises(RunFailed, match=r"(?s)a--eps_0.1--seed_13: TRAINING_FAILED\n.*no room on the device"):
         run_missing(cfg, cells, (DRIFT,))
     assert [run["seed"] for run in read_runs(Path(cfg.results_dir))] == [0, 1]
 
 
-def test_a_run_that_stopped_early_is_not_recorded(cfg, trained):
+def test_a_run_that_stopped_early_is_not_recorded(cfg, trained, capsys):
     short = replace(cfg, max_steps=7)
     cell = Cell("a", 0.1, 0)
     command = drift_runs.command
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunFailed, match="has 7 steps, expected 8"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunFailed, match="seed_0: PARSE_FAILED"):
         patch.setattr(drift_runs, "command", lambda _, cell: command(short, cell))
         run_missing(cfg, [cell], (DRIFT,))
+    assert "has 7 steps, expected 8" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="no run has been recorded"):
         read_runs(Path(cfg.results_dir))
 
@@ -104,7 +107,7 @@ def test_the_checkpoint_goes_once_the_record_is_there_and_stays_when_the_run_fai
 
 def test_a_run_that_was_broken_off_begins_again_unless_it_is_still_at_work(cfg, trained):
     run_missing(cfg, [Cell("a", 0.1, 0)], (DRIFT,))
-    assert trained[0][-2:] == ["--overwrite", "True"]  # the folder of a live run is refused all the same
+    assert trained()[0][-2:] == ["--overwrite", "True"]  # the folder of a live run is refused all the same
     (run,) = read_runs(Path(cfg.results_dir))
     assert "overwrite" not in run["command"]
 
@@ -118,7 +121,7 @@ def test_two_experiments_do_not_share_a_folder(cfg, trained, folder, capsys, hel
     assert ended.value.code == 2
     assert f"--{folder} {path}" in line
     assert f"process {other.pid}" in line
-    assert not trained
+    assert not trained()
 
 
 def test_a_failed_run_ends_the_program_without_a_traceback(cfg, trained, capsys):
