@@ -27,7 +27,7 @@ _UNKNOWN_SIZE = (80, 24)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Watch; exit code 0 at the end of the run and after Ctrl-C, 2 for a folder that is not that of a run."""
-    parser = OneLineParser(prog=PROGRAM, description=__doc__.partition("\n")[0])
+    parser = OneLineParser(prog=PROGRAM, description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run, which holds metrics.jsonl")
     parser.add_argument("--once", action="store_true", help="print the page once, also on a terminal")
     args = parser.parse_args(argv)

@@ -238,10 +238,13 @@ def _trained_on(training: Mapping[str, Any]) -> list[str]:
         return []
 
 
-def _utf8(values: dict[str, Any]) -> dict[str, Any]:
+def _utf8(value: Any) -> Any:
     """JSON values whose texts can be written: escapes can make text that is no UTF-8."""
-    clean: dict[str, Any] = json.loads(json.dumps(values, ensure_ascii=False).encode("utf-8", "replace"))
-    return clean
+    if isinstance(value, dict):
+        return {_utf8(name): _utf8(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_utf8(entry) for entry in value]
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
 def _object(value: Any) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ import math
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -276,13 +277,14 @@ def test_control_c_on_a_terminal_of_no_known_size_ends_with_0(tmp_path):
     command = [sys.executable, "-m", "prismatic.programs.watch", str(folder)]
     with held(folder, "--x"):
         other = subprocess.Popen(
-            command, cwd=ROOT, stdout=stream, stderr=subprocess.PIPE, env=os.environ | {"TERM": "xterm"}
-        )
+            command, cwd=ROOT, stdout=stream, stderr=subprocess.PIPE, env=os.environ | {"TERM": "xterm"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a script's background
+        )  # fmt: skip
         shown = b""
         while b"checkpoint" not in shown:
             shown += os.read(screen, 4096)
         time.sleep(0.1)
-        other.send_signal(2)
+        other.send_signal(signal.SIGINT)
         assert other.wait(60) == 0 and other.stderr.read() == b""
     assert b"(running)" in shown
     os.close(screen), os.close(stream)
