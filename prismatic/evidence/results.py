@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from prismatic.evidence.checks import (
@@ -70,7 +71,7 @@ class TrainingMetrics:
         """Mean of `key` over the last `share` of its logged values (at least one); None when it was never logged."""
         _, values = self.series(key)
         tail = values[-max(1, round(share * len(values))) :]
-        return sum(tail) / len(tail) if tail else None
+        return fmean(tail) if tail else None
 
 
 def read_metrics(name: str, path: str | os.PathLike[str]) -> TrainingMetrics:
