@@ -252,7 +252,8 @@ def _summarised(result: dict, name: str) -> str:
 
 def _title(result: dict) -> str:
     tuning = f"LoRA rank {result['lora_rank']}" if result["lora_rank"] else "full tuning"
-    return f"{result['size']}, {tuning}, batch {result['batch_size']}"
+    alone = ", 1 thread" if result["machine"]["threads"] == 1 else ""
+    return f"{result['size']}, {tuning}, batch {result['batch_size']}{alone}"
 
 
 def report(results: list[dict]) -> str:
