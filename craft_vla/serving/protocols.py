@@ -41,15 +41,39 @@ class _Clock:
             self._timer = None
 
 
-class TimedHttp(H11Protocol):
-    """A request is to be there in `seconds_to_send` from its first byte, the first one from the connection on."""
+class _Timed(asyncio.Protocol):
+    """Both kinds of connection: an answer is to be taken in `seconds_to_send`. `clock` is for what the client sends."""
 
     limits = Limits()
+    transport: asyncio.Transport
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.clock, self.unread = _Clock(self.limits.seconds_to_send), _Clock(self.limits.seconds_to_send)
+
+    def pause_writing(self) -> None:
+        """Answers pile up: the client is to take them in time."""
+        super().pause_writing()
+        self.unread.start(self.transport)
+
+    def resume_writing(self) -> None:
+        """The client takes its answers."""
+        self.unread.stop()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is awaited any more."""
+        self.clock.stop()
+        self.unread.stop()
+        super().connection_lost(exc)
+
+
+class TimedHttp(_Timed, H11Protocol):
+    """A request is to be there in `seconds_to_send` from its first byte, the first one from the connection on."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.app_state = self.app_state | {"pace": Pace(self.limits.requests_per_second)}
-        self.clock, self.unread = _Clock(self.limits.seconds_to_send), _Clock(self.limits.seconds_to_send)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
@@ -70,16 +94,6 @@ class TimedHttp(H11Protocol):
         self.clock.stop()
         super().handle_websocket_upgrade(event)
 
-    def pause_writing(self) -> None:
-        """Answers pile up: the client is to take them in time."""
-        super().pause_writing()
-        self.unread.start(self.transport)
-
-    def resume_writing(self) -> None:
-        """The client takes its answers."""
-        self.unread.stop()
-        super().resume_writing()
-
     def timeout_keep_alive_handler(self) -> None:
         """A farewell, which the client is to take in time."""
         super().timeout_keep_alive_handler()
@@ -91,21 +105,12 @@ class TimedHttp(H11Protocol):
         if self.conn.their_state is h11.SEND_BODY:
             self.clock.start(self.transport)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is awaited any more."""
-        self.clock.stop()
-        self.unread.stop()
-        super().connection_lost(exc)
 
-
-class TimedWebSocket(WebSocketsSansIOProtocol):
+class TimedWebSocket(_Timed, WebSocketsSansIOProtocol):
     """A message is to be there in `seconds_to_send` from its first byte, in at most `MAX_FRAGMENTS` parts."""
-
-    limits = Limits()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.clock, self.unread = _Clock(self.limits.seconds_to_send), _Clock(self.limits.seconds_to_send)
         self.is_whole = False
 
     def data_received(self, data: bytes) -> None:
@@ -114,16 +119,6 @@ class TimedWebSocket(WebSocketsSansIOProtocol):
         super().data_received(data)
         if not self.is_whole:
             self.clock.start(self.transport)
-
-    def pause_writing(self) -> None:
-        """Answers pile up: the client is to take them in time."""
-        super().pause_writing()
-        self.unread.start(self.transport)
-
-    def resume_writing(self) -> None:
-        """The client takes its answers."""
-        self.unread.stop()
-        super().resume_writing()
 
     def on_task_complete(self, task: Any) -> None:
         """The conversation is over. uvicorn would wait without end until the last answer is taken."""
@@ -161,12 +156,6 @@ class TimedWebSocket(WebSocketsSansIOProtocol):
         if self.curr_msg_data_type == "text":
             self.frames = [b""]
         super().send_receive_event_to_app()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is awaited any more."""
-        self.clock.stop()
-        self.unread.stop()
-        super().connection_lost(exc)
 
 
 def connection_classes(limits: Limits) -> tuple[type[TimedHttp], type[TimedWebSocket]]:
