@@ -33,14 +33,14 @@ def cfg(tmp_path):
     )  # fmt: skip
 
 
-TRAINING = """import json, pathlib, sys
+TRAINING = """import json, os, pathlib, sys
 flag = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 if flag["--seed"] == "13":
     sys.exit("no room on the device")
 run = pathlib.Path(flag["--run_root_dir"]) / flag["--run_id_override"]
 run.mkdir(parents=True, exist_ok=True)
 with (run.parent / "started").open("a") as started:
-    started.write(json.dumps(sys.argv[1:]) + "\\n")
+    started.write(json.dumps([os.environ["OMP_NUM_THREADS"], *sys.argv[1:]]) + "\\n")
 with (run / "metrics.jsonl").open("w") as lines:
     for step in range(int(flag["--max_steps"])):
         row = {"step": step, "VLA Train/Loss": 1 / (step + 1), "CRaFT/Measured Step": step - step % 4}
@@ -59,7 +59,8 @@ def trained(monkeypatch, tmp_path):
     return lambda: [json.loads(line) for line in started.read_text().splitlines()] if started.exists() else []
 
 
-def test_only_steps_that_measured_are_recorded_and_a_recorded_cell_is_not_run_again(cfg, trained):
+def test_only_steps_that_measured_are_recorded_and_a_recorded_cell_is_not_run_again(cfg, trained, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
     cells = [Cell("a, b", 0.1, 0, ("--extra", "1")), Cell("a, b", float("inf"), 1)]
     run_missing(cfg, [*cells, cells[0]], (DRIFT, "CRaFT/Out Of Reach"))
     first, second = read_runs(Path(cfg.results_dir))
@@ -73,7 +74,8 @@ def test_only_steps_that_measured_are_recorded_and_a_recorded_cell_is_not_run_ag
     assert (first["budget"], second["budget"]) == (0.1, None)
     assert first["command"].endswith("--extra 1")
     run_missing(cfg, cells, (DRIFT,))
-    assert len(trained()) == 2
+    assert [words[0] for words in trained()] == ["1", "1"]  # a core each, whatever the user set
+    assert "1 of 2 jobs done, about 0 min left" in capsys.readouterr().out
 
 
 def test_a_failed_run_is_named_and_leaves_no_record_and_the_others_are_made(cfg, trained):

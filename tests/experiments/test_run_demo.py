@@ -117,7 +117,8 @@ def finish(jobs) -> None:
         job.result.parent.mkdir(parents=True, exist_ok=True)
         row = {"suite": "s", "task_id": 0, "init_idx": 0, "status": "success"} if job.kind == "eval" else {"step": 800}
         job.progress.write_text(json.dumps(row) + "\n")
-        job.result.write_text(json.dumps({"complete": True, "valid": True, "training": {"use_craft": False}}))
+        facts = {"complete": True, "valid": True, "training": {"use_craft": False}, "base": f"{ROOT}/start"}
+        job.result.write_text(json.dumps(facts))
 
 
 def test_everything_is_written_below_the_work_folder(tmp_path):
@@ -156,6 +157,7 @@ def test_the_record_holds_what_the_report_needs_and_nothing_of_an_earlier_one(tm
     assert manifest["seconds"] == {"train-keep": 1.5}
     assert set(manifest["commands"]) == {job.name for job in jobs}
     assert all(str(ROOT) not in command for command in manifest["commands"].values())
+    assert json.loads((record / "metrics" / "keep.json").read_text())["base"] == "start"
 
 
 def test_the_record_has_one_writer_from_the_first_job_on(tmp_path, monkeypatch, capsys, held_elsewhere):

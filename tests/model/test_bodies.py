@@ -6,6 +6,8 @@ from model_fixtures import LLAMA_TEXT, max_difference, ragged_batch, small_confi
 from safetensors.torch import load_file, save_file
 from test_native import native_components, write_native
 
+from prismatic.extern.hf import modeling_prismatic
+from prismatic.extern.hf.language_body import first_layers
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.models.action_heads import L1RegressionActionHead
 from prismatic.models.native import load_native_weights
@@ -72,6 +74,19 @@ def test_the_body_cut_short_gives_the_same_layer(model):
     for layer in range(3):
         cut = run(model, batch, craft_layer_idx=layer, craft_raw_only=True).raw_latent_features
         assert torch.equal(cut, run(model, batch, craft_layer_idx=layer).raw_latent_features)
+
+
+def test_nothing_is_recorded_of_the_body_cut_short(model, monkeypatch):
+    """Newer versions of the library would hang recording hooks on its layers, beside those of the whole body."""
+    asked = []
+
+    def watched(body, count):
+        cut = first_layers(body, count)
+        return lambda **inputs: asked.append(inputs["output_hidden_states"]) or cut(**inputs)
+
+    monkeypatch.setattr(modeling_prismatic, "first_layers", watched)
+    output = run(model, ragged_batch(model), craft_layer_idx=1, craft_raw_only=True)
+    assert asked == [False] and output.hidden_states is None
 
 
 def test_no_gradient_reaches_the_head_and_every_adapter_gets_one(model, body):
