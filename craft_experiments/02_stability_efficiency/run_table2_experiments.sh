@@ -9,5 +9,5 @@
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=../common_utils/run_table.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../common_utils/run_table.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../common_utils/run_table.sh" # the script may be a link
 run_table table2 "$@"

@@ -64,11 +64,13 @@ def test_the_scripts_find_the_repository_whatever_cd_prints(tmp_path):
     (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\n')
     (tmp_path / "python").chmod(0o755)
     script = "craft_experiments/01_main_results/run_table1_experiments.sh"
+    (tmp_path / "link.sh").symlink_to(ROOT / script)
     variables = {"CDPATH": ".:..:/", "PYTHON": str(tmp_path / "python"), "RUN_ROOT_DIR": ODD, "EXTRA_EVAL_ARGS": "-x y"}
     environment = stub_programs.clean_environment() | variables
-    done = subprocess.run(["bash", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert lines[0] == str(ROOT) and f"--work_dir={ODD}" in lines and "--extra_eval_args=-x y" in lines
+    for path in (script, str(tmp_path / "link.sh")):
+        done = subprocess.run(["bash", path], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        lines = done.stdout.splitlines()
+        assert lines[0] == str(ROOT) and f"--work_dir={ODD}" in lines and "--extra_eval_args=-x y" in lines
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -160,6 +160,7 @@ def test_a_flag_with_its_switch_or_one_that_is_off_is_taken():
         ("libero_spatial_no_noops_lerobot", "libero_spatial"),
         ("goal", "libero_goal"),
         ("long", "libero_10"),
+        ("libero_loong", "libero_10"),
         ("libero90", "libero_90"),
         ("libero_spatail", "libero_spatial"),
         ("libero_goal_swp", "libero_goal_swap"),

@@ -51,7 +51,8 @@ def nearest_suite(name: str, known: Iterable[str]) -> str:
     word = re.sub(r"(_scripted)?(_no_noops?)?(_rlds|_lerobot|_hdf5)?$", "", word)
     word = re.sub(r"^(libero_?)?", "libero_", word).replace("libero_long", "libero_10")
     ends = {suite.removeprefix("libero_") for suite in known}  # what all begin with makes nothing alike
-    meant = f"; did you mean {word}?" if word in known else nearest(word.removeprefix("libero_"), ends, "libero_")
+    alike = nearest(word.removeprefix("libero_"), ends | {"long"}, "libero_").replace("libero_long", "libero_10")
+    meant = f"; did you mean {word}?" if word in known else alike
     return f"{meant or ';'} python -m experiments.robot.libero.suites lists all"
 
 
