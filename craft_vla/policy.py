@@ -317,8 +317,9 @@ def load_policy(
         for action in policy.run(observe, "pick up the milk"):  # whole chunks, one action after another
             robot.move(action)
 
-    Images are (height, width, 3) uint8 RGB, upright, of any size. `help(craft_vla.Policy)` says what the numbers of
-    states and actions mean, and what the gripper's does.
+    Images are (height, width, 3) uint8 RGB, upright, of any size. State and actions are in the units of the training
+    data. In LIBERO's the last number of an action is the gripper, 1 = open and 0 = closed; in data of one's own it is
+    what their `standardize` made of it. `help(craft_vla.Policy)` says more.
 
     Args:
         path: the folder of a checkpoint, such as `runs/NAME--800_chkpt`; `~` is home.

