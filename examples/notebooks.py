@@ -9,6 +9,7 @@ example. Needs the extra `docs`.
 from __future__ import annotations
 
 import ast
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,24 @@ def assemble(name: str) -> Any:
     for example in NOTEBOOKS[name]:
         text = (EXAMPLES / f"{example}.py").read_text(encoding="utf-8")
         said = ast.get_docstring(ast.parse(text)) or ""
-        first, _, rest = said.partition("\n")
-        cells.append(v4.new_markdown_cell(f"# {first}\n{rest}"))
+        cells.append(v4.new_markdown_cell(f"# {said}"))
         for title, code in re.findall(r"^# %% (.*)\n((?:(?!# %% ).*\n)*)", text, re.MULTILINE):
             cells += [v4.new_markdown_cell(f"## {title}"), v4.new_code_cell(code.strip("\n"))]
     for number, cell in enumerate(cells):
         cell.id = f"{name}-{number}"  # the same each time
-    return v4.new_notebook(cells=cells)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+
+
+def execute(notebook: Any) -> Any:
+    """The notebook with its outputs, run in the folder of the repository."""
+    from nbclient import NotebookClient
+    from traitlets.config import Config
+
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # tqdm misses a package for moving bars
+    sockets = Config({"KernelManager": {"transport": "ipc"}})  # no ports
+    place = {"metadata": {"path": str(EXAMPLES.parent)}}
+    return NotebookClient(notebook, timeout=900, coalesce_streams=True, resources=place, config=sockets).execute()
 
 
 def main() -> None:
@@ -51,11 +63,9 @@ def main() -> None:
         check_folder(folder, "--output_dir")
         require_package("notebooks.py", "nbclient", "docs")
     import nbformat
-    from nbclient import NotebookClient
 
     for name in NOTEBOOKS:
-        place = {"metadata": {"path": str(EXAMPLES.parent)}}  # where the kernel runs
-        notebook = NotebookClient(assemble(name), timeout=600, kernel_name="python3", resources=place).execute()
+        notebook = execute(assemble(name))
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / f"{name}.ipynb", nbformat.writes(notebook))
         print(folder / f"{name}.ipynb")

@@ -17,7 +17,7 @@ from torch import nn
 from prismatic.training.step import optimizer_step
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted(set((ROOT / "examples").glob("*.py")) - {ROOT / "examples" / "notebooks.py"})
 START = "pretrained_models/tiny-libero-object"
 
 
@@ -112,15 +112,15 @@ def test_data_of_ones_own_is_inspected_and_trained_on(tmp_path, below, monkeypat
 @pytest.mark.slow
 @pytest.mark.simulator
 def test_a_policy_is_evaluated_from_python(below, capsys):
-    """And the two episodes end as those of the record do."""
+    """And the episode ends as that of the record does; one, since the simulator takes seconds."""
     pytest.importorskip("libero")
-    names = example("evaluate")
-    assert names["results"]["valid"] and names["overall"]["trials"] == 2
+    names = example("evaluate", num_trials_per_task=1)
+    assert names["results"]["valid"] and names["overall"]["trials"] == 1
     comparison = names["comparison"]
-    assert comparison.total.pairs == 2 and comparison.difference == 0
+    assert comparison.total.pairs == 1 and comparison.difference == 0
     said = capsys.readouterr().out
-    assert f"{names['overall']['successes']} of 2 episodes succeed; 95 % interval (Wilson) " in said
-    assert (below / Path(names["folder"]).name / "policy" / "episodes.jsonl").read_text().count("\n") == 2
+    assert f"{names['overall']['successes']} of 1 episodes succeed; 95 % interval (Wilson) " in said
+    assert (below / Path(names["folder"]).name / "policy" / "episodes.jsonl").read_text().count("\n") == 1
 
 
 def test_a_notebook_is_the_code_of_the_examples_and_all_of_it(below):
