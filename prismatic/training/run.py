@@ -52,6 +52,7 @@ def train(
             trainer.fit()
     finally:
         release(setup.run_dir)
+    folder = checkpoint_path(cfg, trainer.step)  # the last step is saved; other machines may not see it
     del trainer, setup
     end_processes(accelerator)
-    return checkpoint_path(cfg)
+    return folder
