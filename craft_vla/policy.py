@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,13 +20,18 @@ from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.images import MAX_PIXELS, ImageSpec, prepare_eval_image
 from prismatic.vla.normalization import Normalizer, resolve_statistics_key
 
-Picture = np.ndarray | Image.Image
-"""One camera image: (H, W, 3) uint8 RGB of any size, or a PIL image. Upright, as the training data show it."""
+Picture = np.ndarray | torch.Tensor | Image.Image
+"""One camera image: (H, W, 3) uint8 RGB of any size, or a PIL image. Upright, as the training data show it.
+
+OpenCV reads BGR, which nothing here can notice: turn it with `image[..., ::-1]`.
+"""
 Pictures = Mapping[str, Any] | Sequence[Any] | Picture
 """Images of all cameras by name, in the order of `Policy.cameras`, or the only one."""
 
 UNNAMED_CAMERAS = ("image", "wrist_image")
 """Names of the cameras of checkpoints that record none."""
+_SHOWN = 5
+"""Trained instructions that `repr` shows."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +44,21 @@ class Observation:
 
 
 class Policy:
-    """A loaded policy. Preprocessing, prompt and normalisation are those stored in the checkpoint.
+    """A loaded policy, as `load_policy` makes it; its `repr` says what it takes and gives.
 
-    Actions and states are in the units and the convention of the training data as its registered configuration
-    standardised them (docs/datasets.md). For data registered as LIBERO's: position deltas and axis-angle deltas as the
-    controller takes them, gripper in [0, 1] with 1 = open. For data of one's own: what its `standardize` returned.
+    Preprocessing, prompt and normalisation are those stored in the checkpoint. Actions and states are in the units and
+    the convention of the training data, as their registered configuration standardised them (docs/datasets.md):
+
+    * Data registered as LIBERO's: position and axis-angle deltas as the controller takes them, then the gripper, 1 =
+      open and 0 = closed. LIBERO's robots take -1 = open and 1 = closed: send them `-1 if gripper > 0.5 else 1`. The
+      state is the end effector's position (m) and axis-angle (rad), then the two positions of the fingers (m).
+    * Data of one's own: what its `standardize` returned. The gripper, if there is one, means what it means there.
+
+    Nothing is clipped: predicted numbers may lie beyond those of the training data, a gripper a little beyond 0 or 1.
 
     Args:
         checkpoint: a loaded checkpoint.
-        device: torch device of the forward pass.
+        device: torch device of the forward pass, for instance cpu, cuda or cuda:1.
         unnorm_key: data set whose statistics are used; `{suite}` also finds `{suite}_no_noops`, None needs one
             data set.
         execute: actions of a chunk that `step` executes before it asks again, from 1 to the length of the chunk; None
@@ -54,13 +66,14 @@ class Policy:
         ensemble: m >= 0 for temporal ensembling: `step` asks every time, and an action is the mean of all that chunks
             said of this moment, weighted with exp(-m i), where i = 0 is the oldest chunk. None executes open loop.
 
-    Raises ValueError for `execute` or `ensemble` out of range, KeyError for an unknown `unnorm_key`.
+    Raises ValueError for `execute` or `ensemble` out of range and a device that this machine has not, KeyError for an
+    unknown `unnorm_key`.
     """
 
     def __init__(
         self,
         checkpoint: LoadedCheckpoint,
-        device: str = "cpu",
+        device: str | torch.device = "cpu",
         unnorm_key: str | None = None,
         execute: int | None = None,
         ensemble: float | None = None,
@@ -69,10 +82,13 @@ class Policy:
         self.metadata: dict[str, Any] = manifest | {"path": str(checkpoint.path)}
         self.action_spec = ActionSpec.from_dict(manifest["action_spec"])
         self.image_spec = ImageSpec.from_dict(manifest["image_spec"])
-        self.unnorm_key = resolve_statistics_key(checkpoint.statistics, unnorm_key)
+        try:
+            self.unnorm_key = resolve_statistics_key(checkpoint.statistics, unnorm_key)
+        except KeyError as error:
+            raise KeyError(f"unnorm_key is {unnorm_key!r}: {error.args[0]}") from None
         self._normalizer = Normalizer(checkpoint.statistics[self.unnorm_key], self.action_spec)
-        self._model = checkpoint.model.to(device).eval()
-        self._device = device
+        self._device = _usable_device(device)
+        self._model = checkpoint.model.to(self._device).eval()
         # Published policies were evaluated, and published rates measured, without the rule for constant dimensions.
         self._zero_constant = manifest.get("origin") != "published" or "training" in manifest
         self._collate = VLACollator.of_policy(checkpoint.processor, self._model)
@@ -85,6 +101,21 @@ class Policy:
             raise ValueError(f"ensemble is {ensemble} and execute is {execute}, expected 0 or more, and no execute")
         self._ensemble = ensemble
         self.reset()
+
+    def __repr__(self) -> str:
+        spec, step = self.action_spec, self.metadata.get("step")
+        sentences = self.instructions[:_SHOWN] + ["..."] * (len(self.instructions) > _SHOWN)
+        executed = f"{self._execute} actions of a chunk" if self._ensemble is None else "the mean of all chunks"
+        return "\n".join(
+            [
+                f"Policy of {self.metadata['path']}{'' if step is None else f', step {step:,}'}, on {self._device}",
+                f"  cameras       {', '.join(self.cameras)}: (height, width, 3) uint8 RGB",
+                f"  state         {f'{spec.proprio_dim} numbers' if self.uses_state else 'not read'}",
+                f"  actions       chunks of {spec.chunk_len}, each {spec.action_dim} numbers; step executes {executed}",
+                f"  statistics    {self.unnorm_key}",
+                f"  trained on    {(chr(10) + ' ' * 16).join(sentences) or 'instructions that are not recorded'}",
+            ]
+        )
 
     # ---------------------------------------------------------------------------------------------- chunks
 
@@ -102,11 +133,18 @@ class Policy:
         """Whether the policy reads the robot's state."""
         return self._model.proprio_projector is not None
 
+    @property
+    def instructions(self) -> list[str]:
+        """What the policy was asked in training, in the data whose statistics it uses; empty when not recorded."""
+        return list((self.metadata.get("instructions") or {}).get(self.unnorm_key) or [])
+
     def predict(self, images: Pictures, state: Any, instruction: str | Sequence[str]) -> np.ndarray:
-        """Actions of the next chunk: (K, A) float64.
+        """Actions of the next chunk: (K, A) float64, in the units that the class describes.
 
         Args:
-            images: of all cameras; see `Pictures`.
+            images: {camera: image} for all of `cameras`, or their images in this order, which nothing can check; the
+                image alone for a policy with one camera. An image is (H, W, 3) uint8 RGB, upright, of any size: an
+                array, a tensor of any device, or a PIL image.
             state: (P,) numbers; None for a policy that does not read it (`uses_state`).
             instruction: the task in words. A list of B instructions makes a batch: every camera then has B images, and
                 the state is (B, P). The answer is (B, K, A).
@@ -115,9 +153,11 @@ class Policy:
         """
         if isinstance(instruction, str):
             return self.predict_many([Observation(images, state, instruction)])[0]
+        if not isinstance(instruction, list | tuple | np.ndarray):
+            raise ValueError(f"instruction is {type(instruction).__name__}, expected text, or a list of it for a batch")
         size, views = len(instruction), self._by_camera(images)
-        lengths = {name: len(values) for name, values in views.items()}
-        lengths |= {} if state is None else {"state": len(state)}
+        lengths = {name: _length(values) for name, values in views.items()}
+        lengths |= {} if state is None else {"state": _length(state)}
         if wrong := {name: length for name, length in lengths.items() if length != size}:
             raise ValueError(f"batch of {size} instructions: found {wrong}, expected {size} of each")
         requests = [
@@ -169,7 +209,7 @@ class Policy:
     def _state(self, state: Any) -> np.ndarray:
         size = self.action_spec.proprio_dim
         try:
-            given = np.asarray(() if state is None else state)
+            given = _array(() if state is None else state)
             if given.dtype.kind not in "biuf":
                 raise TypeError
             with np.errstate(over="ignore"):  # too large for float32 is not finite below
@@ -185,9 +225,13 @@ class Policy:
     def _by_camera(self, images: Pictures) -> dict[str, Any]:
         if isinstance(images, Mapping):
             if set(images) != set(self.cameras):
-                raise ValueError(f"images of cameras {sorted(images)}, expected {', '.join(self.cameras)}")
+                raise ValueError(f"images of cameras {sorted(map(str, images))}, expected {', '.join(self.cameras)}")
             return dict(images)
-        is_one = isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and len(self.cameras) == 1)
+        if isinstance(images, str | bytes) or not isinstance(images, Iterable | Image.Image):
+            raise ValueError(f"images are {type(images).__name__}, expected arrays of {', '.join(self.cameras)}")
+        is_one = isinstance(images, Image.Image)
+        if isinstance(images, np.ndarray | torch.Tensor):
+            is_one = len(self.cameras) == 1 or images.ndim < 4
         views: list[Any] = [images] if is_one else list(cast(Sequence[Any], images))
         if len(views) != len(self.cameras):
             raise ValueError(f"found {len(views)} images, expected {len(self.cameras)}: {', '.join(self.cameras)}")
@@ -211,6 +255,8 @@ class Policy:
 
         Another instruction than before takes effect at once.
         """
+        if not isinstance(instruction, str):
+            raise ValueError(f"instruction is {type(instruction).__name__}, expected the text of one robot's task")
         if instruction != self._instruction:
             self.reset()
             self._instruction = instruction
@@ -232,7 +278,10 @@ class Policy:
     def run(self, observe: Callable[[], tuple[Pictures, Any] | None], instruction: str) -> Iterator[np.ndarray]:
         """Actions (A,) to execute one after another, from a `reset` on.
 
-        `observe` returns images and state when they are needed, or None to end the episode.
+        `observe` returns (images, state), as `predict` takes them, whenever they are needed, or None to end the
+        episode; the iteration ends then.
+
+        Raises ValueError for anything else that it returns.
         """
         self.reset()
         while True:
@@ -241,30 +290,67 @@ class Policy:
                 seen = observe()
                 if seen is None:
                     return
+                if not isinstance(seen, tuple) or len(seen) != 2:
+                    raise ValueError(f"observe returned {type(seen).__name__}, expected (images, state) or None")
                 images, state = seen
             yield self.step(images, state, instruction)
 
 
 def load_policy(
     path: str | Path,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     unnorm_key: str | None = None,
     execute: int | None = None,
     ensemble: float | None = None,
     **options: Any,
 ) -> Policy:
-    """Read a checkpoint folder, ours or published, as a `Policy`.
+    """Read a checkpoint folder, ours or published, as a `Policy`. Nothing is downloaded.
+
+        policy = craft_vla.load_policy("pretrained_models/tiny-libero-object")
+        policy  # its cameras, state, actions, statistics and trained instructions
+
+        actions = policy.predict({"image": front, "wrist_image": wrist}, state, "pick up the milk")  # (K, A)
+
+        def observe():  # called when images are needed
+            return {"image": camera(), "wrist_image": wrist_camera()}, robot.state()
+
+        for action in policy.run(observe, "pick up the milk"):  # whole chunks, one action after another
+            robot.move(action)
+
+    Images are (height, width, 3) uint8 RGB, upright, of any size. State and actions are in the units of the training
+    data. In LIBERO's the last number of an action is the gripper, 1 = open and 0 = closed; in data of one's own it is
+    what their `standardize` made of it. `help(craft_vla.Policy)` says more.
 
     Args:
-        path: the folder.
-        device: torch device; None is the GPU where there is one.
-        unnorm_key, execute, ensemble: as in `Policy`.
-        options: of `prismatic.training.checkpoints.load_checkpoint`, what a published folder does not state.
+        path: the folder of a checkpoint, such as `runs/NAME--800_chkpt`; `~` is home.
+        device: torch device, such as cpu, cuda or cuda:1; None is the GPU where there is one.
+        unnorm_key: the data set whose statistics turn the network's numbers into actions. None will do for a checkpoint
+            with those of one data set; a fine-tuned one also has its start's, and needs to be told.
+        execute: actions of a chunk that `step` and `run` execute before they ask again; None is the whole chunk.
+        ensemble: temporal ensembling in place of that: a weight, such as 0.1, with which older predictions count more.
+        options: what a published folder does not state: num_images, robot, data_set; base: where the base of LoRA
+            adapters is now (`prismatic.training.checkpoints.load_checkpoint`).
 
-    Raises MissingFileError or CheckpointError, which name the file that is missing or does not fit.
+    Raises MissingFileError or CheckpointError (ValueErrors), which name the file that is missing or does not fit, and
+    for another kind of folder the one that was meant; ValueError for a device that this machine has not, KeyError for
+    statistics that the checkpoint has not.
     """
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Policy(load_checkpoint(path, **options), where, unnorm_key, execute, ensemble)
+    where = _usable_device(device)  # before minutes of loading
+    return Policy(load_checkpoint(os.path.expanduser(path), **options), where, unnorm_key, execute, ensemble)
+
+
+def _usable_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found).cpu()  # "meta" has no numbers
+        return found
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, TypeError) as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0][:80]
+        here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        here += ["mps"] * torch.backends.mps.is_available()
+        raise ValueError(f"device is {str(device)!r}, expected one of {', '.join(here)}: {reason}") from None
 
 
 def _camera_names(manifest: dict[str, Any], data_set: str) -> tuple[str, ...]:
@@ -275,10 +361,51 @@ def _camera_names(manifest: dict[str, Any], data_set: str) -> tuple[str, ...]:
     return tuple(names[:count])
 
 
+def _array(value: Any) -> np.ndarray:
+    """As numpy sees it, tensors of any device, with a gradient or in bfloat16 included."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.dtype is torch.bfloat16 else value).numpy()
+    return np.asarray(value)
+
+
+def _length(values: Any) -> int | str:
+    try:
+        return len(values)
+    except TypeError:  # a PIL image, a number
+        return "one"
+
+
 def _pixels(image: Any, camera: str) -> np.ndarray:
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if isinstance(image, Image.Image):
+        if image.mode[0] in "IF":  # their numbers are no levels of grey, and would be clipped
+            raise ValueError(f"camera {camera}: found a PIL image of mode {image.mode}, expected RGB")
+        image = image.convert("RGB")
+    try:
+        pixels = _array(image)
+    except ValueError:
+        raise ValueError(f"camera {camera}: found rows of different lengths, expected (height, width, 3)") from None
+    if pixels.dtype.kind not in "biuf":
+        raise ValueError(f"camera {camera}: found {type(image).__name__}, expected an array or a PIL image")
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"camera {camera}: found {pixels.dtype} {pixels.shape}, expected uint8 (height, width, 3)")
+        found = f"{pixels.dtype} {pixels.shape}"
+        raise ValueError(f"camera {camera}: found {found}, expected uint8 (height, width, 3){_remedy(pixels)}")
     if not 0 < pixels.shape[0] * pixels.shape[1] <= MAX_PIXELS:
         raise ValueError(f"camera {camera}: found an image {pixels.shape[:2]}, expected 1 to {MAX_PIXELS} pixels")
     return pixels
+
+
+def _remedy(pixels: np.ndarray) -> str:
+    """What to do about an image that is not uint8 (H, W, 3), where that can be seen."""
+    shape = pixels.shape
+    if pixels.ndim == 4:
+        return ": a list of instructions makes a batch"
+    if pixels.ndim == 2 or shape[2:] == (1,):
+        return ": repeat the grey channel three times"
+    if pixels.ndim == 3 and shape[2] != 3 and shape[0] == 3:
+        return ": put the channels last"
+    if shape[2:] == (4,):
+        return ": leave out the fourth channel"
+    if pixels.dtype.kind == "f" and shape[2:] == (3,):
+        return ": round levels from 0 to 255, and scale those from 0 to 1 before"
+    return ""

@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("prismatic", "experiments", "craft_experiments", "vla-scripts", "benchmarks", "examples")
 NO_PROGRAMS = {
     "benchmarks/tfdata_pipeline.py": "a part of data_loading.py, which starts it with a Python that has TensorFlow",
-    "examples/constrain_your_model.py": "to be read; it takes no words",
     "examples/async_client.py": "to be read; it runs where `openpi-client` is",
 }
 """Files that can be run and are not looked at -> why."""
@@ -74,6 +73,9 @@ MISTAKES = {
     "benchmarks/serving_load.py": ["--clients", "0"],
     "benchmarks/synthetic_data.py": ["--shards", "0"],
     "benchmarks/train_step.py": ["--tuning", "half"],
+    "examples/make_own_data.py": ["."],
+    "examples/notebooks.py": ["--output_dir", "/dev/null/no"],
+    "examples/own_data.py": ["no/such"],
 }
 """Program -> a command line that cannot be used."""
 HELP_LOADS_TORCH = {

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from prismatic.training.config import FinetuneConfig
@@ -15,6 +16,7 @@ from prismatic.training.config import FinetuneConfig
 def build_accelerator(cfg: FinetuneConfig) -> Accelerator:
     """Device, processes, their timeout and precision."""
     use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process left its device there
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.ddp_timeout))
     return Accelerator(cpu=not use_cuda, mixed_precision=cfg.precision(use_cuda), kwargs_handlers=[timeout])
 
