@@ -87,7 +87,7 @@ class Policy:
         except KeyError as error:
             raise KeyError(f"unnorm_key is {unnorm_key!r}: {error.args[0]}") from None
         self._normalizer = Normalizer(checkpoint.statistics[self.unnorm_key], self.action_spec)
-        self._device = _usable_device(device)
+        self._device = usable_device(device)
         self._model = checkpoint.model.to(self._device).eval()
         # Published policies were evaluated, and published rates measured, without the rule for constant dimensions.
         self._zero_constant = manifest.get("origin") != "published" or "training" in manifest
@@ -335,11 +335,12 @@ def load_policy(
     for another kind of folder the one that was meant; ValueError for a device that this machine has not, KeyError for
     statistics that the checkpoint has not.
     """
-    where = _usable_device(device)  # before minutes of loading
+    where = usable_device(device)  # before minutes of loading
     return Policy(load_checkpoint(os.path.expanduser(path), **options), where, unnorm_key, execute, ensemble)
 
 
-def _usable_device(device: str | torch.device | None) -> torch.device:
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device; None: cuda when there is one, else cpu. ValueError for one that this machine has not."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -216,13 +216,17 @@ def _read(entry: Field, kind: Any, word: str, several: str = "") -> Any:
         if word.lower() not in _BOOLEANS:
             raise UsageError(f"--{entry.name} is {word!r}, expected True or False")
         return _BOOLEANS[word.lower()]
-    if issubclass(kind, Enum):
+    if _is_enum(kind):
         return _member(entry.name, kind, word)
     try:
         return kind(word)
     except (ValueError, OverflowError):
         what = "a whole number" if kind is int else "a number"
         raise UsageError(f"--{entry.name} is {word!r}, expected {what}{_range_text(entry)}{several}") from None
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
 
 
 def _member(name: str, kind: type[Enum], word: str) -> Enum:
@@ -271,12 +275,17 @@ def _range_text(entry: Field) -> str:
 
 
 def check_values(config: Any) -> None:
-    """Types, ranges, choices and names of a config's fields.
+    """Types, ranges, choices and names of a config's fields. A text in place of a named choice becomes that choice.
 
     Raises UsageError for the first that does not fit.
     """
+    kinds = typing.get_type_hints(type(config))
     for entry in fields(config):
         value = getattr(config, entry.name)
+        named = [kind for kind in (kinds[entry.name], *typing.get_args(kinds[entry.name])) if _is_enum(kind)]
+        if named and type(value) is str:  # from Python; equal to the choice, and not the same
+            value = _member(entry.name, named[0], value)
+            setattr(config, entry.name, value)
         if value is None or value == entry.default:
             continue
         for part in value if isinstance(value, tuple) else (value,):

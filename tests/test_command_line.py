@@ -11,6 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.robot.libero.eval_config import EvalConfig
+from experiments.robot.libero.modes import RenderMode
+from experiments.robot.libero.video import SaveVideos
 from prismatic.command_line import (
     LARGEST,
     ForeignFlag,
@@ -164,6 +167,14 @@ def test_objects_are_checked_as_words_are():
     with pytest.raises(UsageError, match="--count is 0, expected at least 1"):
         check_values(Config(count=0))
     check_values(Config(budget=math.inf))
+
+
+def test_a_text_in_place_of_a_choice_is_that_choice():
+    cfg = EvalConfig(save_videos="none", render_mode="LAZY")
+    check_values(cfg)
+    assert cfg.save_videos is SaveVideos.NONE and cfg.render_mode is RenderMode.LAZY
+    with pytest.raises(UsageError, match="--save_videos is 'nome', expected one of .*did you mean none"):
+        check_values(EvalConfig(save_videos="nome"))
 
 
 @pytest.mark.parametrize("word", ["001", "12:30:45", "2026-01-02T03:04:05+01:00", "null", "on", "0x10", "a #b", "[x]"])

@@ -24,11 +24,16 @@ _OWN = "of the training data, as their standardize returned them"
 
 
 def data_set_of(policy: Policy) -> DataSetConfig | None:
-    """The registered configuration of the data whose statistics the policy uses; None for data that have none here."""
+    """The registered configuration of the data whose statistics the policy uses; None for data that have none here.
+
+    Where a file of the user's registered the data for training, a name that is LIBERO's here says nothing.
+    """
     try:
-        return get_data_set_config(policy.unnorm_key)
+        config = get_data_set_config(policy.unnorm_key)
     except KeyError:
         return None
+    own = (policy.metadata.get("training") or {}).get("data_set_file")
+    return None if own and isinstance(config.standardize, LiberoStandardization) else config
 
 
 def is_libero(policy: Policy) -> bool:

@@ -285,7 +285,7 @@ def test_an_unusable_simulator_is_no_outcome_of_an_episode(cfg, workers):
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:77", "CUDA", "", "cuda:-1", "../x"])
 def test_a_device_that_does_not_exist_is_named(cfg, device):
-    with pytest.raises(EvalInputError, match="--device.*expected cpu, cuda or cuda:N") as caught:
+    with pytest.raises(EvalInputError, match="--device is .*expected (one of )?cpu") as caught:
         replace(cfg, device=device).validate()
         eval_backend.usable_device(device)
     assert "\n" not in str(caught.value)

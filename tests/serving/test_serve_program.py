@@ -104,6 +104,12 @@ def test_metadata_say_what_a_robot_must_know(policy):
     assert describe(policy, limits(max_batch=1), as_simulator=True)["actions"]["gripper"] == "-1 = open, +1 = close"
 
 
+def test_a_name_that_a_file_registered_for_training_says_nothing_here(policy, monkeypatch):
+    monkeypatch.setitem(policy.metadata, "training", {"data_set_file": "robots.py"})
+    said = describe(policy, limits(max_batch=1), as_simulator=False)["actions"]
+    assert "standardize" in said["gripper"] and said["control_hz"] is None
+
+
 def test_data_of_ones_own_say_nothing_of_a_gripper(policy, monkeypatch):
     own = DataSetConfig(lambda actions, state: (actions, state), get_data_set_config("libero_").keys, (True,) * 7)
     monkeypatch.setattr("craft_vla.serving.metadata.get_data_set_config", lambda name: own)

@@ -109,13 +109,9 @@ def usable_device(wanted: str | None) -> str:
     Raises:
         EvalInputError: torch knows no such device, or this machine has none.
     """
-    import torch
+    from craft_vla import policy
 
-    if wanted is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=wanted)
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EvalInputError(f"--device {wanted} cannot be used: {reason}; expected cpu, cuda or cuda:N") from error
-    return wanted
+        return str(policy.usable_device(wanted))
+    except ValueError as error:
+        raise EvalInputError(f"--{error}") from error
