@@ -258,7 +258,9 @@ def load_policy(
     Args:
         path: the folder.
         device: torch device; None is the GPU where there is one.
-        unnorm_key, execute, ensemble: as in `Policy`.
+        unnorm_key: as in `Policy`.
+        execute: as in `Policy`.
+        ensemble: as in `Policy`.
         options: of `prismatic.training.checkpoints.load_checkpoint`, what a published folder does not state.
 
     Raises MissingFileError or CheckpointError, which name the file that is missing or does not fit.
