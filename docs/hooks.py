@@ -27,6 +27,7 @@ CODE = {".py": "python", ".sh": "bash", ".ps1": "powershell", ".toml": "toml", "
 FENCES = re.compile(r"^( *)(```+|~~~+)[^\n]*\n.*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[)#])")
 VIDEO = re.compile(r"\[([^]]*)\]\((videos/[^)\s]+)\)")
+FLAG = re.compile(r"<code>(--[^<]{1,38})</code>")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 # ------------------------------------------------------------------------------------------------------- repository
@@ -130,8 +131,8 @@ def notebook(path: Path, config: Any) -> list[File]:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Formulas as MathML."""
-    return FORMULA.sub(formula, content)
+    """Formulas as MathML, and flags that stay on one line."""
+    return FLAG.sub(r'<code class="flag">\1</code>', FORMULA.sub(formula, content))
 
 
 def formula(match: re.Match[str]) -> str:
