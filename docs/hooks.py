@@ -123,11 +123,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def notebook(path: Path, config: Any) -> list[File]:
     """The page of an executed notebook, and its pictures."""
     text, resources = MarkdownExporter().from_filename(str(path))
-    files = [File.generated(config, f"notebooks/{path.stem}.md", content=text)]
+    pictures = []
     for name, content in resources["outputs"].items():
-        files.append(File.generated(config, f"notebooks/{path.stem}_{name}", content=content))
-        files[0]._content = files[0].content_string.replace(f"]({name})", f"]({path.stem}_{name})")
-    return files
+        text = text.replace(f"]({name})", f"]({path.stem}_{name})")
+        pictures.append(File.generated(config, f"notebooks/{path.stem}_{name}", content=content))
+    return [File.generated(config, f"notebooks/{path.stem}.md", content=text), *pictures]
 
 
 def on_page_content(content: str, **_: Any) -> str:
