@@ -5,7 +5,7 @@
 Every row is one optimizer step of LoRA 32 with two 224 px images, Pro head and bf16, traced on fake tensors
 (`prismatic/training/memory`), as the code is and with the plain formulas in its place, as it was before it kept less.
 A row whose record exists is not traced again. Writes the records, the section `memory` of docs/performance.md and the
-short table of README.md.
+short table of docs/gpus.md.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ROWS: dict[str, dict] = {
     "plain, openvla-7b": OPENVLA,
     "plain, openvla-7b, plain head, gradient checkpointing": OPENVLA | {"use_pro_version": False} | RECOMPUTED,
 }
-README_ROWS = (
+CARD_ROWS = (
     "plain",
     "CRaFT `original`",
     "CRaFT `keep`, no old data",
@@ -63,7 +63,7 @@ class MemoryTableConfig:
     rows: str = flag("", "names with ; between; empty: all")
     output: str = "results/memory"
     page: str = "docs/performance.md"
-    readme: str = "README.md"
+    cards: str = "docs/gpus.md"
 
     def __post_init__(self) -> None:
         for name in self.rows.split(";") if self.rows else ():
@@ -77,7 +77,7 @@ def main() -> None:
     records = {name: follow(cfg, Path(cfg.output) / f"{name}.json", lean) for name, lean in FILES.items()}
     traces, before = records["predicted"], records["before"]
     write_section(Path(cfg.page), "memory", page(traces, before))
-    write_section(Path(cfg.readme), "memory", "\n".join(card_table({name: traces[name] for name in README_ROWS})))
+    write_section(Path(cfg.cards), "memory", "\n".join(card_table({name: traces[name] for name in CARD_ROWS})))
 
 
 def follow(cfg: MemoryTableConfig, file: Path, lean: bool) -> dict[str, Trace]:

@@ -84,10 +84,3 @@ def test_hooks_run_the_programs_of_make_lint():
     assert set(entries) == {"ruff", "ruff-format", "shellcheck", "mypy"}
     for line in re.findall(r"\$\(BIN\)/(ruff .*) \.$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE):
         assert any(entry.startswith(line) for entry in entries.values()), line
-
-
-def test_every_link_leads_somewhere():
-    for page in ("CONTRIBUTING.md", "CHANGELOG.md"):
-        text = (ROOT / page).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (ROOT / target).exists(), f"{page}: {target}"

@@ -171,9 +171,9 @@ def test_the_short_step_is_the_step_of_the_training_loop_bit_for_bit(make_traine
     assert any(0 < ratio < 1 for ratio in conflicts)
 
 
-def test_the_loop_in_the_readme_holds_a_model():
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## In your own loop")[1].split("\n## ")[0]
-    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+def test_the_loop_of_the_documentation_holds_a_model():
+    page = (ROOT / "docs" / "own_loop.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
     held, plain = drift_after(code), drift_after(re.sub(r"\n *constraint\.\w+\(.*", "", code))
     assert 0 < held < plain / 5
 

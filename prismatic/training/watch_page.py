@@ -107,7 +107,7 @@ def _constraint(run: RunView, screen: Screen) -> list[str]:
             break
     _, reached = run.series("CRaFT/Out Of Reach")
     if reached:
-        lines.append(_line("out of reach", "YES: see docs/telemetry.md" if reached[-1] else "no"))
+        lines.append(_line("out of reach", "YES: see docs/keep.md" if reached[-1] else "no"))
     return lines
 
 

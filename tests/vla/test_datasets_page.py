@@ -1,4 +1,4 @@
-"""The example of docs/datasets.md runs as printed."""
+"""The example of docs/own_data.md runs as printed, and the report in docs/datasets.md is of today."""
 
 import re
 from dataclasses import replace
@@ -13,13 +13,14 @@ from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.registry import get_data_set_config, load_data_set_file
 from prismatic.vla.images import ImageSpec
 
-PAGE = Path(__file__).parents[2] / "docs" / "datasets.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture()
 def my_robot(tmp_path, monkeypatch):
     """The example loaded from a file, in a registry of its own."""
-    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    page = (DOCS / "own_data.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     monkeypatch.setattr("prismatic.vla.datasets.registry._REGISTERED", {})
     monkeypatch.setattr("prismatic.vla.datasets.registry.MIXTURES", {})
     path = tmp_path / "my_robot.py"
@@ -57,7 +58,6 @@ def test_the_printed_report_has_the_lines_of_today(tmp_path):
     write_data_set(tmp_path, "libero_demo", [make_episode(0)])
     report, _ = inspect_module.inspect(tmp_path / "libero_demo", tmp_path / "report")
     lines = inspect_module.format_report(report | {"warnings": []}).splitlines()
-    (printed,) = re.findall(
-        r"made by the command above -->\n```\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL
-    )
+    page = (DOCS / "datasets.md").read_text(encoding="utf-8")
+    (printed,) = re.findall(r"made by the command above -->\n```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert [line[:14] for line in printed.splitlines()] == [line[:14] for line in lines]
