@@ -5,7 +5,7 @@
 Every row is one optimizer step of LoRA 32 with two 224 px images, Pro head and bf16, traced on fake tensors
 (`prismatic/training/memory`), as the code is and with the plain formulas in its place, as it was before it kept less.
 A row whose record exists is not traced again. Writes the records, the section `memory` of docs/performance.md and the
-short table of docs/gpus.md.
+short table of docs/gpus.md and of the first page.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class MemoryTableConfig:
     rows: str = flag("", "names with ; between; empty: all")
     output: str = "results/memory"
     page: str = "docs/performance.md"
-    cards: str = "docs/gpus.md"
+    cards: tuple[str, ...] = ("docs/gpus.md", "README.md", "README.zh.md")
 
     def __post_init__(self) -> None:
         for name in self.rows.split(";") if self.rows else ():
@@ -77,7 +77,8 @@ def main() -> None:
     records = {name: follow(cfg, Path(cfg.output) / f"{name}.json", lean) for name, lean in FILES.items()}
     traces, before = records["predicted"], records["before"]
     write_section(Path(cfg.page), "memory", page(traces, before))
-    write_section(Path(cfg.cards), "memory", "\n".join(card_table({name: traces[name] for name in CARD_ROWS})))
+    for cards in cfg.cards:
+        write_section(Path(cards), "memory", "\n".join(card_table({name: traces[name] for name in CARD_ROWS})))
 
 
 def follow(cfg: MemoryTableConfig, file: Path, lean: bool) -> dict[str, Trace]:
