@@ -7,13 +7,12 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-
-from tqdm import tqdm
 
 from prismatic.evidence.checks import is_integer, parse_object
 from prismatic.evidence.files import write_text
+from prismatic.progress import say
 from prismatic.training.run_folder import METRICS
 from prismatic.training.writers import Writer
 
@@ -109,12 +108,6 @@ class Tracker:
         for writer in self._writers:
             with self._said_once(writer):
                 writer.close()
-
-
-def say(text: str) -> None:
-    """A line on the console that does not disturb a progress bar; nothing when the console is gone."""
-    with suppress(OSError, ValueError):
-        tqdm.write(text)
 
 
 def _truncate_after(path: Path, start_step: int) -> None:

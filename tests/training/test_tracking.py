@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from prismatic.command_line import UsageError
 from prismatic.models.presets import PRESETS
+from prismatic.progress import say
 from prismatic.training.checkpoint_folder import find_checkpoints
 from prismatic.training.command_line import parse_flags
 from prismatic.training.flags import TrackingFlags
-from prismatic.training.tracking import Tracker, say
+from prismatic.training.tracking import Tracker
 from prismatic.training.writers import WRITERS, RunFacts, Writer, open_writers
 
 

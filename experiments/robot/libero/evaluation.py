@@ -31,6 +31,7 @@ from experiments.robot.libero.tracking import make_tracker
 from prismatic.evidence.files import remove_leftovers, write_json
 from prismatic.evidence.free_names import create_free
 from prismatic.output_folder import hold, release
+from prismatic.progress import Progress, say
 from prismatic.vla.datasets.registry import load_data_set_file
 
 PINNED_VERSIONS = {"mujoco": "3.3.0", "robosuite": "1.4.0"}
@@ -146,11 +147,14 @@ class _Evaluation:
                 if (plan.task_id, planned.init_idx) in done:
                     text_log.add(done[plan.task_id, planned.init_idx])
         jobs = open_jobs(self.plans, done, self.cfg.max_videos)
-        for record in self._records(jobs):
-            self.store.append(record)
-            text_log.add(record)
-            self.new_episodes += 1
-            self._count_errors(record)
+        count = sum(len(job.episodes) for job in jobs)
+        with Progress(len(done) + count, "evaluating", "episodes", done=len(done), note="starts") as progress:
+            for record in self._records(jobs):
+                self.store.append(record)
+                text_log.add(record)
+                self.new_episodes += 1
+                progress.advance(note="")
+                self._count_errors(record)
 
     def _records(self, jobs: list[Job]) -> Iterator[EpisodeRecord]:
         reports: Iterable[Report]
@@ -225,7 +229,7 @@ class _Tee:
     def __call__(self, line: str) -> None:
         self.file.write(line + "\n")
         self.file.flush()
-        print(line, flush=True)
+        say(line)
 
 
 def _warn_about_versions(versions: dict[str, str]) -> None:
