@@ -37,11 +37,11 @@ from prismatic.training.saving import CheckpointSaver, folder_to_resume
 from prismatic.training.step import StepContext, optimizer_step
 from prismatic.training.stop_signal import StopSignal, ignore_stop_signals
 from prismatic.training.throughput import Throughput, throughput_text
-from prismatic.training.tracking import Tracker
+from prismatic.training.tracking import MetricsFile, Tracker
 from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.training_state import TrainingState, restore_training_state
 from prismatic.training.validation import ValidationSettings, Validator
-from prismatic.training.writers import RunFacts, open_writers
+from prismatic.training.writers import RunFacts, open_writers, services_of
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.sampler import EpochSampler
 
@@ -276,8 +276,9 @@ class Trainer:
 
     def _build_tracker(self) -> Tracker:
         cfg, folder = self.cfg, self.setup.run_dir
-        facts = RunFacts(folder, cfg.run_id, self.step, cfg.wandb_project, cfg.wandb_entity, cfg.to_dict())
-        return Tracker(folder, self.step, open_writers(cfg.services, facts))
+        facts = RunFacts(folder, cfg.run_id, self.step, cfg.wandb_project, cfg.wandb_entity, cfg.to_dict(), "ft+")
+        services = open_writers(services_of(cfg), facts)
+        return Tracker([MetricsFile(folder, self.step), *services])
 
     def batches(self) -> Generator[dict[str, Any], None, None]:
         """Endless batches on the training device, from the sampler's position."""

@@ -27,7 +27,7 @@ from experiments.robot.libero.eval_log import (
 )
 from experiments.robot.libero.eval_plan import PLAN_FILE, open_jobs, plan_tasks, shard_plans, write_plan
 from experiments.robot.libero.scheduler import CrashReport, Report, SessionReport, WorkerPool, run_in_process
-from experiments.robot.libero.tracking import make_tracker
+from experiments.robot.libero.tracking import open_tracker, report_results
 from prismatic.evidence.files import remove_leftovers, write_json
 from prismatic.evidence.free_names import create_free
 from prismatic.output_folder import hold, release
@@ -119,6 +119,7 @@ class _Evaluation:
         self.facts: dict[str, Any] = {"versions": backend.versions()}
         self.errors_in_a_row = 0
         self.new_episodes = 0
+        self.tracker = open_tracker(cfg, folder, run.run_id)
 
     def execute(self, log: TextIO) -> dict[str, Any]:
         """Run everything; `log` is the open text log."""
@@ -128,7 +129,6 @@ class _Evaluation:
             print(f"warning: {self.store.path}: cut off an unfinished last line", file=sys.stderr)
         write_plan(self.results_path.with_name(PLAN_FILE), self.whole_plan)
         started = time.monotonic()
-        tracker = make_tracker(self.cfg, self.run.run_id)
         text_log = OrderedTextLog(self.plans, self.cfg.initial_states_path, _Tee(log))
         try:
             self._run_all(text_log)
@@ -136,7 +136,7 @@ class _Evaluation:
         finally:
             results = self._write_results(time.monotonic() - started)
             release(self.results_path.parent)
-        tracker.finish(results, Path(log.name))
+            report_results(self.tracker, results, Path(log.name))
         return results
 
     def _run_all(self, text_log: OrderedTextLog) -> None:
