@@ -22,7 +22,7 @@ from prismatic.output_folder import check_folder, held
 from prismatic.progress import Progress
 from prismatic.training.base_model import BaseModel
 from prismatic.training.checkpoint_files import read_manifest
-from prismatic.training.checkpoint_folder import CARD, LISTING, MANIFEST, TRAINING_STATE, publish, seal
+from prismatic.training.checkpoint_folder import CARD, LISTING, MANIFEST, PUBLISHED, TRAINING_STATE, publish, seal
 from prismatic.training.checkpoints import add_merged_model, load_checkpoint, load_unmerged
 from prismatic.training.folder_kinds import check_is_checkpoint
 from prismatic.training.interpolation import check_scale, scale_adapters
@@ -92,7 +92,7 @@ def _merge_in_steps(cfg: MergeConfig, source: Path, folder: Path, progress: Prog
     if not cfg.export_published_layout:
         return difference, None
     suffix = adapted.manifest["file_suffix"]
-    exported = export_published(load_checkpoint(folder), f"{folder}--published", suffix)
+    exported = export_published(load_checkpoint(folder), f"{folder}{PUBLISHED}", suffix)
     progress.advance(note="")
     return difference, exported
 
