@@ -147,9 +147,9 @@ class _Evaluation:
                 if (plan.task_id, planned.init_idx) in done:
                     text_log.add(done[plan.task_id, planned.init_idx])
         jobs = open_jobs(self.plans, done, self.cfg.max_videos)
-        planned = sum(e.number is not None for plan in self.plans for e in plan.episodes)
-        settled = planned - sum(len(job.episodes) for job in jobs)
-        with Progress(planned, "evaluating", "episodes", done=settled, note="starts") as progress:
+        total = sum(e.number is not None for plan in self.plans for e in plan.episodes)
+        settled = total - sum(len(job.episodes) for job in jobs)
+        with Progress(total, "evaluating", "episodes", done=settled, note="starts") as progress:
             for record in self._records(jobs):
                 self.store.append(record)
                 text_log.add(record)
