@@ -22,6 +22,7 @@ from experiments.robot.libero.suite_names import BASE_SUITES, nearest_suite
 from experiments.robot.libero.tasks import UnknownSuiteError, max_episode_steps
 from prismatic import command_line
 from prismatic.command_line import UsageError
+from prismatic.evidence.episodes import _NO_PROTOCOL
 from prismatic.training.flags import TrackingFlags
 from prismatic.training.writers import WRITERS
 
@@ -130,6 +131,7 @@ def test_services_have_the_flags_that_they_have_in_training():
     for name in (*(f"use_{service}" for service in WRITERS), "wandb_entity", "wandb_project"):
         ours, theirs = (config.__dataclass_fields__[name] for config in (EvalConfig, TrackingFlags))
         assert (ours.type, ours.default, ours.metadata) == (theirs.type, theirs.default, theirs.metadata)
+        assert name in _NO_PROTOCOL
 
 
 @pytest.mark.parametrize(
