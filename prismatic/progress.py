@@ -16,9 +16,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from types import TracebackType
-from typing import TypeVar
-
-from tqdm import tqdm
+from typing import Any, TypeVar
 
 FIRST_S = 10.0
 """Seconds without a terminal before the first line, and at least between two."""
@@ -51,9 +49,11 @@ class Progress:
         self._next = self._began + FIRST_S
         self._has_spoken = False
         self._is_shown = total > 0 and os.environ.get("RANK", "0") == "0" and sys.stderr is not None
-        self._bar: tqdm | None = None
+        self._bar: Any = None
         with suppress(OSError, ValueError):
             if self._is_shown and sys.stderr.isatty():
+                from tqdm import tqdm  # the drivers of the tables run where it is not installed
+
                 size = shutil.get_terminal_size()
                 self._bar = tqdm(
                     total=total,
@@ -106,8 +106,10 @@ class Progress:
         now = time.monotonic()
         passed = now - self._began
         self._next, self._has_spoken = now + max(FIRST_S, SHARE * passed), True
-        done, total = (_size(n) if self._unit == "B" else f"{n:,} {self._unit}" for n in (self.done, self._total))
-        line = f"{self._what}: {done.removesuffix(f' {self._unit}')} of {total} ({100 * self.done // self._total} %)"
+        count = f"{self.done:,} of {self._total:,} {self._unit}"
+        if self._unit == "B":
+            count = f"{_size(self.done)} of {_size(self._total)}"
+        line = f"{self._what}: {count} ({100 * self.done // self._total} %)"
         if self.done == self._total:
             line += f" in {duration(passed)}"
         elif self.done > self._first:
@@ -131,6 +133,8 @@ def say(line: str) -> None:
     """A line on stdout, at once, which does not disturb a bar. Nothing when the console is gone."""
     if sys.stdout is None:
         return
+    from tqdm import tqdm
+
     with suppress(OSError, ValueError):
         tqdm.write(_sayable(line, sys.stdout))
         sys.stdout.flush()
@@ -142,7 +146,8 @@ def _sayable(text: str, stream: object) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{tqdm.format_sizeof(count)}B"
+    thousands = min(4, (len(str(count)) - 1) // 3)
+    return f"{count / 1000**thousands:.3g} {('', 'k', 'M', 'G', 'T')[thousands]}B"
 
 
 def duration(seconds: float) -> str:
