@@ -47,7 +47,7 @@ class Progress:
         self._first = self.done = min(done, total)
         self._began = time.monotonic()
         self._next = self._began + FIRST_S
-        self._has_spoken = False
+        self._said: int | None = None  # the count of the last line
         self._is_shown = total > 0 and os.environ.get("RANK", "0") == "0" and sys.stderr is not None
         self._bar: Any = None
         with suppress(OSError, ValueError):
@@ -91,7 +91,7 @@ class Progress:
                 self._bar.set_postfix_str("", refresh=False)
                 self._bar.refresh()
                 self._bar.close()
-            elif self._has_spoken:
+            elif self._said not in (None, self.done):
                 self._note = ""
                 self._say()
         self._is_shown, self._bar = False, None
@@ -105,7 +105,7 @@ class Progress:
     def _say(self) -> None:
         now = time.monotonic()
         passed = now - self._began
-        self._next, self._has_spoken = now + max(FIRST_S, SHARE * passed), True
+        self._next, self._said = now + max(FIRST_S, SHARE * passed), self.done
         count = f"{self.done:,} of {self._total:,} {self._unit}"
         if self._unit == "B":
             count = f"{_size(self.done)} of {_size(self._total)}"
