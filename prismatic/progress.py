@@ -118,12 +118,14 @@ class Progress:
         print(_sayable(line + (f"; {self._note}" if self._note else ""), sys.stderr), file=sys.stderr, flush=True)
 
 
-def over(items: Iterable[Item], what: str, unit: str, total: int | None = None) -> Iterator[Item]:
+def over(
+    items: Iterable[Item], what: str, unit: str, total: int | None = None, *, leave: bool = True
+) -> Iterator[Item]:
     """The items, and on the way how many have been worked on. total: their number, when they do not know it."""
     if total is None:
         assert isinstance(items, Collection)
         total = len(items)
-    with Progress(total, what, unit) as progress:
+    with Progress(total, what, unit, leave=leave) as progress:
         for item in items:
             yield item
             progress.advance()

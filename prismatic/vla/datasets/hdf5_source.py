@@ -85,7 +85,7 @@ class HDF5Source(IndexedSource):
 
     def _build(self, writer: IndexWriter, files: list[Path]) -> None:
         rates = set()
-        for file in over(files, "indexing", "files"):
+        for file in over(files, "indexing", "files", leave=False):
             try:
                 rates.add(_add_file(writer, file, self.keys, self.split))
             except _FileError as error:

@@ -249,7 +249,7 @@ def measure_camera(source: EpisodeSource, camera: str, max_images: int) -> dict:
     counts: Counter[int] = Counter()
     total = int(source.lengths.sum())
     chosen = chosen_frames(source.lengths, max_images)
-    for episode, step in over(chosen, "decoding", "images", min(max_images or total, total)):
+    for episode, step in over(chosen, "decoding", "images", min(max_images or total, total), leave=False):
         try:
             pixels = read_pixels(source, camera, episode, step)
         except ValueError as error:

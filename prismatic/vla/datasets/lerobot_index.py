@@ -48,7 +48,7 @@ class Builder:
                 self._blobs[camera] = blob
                 stack.callback(blob.close)
             stack.callback(self._close_stream)
-            for place in over(places, "indexing", "episodes"):
+            for place in over(places, "indexing", "episodes", leave=False):
                 with writer.episode():
                     self._add(writer, place)
         writer.info = {"blobs": {camera: [blob.name, blob.size] for camera, blob in self._blobs.items()}}

@@ -125,7 +125,7 @@ def _check_kinds(reader: RLDSReader, features: dict[str, list[str]]) -> None:
 def _build(reader: RLDSReader, features: dict[str, list[str]], writer: IndexWriter) -> None:
     for name, error in reader.problems.items():
         writer.note(name, error)
-    for index in over(range(reader.num_episodes), "indexing", "episodes"):
+    for index in over(range(reader.num_episodes), "indexing", "episodes", leave=False):
         with writer.episode():
             _add(reader, features, reader.record(index), writer)
 
