@@ -23,9 +23,10 @@ def put_section(page: str, name: str, text: str) -> str:
 
 
 def write_section(path: Path, name: str, text: str) -> None:
-    """`put_section` on a file, which is made when missing."""
+    """`put_section` on a file, which is made when missing; says so."""
     page = path.read_text(encoding="utf-8") if path.exists() else ""
     write(path, put_section(page, name, text))
+    print(f"written: section {name} of {path}")
 
 
 def write(path: Path, text: str) -> None:

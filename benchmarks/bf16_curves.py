@@ -32,6 +32,7 @@ from prismatic.extern.hf import language_body
 from prismatic.models import action_heads, activations, vla_policy
 from prismatic.models.presets import build_policy_parts, get_preset
 from prismatic.models.vla_policy import VLAPolicyModel
+from prismatic.progress import over, say
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.frozen_weights import narrow_frozen_weights
 from prismatic.training.setup import StartModel, build_setup, load_start_model
@@ -62,13 +63,11 @@ def main() -> None:
     for size in cfg.sizes:
         file = Path(cfg.output) / f"{size}.json"
         curves = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        for seed in cfg.seeds:
-            for kind in (FLOAT32, PLAIN, PRODUCT):
-                name = f"{kind}, seed {seed}"
-                if name not in curves:
-                    curves[name] = losses(cfg, size, seed, kind)
-                    print(f"{size}, {name}: {curves[name][-1]:.4f}", flush=True)
-                    write(file, json.dumps(curves, indent=1) + "\n")
+        runs = [(f"{kind}, seed {seed}", seed, kind) for seed in cfg.seeds for kind in (FLOAT32, PLAIN, PRODUCT)]
+        for name, seed, kind in over([run for run in runs if run[0] not in curves], size, "trainings"):
+            curves[name] = losses(cfg, size, seed, kind)
+            say(f"{size}, {name}: {curves[name][-1]:.4f}")
+            write(file, json.dumps(curves, indent=1) + "\n")
     files = sorted(Path(cfg.output).glob("*.json"), reverse=True)
     found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     write_section(Path(cfg.page), "bf16_curves", page(found))

@@ -28,6 +28,7 @@ from overhead_page import report, summary
 from overhead_rows import ROWS
 
 from prismatic.command_line import UsageError, bad_input_in_one_line, parse_or_exit
+from prismatic.progress import over
 
 GIB = 2**30
 
@@ -36,14 +37,13 @@ def measure_times(bench: Bench, cfg: OverheadConfig, names: list[str]) -> dict[s
     """Seconds per row, round and step; rounds of warm-up are run and left out."""
     times: dict[str, list[list[float]]] = {name: [] for name in names}
     shuffler = random.Random(cfg.seed)
-    for round_ in range(cfg.warmup + cfg.rounds if cfg.rounds else 0):
+    for round_ in over(range(cfg.warmup + cfg.rounds if cfg.rounds else 0), "timing", "rounds"):
         order = list(names)
         shuffler.shuffle(order)
         for name in order:
             seconds = bench.run(name)
             if round_ >= cfg.warmup:
                 times[name].append(seconds)
-        print(f"round {round_ + 1}/{cfg.warmup + cfg.rounds}", flush=True)
     return times
 
 
@@ -72,7 +72,7 @@ def resident() -> float:
 def run_all(cfg: OverheadConfig) -> dict:
     """All measurements of one size and tuning."""
     names = cfg.names
-    memory = {name: memory_in_child(cfg, name) for name in cfg.memory_names}
+    memory = {name: memory_in_child(cfg, name) for name in over(cfg.memory_names, "measuring memory", "rows")}
     torch.set_num_threads(cfg.threads)
     # The FLOP count takes features of these two or four whatever is timed.
     needed = {("frozen_" if ROWS[n].frozen else "") + ("raw_open" if ROWS[n].raw_only else "open") for n in names}

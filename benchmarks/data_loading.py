@@ -30,6 +30,7 @@ from pathlib import Path
 from benchmark_page import write_section
 
 from prismatic.command_line import bad_input_in_one_line, flag, parse_or_exit
+from prismatic.progress import over, say
 
 HERE = Path(__file__).parent
 
@@ -96,10 +97,10 @@ def measure_rows(cfg: LoadingConfig) -> None:
     """All rows in shuffled rounds."""
     rows = [row for row in ROWS if (row.workers is not None or cfg.tf_python) and (not row.small or cfg.small_root)]
     shuffler, measured = random.Random(cfg.seed), {row.label: [] for row in rows}
-    for number in range(cfg.rounds):
+    for number in over(range(cfg.rounds), "measuring", "rounds"):
         for row in shuffler.sample(rows, len(rows)):
             measured[row.label].append(run(cfg, row))
-            print(f"round {number}: {row.label}: {measured[row.label][-1]}", flush=True)
+            say(f"round {number}: {row.label}: {measured[row.label][-1]}")
         write(cfg, rows, measured)
 
 

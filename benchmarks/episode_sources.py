@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "vla"))
 import format_writers as writers
 
 from prismatic.command_line import UsageError, flag, parse_or_exit
+from prismatic.progress import over, say
 from prismatic.vla.datasets.hdf5_source import HDF5Source
 from prismatic.vla.datasets.lerobot_source import LeRobotSource
 from prismatic.vla.datasets.source import EpisodeSource
@@ -70,7 +71,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     print(f"{'format':24}{'frames/s':>10}{'index s':>10}{'open s':>10}")
     with tempfile.TemporaryDirectory() as root:
-        for name, write in FORMATS.items():
+        for name, write in over(FORMATS.items(), "reading", "formats"):
             folder = write(Path(root) / name.replace(" ", "_"), episodes)
             open_source, keys = (
                 (HDF5Source, writers.HDF5_KEYS) if name == "hdf5" else (LeRobotSource, writers.LEROBOT_KEYS)
@@ -82,7 +83,7 @@ def main() -> None:
             places = zip(rng.integers(0, len(source), cfg.frames), rng.integers(0, cfg.steps, cfg.frames), strict=True)
             order = [(keys.cameras[number % 2], int(e), int(t)) for number, (e, t) in enumerate(places)]
             built, opened = np.diff(times)
-            print(f"{name:24}{frames_per_second(source, order):10.0f}{built:10.2f}{opened:10.3f}", flush=True)
+            say(f"{name:24}{frames_per_second(source, order):10.0f}{built:10.2f}{opened:10.3f}")
 
 
 if __name__ == "__main__":

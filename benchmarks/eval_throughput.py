@@ -40,6 +40,7 @@ from experiments.robot.libero.modes import RenderMode, ResetMode  # noqa: E402
 from experiments.robot.libero.surroundings import SimulatorUnavailableError  # noqa: E402
 from experiments.robot.libero.video import SaveVideos  # noqa: E402
 from prismatic.command_line import UsageError, bad_input_in_one_line, flag, parse  # noqa: E402
+from prismatic.progress import over, say  # noqa: E402
 
 ROWS = {
     "sequential": (0, RenderMode.EVERY_STEP, ResetMode.HARD),
@@ -271,7 +272,7 @@ def main() -> None:
             return
     OUT.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number in range(args.rounds):
+    for number in over(range(args.rounds), "measuring", "rounds"):
         for name in list(ROWS) if number % 2 == 0 else list(ROWS)[::-1]:
             path = OUT / f"{name}-{number}.json"
             command = [sys.executable, __file__, "--row", name, "--out", str(path), "--checkpoint", args.checkpoint]
@@ -280,7 +281,7 @@ def main() -> None:
             if code := subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
                 sys.exit(code)  # it has said why
             rows.append(json.loads(path.read_text(encoding="utf-8")))
-            print(name, number, [round(rate) for rate in rates(rows[-1])], flush=True)
+            say(f"{name} {number} {[round(rate) for rate in rates(rows[-1])]}")
     write_section(ROOT / "docs" / "performance.md", "eval_throughput", page(rows))
 
 

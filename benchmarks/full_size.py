@@ -23,6 +23,7 @@ from prismatic.command_line import flag, parse_or_exit
 from prismatic.craft import CRaFTConfig
 from prismatic.models.presets import build_vla
 from prismatic.models.vla_policy import VLAPolicyModel
+from prismatic.progress import over
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.lora import fixed_batch
 from prismatic.training.retention.craft import CRaFT
@@ -91,7 +92,7 @@ def train(model: VLAPolicyModel, steps: int) -> tuple[list[float], list[dict]]:
     batch["actions"] = torch.zeros(1, geometry.chunk_len, geometry.action_dim)
     model.train()
     seconds, metrics = [], []
-    for step in range(steps):
+    for step in over(range(steps), "training", "steps"):
         started = time.perf_counter()
         metrics.append(optimizer_step(StepContext(model, optimizer, craft), [batch], step))
         seconds.append(time.perf_counter() - started)

@@ -33,6 +33,7 @@ from gpu_findings import Check, PartConfig
 from gpu_parts import PARTS, run_part
 
 from prismatic.command_line import UsageError, flag, parse_or_exit
+from prismatic.progress import over, say
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
@@ -72,9 +73,9 @@ def main() -> int:
         return 0
     record = {"machine": machine(cfg.device), "size": size, "parts": {}}
     output = Path(cfg.output or f"results/gpu_check/{cfg.device}.json")
-    for name in cfg.parts:
+    for name in over(cfg.parts, "checking", "parts"):
         record["parts"][name] = outcome(name, cfg.device, size)
-        print(f"{name}: {record['parts'][name]['status']} ({record['parts'][name]['seconds']:.0f} s)", flush=True)
+        say(f"{name}: {record['parts'][name]['status']} ({record['parts'][name]['seconds']:.0f} s)")
         write(output, json.dumps(record, indent=1) + "\n")
     write(Path(cfg.page), page(record))
     failed = [name for name, part in record["parts"].items() if part["status"] == FAILED]

@@ -26,6 +26,7 @@ from torch import Tensor
 from prismatic.command_line import flag, parse_or_exit
 from prismatic.models.presets import build_policy_parts, build_vla
 from prismatic.models.vla_policy import VLAPolicyModel
+from prismatic.progress import over
 from prismatic.training.lora import fixed_batch
 from prismatic.training.retention.memory import to_device
 
@@ -121,7 +122,7 @@ def measure(model: VLAPolicyModel, rounds: int) -> dict:
     forms = {"straightforward": straightforward, "here": prediction}
     actions = {name: form(model) for name, form in forms.items()}  # also warms up
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for turn in range(rounds):
+    for turn in over(range(rounds), "timing", "rounds"):
         for name in sorted(forms, reverse=bool(turn % 2)):
             started = time.perf_counter()
             forms[name](model)  # ends with the actions on the CPU

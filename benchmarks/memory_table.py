@@ -20,6 +20,7 @@ from bf16_curves import plain_formulas
 
 from prismatic.command_line import UsageError, flag, one_of, parse_or_exit
 from prismatic.craft.reference import adapter_layers
+from prismatic.progress import over, say
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.memory import trace as tracing
 from prismatic.training.memory.report import CARDS, CONTEXT, FRAGMENTATION, GIB, allowance, largest_batch, peak_at
@@ -84,11 +85,11 @@ def main() -> None:
 def follow(cfg: MemoryTableConfig, file: Path, lean: bool) -> dict[str, Trace]:
     """The rows of a record; what is missing is traced."""
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for name in cfg.rows.split(";") if cfg.rows else ROWS:
-        if name not in record:
-            record[name] = asdict(traced(ROWS[name], lean))
-            print(f"{file.stem}, {name}: {record[name]['peak'] / GIB:.2f} GiB", flush=True)
-            write(file, json.dumps(record, indent=1) + "\n")
+    missing = [name for name in (cfg.rows.split(";") if cfg.rows else ROWS) if name not in record]
+    for name in over(missing, "tracing", "rows"):
+        record[name] = asdict(traced(ROWS[name], lean))
+        say(f"{file.stem}, {name}: {record[name]['peak'] / GIB:.2f} GiB")
+        write(file, json.dumps(record, indent=1) + "\n")
     return {name: Trace(**record[name]) for name in ROWS if name in record}
 
 

@@ -39,6 +39,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from craft_vla.serving.messages import pack, unpack
 from prismatic.command_line import bad_input_in_one_line, flag, parse
+from prismatic.progress import Progress
 
 SECONDS = 60.0
 """After which an answer is missing."""
@@ -252,13 +253,15 @@ def measure(cfg: LoadConfig) -> dict[str, Any]:
     for client in clients:
         client.start()
     memory, began = [], 0.0
-    while any(client.is_alive() for client in clients) and server.process.poll() is None:
-        if done.value and not began:
-            began = time.monotonic()
-        memory.append((done.value, round(server.megabytes(), 1)))
-        if answers.qsize() == cfg.clients:
-            break
-        time.sleep(0.5)
+    with Progress(cfg.requests, "asking", "requests") as progress:
+        while any(client.is_alive() for client in clients) and server.process.poll() is None:
+            if done.value and not began:
+                began = time.monotonic()
+            progress.advance(done.value - progress.done)
+            memory.append((done.value, round(server.megabytes(), 1)))
+            if answers.qsize() == cfg.clients:
+                break
+            time.sleep(0.5)
     seconds = time.monotonic() - began
     found = [answers.get(timeout=SECONDS) for _ in clients]
     for client in clients:

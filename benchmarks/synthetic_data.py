@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from prismatic.command_line import flag, parse_or_exit
+from prismatic.progress import over
 from prismatic.vla.datasets.rlds import Episode, write_rlds
 from prismatic.vla.images import encode_jpeg
 
@@ -69,7 +70,8 @@ def generate(cfg: SyntheticConfig) -> Path:
     """Write the data set; an existing one is kept. Returns its root."""
     directory = Path(cfg.output) / NAME / "1.0.0"
     if not directory.exists():
-        write_rlds(directory, NAME, episodes(cfg), cfg.shards, metadata={"jpeg_quality": 95})
+        made = over(episodes(cfg), "writing", "episodes", -(-cfg.frames // cfg.episode_length))
+        write_rlds(directory, NAME, made, cfg.shards, metadata={"jpeg_quality": 95})
     return Path(cfg.output)
 
 

@@ -31,6 +31,7 @@ from paired_times import paired_ratio
 from torch.utils.data import DataLoader
 
 from prismatic.command_line import UsageError, bad_input_in_one_line, flag, parse_or_exit
+from prismatic.progress import over
 from prismatic.training.config import FinetuneConfig
 from prismatic.training.retention.craft import CRaFT
 from prismatic.training.retention.memory import to_device
@@ -213,7 +214,7 @@ def run_all(cfg: StepTimesConfig) -> dict:
     for name in NAMES:
         bench.prime(name)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
-    for number in range(cfg.warmup + cfg.rounds):
+    for number in over(range(cfg.warmup + cfg.rounds), "timing", "rounds"):
         for name in shuffler.sample(NAMES, len(NAMES)):
             if name in bench.crafts:
                 require_plan(name, bench.crafts[name])

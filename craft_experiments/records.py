@@ -27,7 +27,7 @@ from prismatic.evidence.checks import RECORD, check_fields, is_count, is_number,
 from prismatic.evidence.failure_codes import FailureCode
 from prismatic.evidence.files import write_bytes, write_text
 from prismatic.evidence.hashes import content_hash
-from prismatic.training.checkpoint_folder import CARD, MANIFEST, TRAINING_STATE
+from prismatic.training.checkpoint_folder import CARD, TRAINING_STATE, has_own_card
 
 FORMAT = 1
 MAX_RECORD_BYTES = 1 << 28
@@ -178,7 +178,7 @@ def contents_of(flags: Mapping[str, str], names: Iterable[str] = CONTENT) -> dic
 
 
 def _content_of(place: str) -> str | None:
-    return content_hash(place, TRAINING_STATE, (CARD,) if (Path(place) / MANIFEST).is_file() else ())
+    return content_hash(place, TRAINING_STATE, (CARD,) if has_own_card(Path(place)) else ())
 
 
 def check_settings(path: Path, record: Mapping[str, Any], flags: Mapping[str, str]) -> None:

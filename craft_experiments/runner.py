@@ -20,6 +20,7 @@ from craft_experiments.records import State, locked, set_states
 from craft_experiments.settings import ROOT, Settings
 from experiments.robot.libero.kernels import fixed_kernels
 from prismatic.evidence.failure_codes import FailureCode
+from prismatic.progress import duration
 
 
 def run_table(s: Settings, jobs: dict[str, Job]) -> dict[str, FailureCode]:
@@ -53,7 +54,7 @@ def run_table(s: Settings, jobs: dict[str, Job]) -> dict[str, FailureCode]:
                     _finish_cell(s, job, failures)
             if left := len(todo) + len(running):
                 seconds = (time.monotonic() - started) * left / (count - left)
-                say(f"{count - left} of {count} jobs done, about {seconds / 60:.0f} min left")
+                say(f"{count - left} of {count} jobs done, about {duration(seconds)} left")
     return failures
 
 

@@ -14,6 +14,7 @@ PACKAGES = ("prismatic", "experiments", "craft_experiments", "craft_vla")
 ROOMS = (
     "prismatic.craft",
     "prismatic.command_line",
+    "prismatic.progress",
     "prismatic.evidence",
     "prismatic.output_folder",
     "prismatic.model_files",

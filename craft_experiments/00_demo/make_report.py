@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a chec
 
 from demo_results import COLUMN_LABELS, OLD, TRAINED, DemoResults, load_results, row_label
 
-from craft_experiments.common_utils.job_slots import duration
 from craft_experiments.common_utils.plots import COLOURS, DRIFT, plot_drift, plot_success_bars
 from craft_experiments.common_utils.report_folder import read_folder
 from prismatic.command_line import bad_input_in_one_line
@@ -23,6 +22,7 @@ from prismatic.evidence.files import write_text
 from prismatic.evidence.pairing import PairedCounts, paired
 from prismatic.evidence.results import Evaluation, TrainingMetrics
 from prismatic.evidence.statistics import intervals_overlap
+from prismatic.progress import duration
 
 COMPARISONS = {
     "target": [("start", "plain"), *(("plain", row) for row in (*TRAINED[1:], "grey", "playback"))],

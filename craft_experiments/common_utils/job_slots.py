@@ -21,6 +21,7 @@ from craft_experiments.common_utils.terminal import say
 from prismatic.command_line import UsageError
 from prismatic.evidence.checks import parse_object
 from prismatic.evidence.files import remove_leftovers, write_text
+from prismatic.progress import duration
 
 POLL_S = 0.1
 GRACE_S = 30.0
@@ -364,9 +365,3 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def duration(seconds: float) -> str:
-    """``5 min 10 s``, ``42 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,6 +67,17 @@ class Batcher:
         self._waiting: deque[_Request] = deque()
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "policy")
+        self._is_running = False
+        self._began: float | None = None  # the batch that is worked on
+
+    def trouble(self) -> str | None:
+        """Why nobody is answered, in one line; None as long as nothing is known to be wrong."""
+        if not self._is_running:
+            return "the policy's thread has ended, expected it to run: restart the server"
+        seconds = 0.0 if self._began is None else time.monotonic() - self._began
+        if seconds > self._seconds:
+            return f"the policy has worked on one batch for {seconds:.0f} s, expected at most {self._seconds:g} s"
+        return None
 
     async def ask(self, observation: Any) -> np.ndarray:
         """The chunk (K, A) for an observation.
@@ -85,6 +97,7 @@ class Batcher:
     async def run(self) -> None:
         """Answer requests until cancelled."""
         loop = asyncio.get_running_loop()
+        self._is_running = True
         try:
             while True:
                 await self._wake.wait()
@@ -93,7 +106,9 @@ class Batcher:
                     self._wake.clear()
                     continue
                 observations = [request.observation for request in batch]
+                self._began = time.monotonic()
                 outcomes = await loop.run_in_executor(self._thread, self._work, observations)
+                self._began = None
                 for request, outcome in zip(batch, outcomes, strict=True):
                     if request.answer.done():
                         continue
@@ -103,6 +118,7 @@ class Batcher:
                         request.answer.set_result(outcome)
                 del observations, outcomes, batch, request, outcome  # images; the next batch may be hours away
         finally:
+            self._is_running = False
             self._thread.shutdown(wait=False)
 
     def _take(self) -> list[_Request]:

@@ -16,6 +16,7 @@ from craft_vla.serving.limits import Limits
 from experiments.robot.libero.controls import to_simulator_actions
 from prismatic.command_line import bad_input_in_one_line, flag, parse, require_package
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
+from prismatic.progress import Progress
 
 if TYPE_CHECKING:
     import socket
@@ -60,15 +61,18 @@ def prepare(cfg: ServeConfig) -> tuple[uvicorn.Server, socket.socket]:
     if cfg.data_set_file is not None:
         load_data_set_file(cfg.data_set_file)
     given: dict[str, Any] = {"base": cfg.base_checkpoint, "robot": cfg.robot_platform}
-    policy = load_policy(cfg.pretrained_checkpoint, cfg.device, cfg.unnorm_key or None, **given)
-    as_simulator = cfg.gripper == "simulator"
-    if as_simulator and not is_libero(policy):
-        raise ValueError(
-            f"--gripper simulator: found data {policy.unnorm_key!r}, whose gripper has a convention of its own, "
-            "expected data registered as LIBERO's; use --gripper data"
-        )
-    place = listen(cfg.host, cfg.port)
-    metadata = describe(policy, cfg, as_simulator)
+    with Progress(2, "starting", "steps", note="reads the policy") as progress:
+        policy = load_policy(cfg.pretrained_checkpoint, cfg.device, cfg.unnorm_key or None, **given)
+        as_simulator = cfg.gripper == "simulator"
+        if as_simulator and not is_libero(policy):
+            raise ValueError(
+                f"--gripper simulator: found data {policy.unnorm_key!r}, whose gripper has a convention of its own, "
+                "expected data registered as LIBERO's; use --gripper data"
+            )
+        place = listen(cfg.host, cfg.port)
+        progress.advance(note="measures how fast it answers")
+        metadata = describe(policy, cfg, as_simulator)
+        progress.advance()
     shown = {"shown": to_simulator_actions} if as_simulator else {}
     return make_server(policy, policy.cameras, metadata, cfg, token, **shown), place
 

@@ -46,7 +46,8 @@ _NO_PROTOCOL = frozenset(
         "model_family", "pretrained_checkpoint", "base_checkpoint", "unnorm_key", "control", "replay_dataset",
         "replay_episode", "task_suite_name", "task_ids", "num_trials_per_task", "initial_state_offset", "seed",
         "render_mode", "env_img_res", "language_source", "control_results",
-        "run_id_note", "local_log_dir", "use_wandb", "wandb_entity", "wandb_project", "save_version", "num_workers",
+        "run_id_note", "local_log_dir", "use_wandb", "use_tensorboard", "use_trackio",
+        "wandb_entity", "wandb_project", "save_version", "num_workers",
         "worker_timeout_s", "max_consecutive_errors", "max_videos", "video_frame_interval", "save_videos",
         "rollout_dir", "results_dir", "resume", "shard",
     }

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prismatic.progress import Progress
+
 _BLOCK = 1 << 22
+_SHOWN = 1 << 29
 
 
 def files_hash(root: Path, files: Iterable[Path], replaced: Mapping[Path, bytes] | None = None) -> str:
@@ -19,15 +22,16 @@ def files_hash(root: Path, files: Iterable[Path], replaced: Mapping[Path, bytes]
         files: regular files.
         replaced: content to take instead of a file's own.
     """
-    digest = hashlib.sha256()
-    for path in files:
-        content = (replaced or {}).get(path)
-        size = path.stat().st_size if content is None else len(content)
-        digest.update(f"{path.relative_to(root).as_posix()}:{size}\n".encode())
-        if content is not None:
-            digest.update(content)
-            continue
-        _take(digest, path)
+    digest, files = hashlib.sha256(), list(files)
+    with _progress(files) as progress:
+        for path in files:
+            content = (replaced or {}).get(path)
+            size = path.stat().st_size if content is None else len(content)
+            digest.update(f"{path.relative_to(root).as_posix()}:{size}\n".encode())
+            if content is not None:
+                digest.update(content)
+                continue
+            _take(digest, path, progress)
     return digest.hexdigest()[:16]
 
 
@@ -74,12 +78,20 @@ def file_hash(path: str) -> str:
 def sha256_of(*paths: str | os.PathLike[str]) -> str:
     """64 hexadecimal digits of the contents of files, one after the other.  Raises OSError."""
     digest = hashlib.sha256()
-    for path in paths:
-        _take(digest, path)
+    with _progress(paths) as progress:
+        for path in paths:
+            _take(digest, path, progress)
     return digest.hexdigest()
 
 
-def _take(digest: Any, path: str | os.PathLike[str]) -> None:
+def _progress(paths: Sequence[str | os.PathLike[str]]) -> Progress:
+    """Of reading files, for those that take more than a moment."""
+    size = sum(os.stat(path).st_size for path in paths)
+    return Progress(size if size >= _SHOWN else 0, "hashing", "B", leave=False)
+
+
+def _take(digest: Any, path: str | os.PathLike[str], progress: Progress) -> None:
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
+            progress.advance(len(block))

@@ -15,6 +15,7 @@ from pathlib import Path
 from prismatic.command_line import bad_input_in_one_line, flag, parse
 from prismatic.model_files import ROBOT_PLATFORM
 from prismatic.output_folder import check_folder, held
+from prismatic.progress import Progress
 from prismatic.training.interpolation import check_scale, interpolate_checkpoint, save_policy
 from prismatic.vla.datasets.registry import load_data_set_file
 
@@ -53,8 +54,12 @@ def _interpolate(cfg: InterpolateConfig) -> None:
         raise FileExistsError(f"--output {cfg.output} exists already")
     if cfg.data_set_file is not None:
         load_data_set_file(cfg.data_set_file)
-    policy = interpolate_checkpoint(cfg.checkpoint, cfg.adapter_scale, cfg.base or None, cfg.parts, cfg.robot_platform)
-    folder = save_policy(policy, cfg.output)
+    with Progress(2, "interpolating", "steps", note="reads both policies") as progress:
+        base, robot = cfg.base or None, cfg.robot_platform
+        policy = interpolate_checkpoint(cfg.checkpoint, cfg.adapter_scale, base, cfg.parts, robot)
+        progress.advance(note="writes the policy")
+        folder = save_policy(policy, cfg.output)
+        progress.advance()
     record = policy.manifest["interpolation"]
     print(f"{folder}: {record['base']} + {cfg.adapter_scale} ({cfg.checkpoint} - {record['base']}), {cfg.parts}")
 

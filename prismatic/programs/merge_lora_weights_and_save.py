@@ -19,9 +19,10 @@ from prismatic.command_line import bad_input_in_one_line, flag, parse
 from prismatic.evidence.files import write_json
 from prismatic.model_files import BASE_CHECKPOINT, has_weights, read_json
 from prismatic.output_folder import check_folder, held
+from prismatic.progress import Progress
 from prismatic.training.base_model import BaseModel
 from prismatic.training.checkpoint_files import read_manifest
-from prismatic.training.checkpoint_folder import CARD, LISTING, MANIFEST, TRAINING_STATE, publish, seal
+from prismatic.training.checkpoint_folder import CARD, LISTING, MANIFEST, PUBLISHED, TRAINING_STATE, publish, seal
 from prismatic.training.checkpoints import add_merged_model, load_checkpoint, load_unmerged
 from prismatic.training.folder_kinds import check_is_checkpoint
 from prismatic.training.interpolation import check_scale, scale_adapters
@@ -63,11 +64,21 @@ def merge(cfg: MergeConfig) -> None:
 def _merge(cfg: MergeConfig, source: Path, folder: Path) -> None:
     if cfg.output_dir and folder.exists():
         raise FileExistsError(f"--output_dir {folder} exists already")
+    with Progress(3 + cfg.export_published_layout, "merging", "steps", note="reads adapters and base") as progress:
+        difference, exported = _merge_in_steps(cfg, source, folder, progress)
+    print(f"merged into {folder}: largest difference of a normalised action {difference:.3g} (allowed {cfg.tolerance})")
+    if exported is not None:
+        print(f"exported to {exported}")
+
+
+def _merge_in_steps(cfg: MergeConfig, source: Path, folder: Path, progress: Progress) -> tuple[float, Path | None]:
+    """(largest difference of a normalised action, folder of the export)."""
     given = cfg.base_checkpoint or None
     adapted = load_unmerged(source, given)
     scale_adapters(adapted.model.vla, cfg.adapter_scale)
     if cfg.export_published_layout:
         check_exportable(adapted.model)
+    progress.advance(note="writes the merged model and compares")
     work = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(source, work, ignore=shutil.ignore_patterns(TRAINING_STATE, LISTING))
@@ -75,11 +86,15 @@ def _merge(cfg: MergeConfig, source: Path, folder: Path) -> None:
     _record_scale(work, cfg.adapter_scale)
     _record_base(work, folder, BaseModel.from_dict(adapted.manifest["base"], source).find(source, given))
     write_card(work)
+    progress.advance(note="hashes its files")
     _publish(work, folder)
-    print(f"merged into {folder}: largest difference of a normalised action {difference:.3g} (allowed {cfg.tolerance})")
-    if cfg.export_published_layout:
-        suffix = adapted.manifest["file_suffix"]
-        print(f"exported to {export_published(load_checkpoint(folder), f'{folder}--published', suffix)}")
+    progress.advance(note="exports" if cfg.export_published_layout else "")
+    if not cfg.export_published_layout:
+        return difference, None
+    suffix = adapted.manifest["file_suffix"]
+    exported = export_published(load_checkpoint(folder), f"{folder}{PUBLISHED}", suffix)
+    progress.advance(note="")
+    return difference, exported
 
 
 def _record_scale(work: Path, scale: float) -> None:

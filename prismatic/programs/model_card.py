@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from prismatic.command_line import MISTAKES, OneLineParser, bad_input_in_one_line
 
@@ -26,24 +27,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     with bad_input_in_one_line(PROGRAM, MISTAKES):
-        folder = _checkpoint(args.checkpoint)
+        folder, manifest = args.checkpoint, _manifest(args.checkpoint)
         from prismatic.output_folder import check_folder
         from prismatic.training.card_results import read_results
         from prismatic.training.model_card import write_card
 
         check_folder(folder, "CHECKPOINT")
-        print(write_card(folder, [read_results(place, folder) for place in args.results]))
+        print(write_card(folder, [read_results(place, folder) for place in args.results], manifest))
 
 
-def _checkpoint(folder: Path) -> Path:
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """What an export does not say of itself: the manifest of the checkpoint beside it. None for a checkpoint."""
     from prismatic.model_files import CheckpointError
-    from prismatic.training.checkpoint_folder import MANIFEST
+    from prismatic.training.checkpoint_files import read_manifest
+    from prismatic.training.checkpoint_folder import MANIFEST, PUBLISHED
     from prismatic.training.folder_kinds import check_is_checkpoint
 
     check_is_checkpoint(folder)
-    if not (folder / MANIFEST).exists():
-        raise CheckpointError(f"{folder} is a published folder without {MANIFEST}, expected a checkpoint of this code")
-    return folder
+    if (folder / MANIFEST).exists():
+        return None
+    path = folder.resolve()
+    source = path.with_name(path.name.removesuffix(PUBLISHED))
+    if source == path or not (source / MANIFEST).exists():
+        raise CheckpointError(
+            f"{folder} is a published folder without {MANIFEST}, expected a checkpoint of this code, or its export "
+            f"NAME{PUBLISHED} beside it"
+        )
+    return read_manifest(source)
 
 
 if __name__ == "__main__":

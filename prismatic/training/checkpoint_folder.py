@@ -26,6 +26,10 @@ LATEST = "latest"
 MANIFEST = "craft_checkpoint.json"
 CARD = "README.md"
 """The model card. It is not in the list of files: its owner edits it, and an evaluation rewrites it."""
+LARGEST_CARD = 1 << 20
+CARD_END = "<!-- end of the generated card: what stands below this line is kept -->"
+PUBLISHED = "--published"
+"""What the name of a checkpoint's export in the published layout ends with."""
 TRAINING_STATE = "training_state"
 _TMP, _OLD, _DELETED = ".tmp", ".old", ".deleted"
 # What a run keeps in its own folder, which `--save_latest_checkpoint_only True` shares with the checkpoint.
@@ -40,6 +44,14 @@ _RUN_FILES = (
 )
 # Hashing these costs nothing, and they decide how much memory a model takes.
 _ALWAYS_HASHED = 1 << 20
+
+
+def has_own_card(folder: Path) -> bool:
+    """Whether `README.md` in a folder is a model card of ours, which says things and decides nothing."""
+    card = folder / CARD
+    if (folder / MANIFEST).is_file() or not card.is_file():
+        return card.is_file()
+    return card.stat().st_size <= LARGEST_CARD and CARD_END.encode() in card.read_bytes()
 
 
 class CheckpointWriteError(RuntimeError):
@@ -172,7 +184,7 @@ def remove_folder(folder: Path) -> None:
 
 def remove_leftovers(root: Path, run_id: str) -> None:
     """Finish what dead processes of this run left: replacements, half-written and half-deleted folders."""
-    pattern = re.compile(re.escape(run_id) + r"(--\d+_chkpt)?(--published)?(\.old)?(\.tmp|\.old|\.deleted)")
+    pattern = re.compile(rf"{re.escape(run_id)}(--\d+_chkpt)?({PUBLISHED})?(\.old)?(\.tmp|\.old|\.deleted)")
     for path in sorted(root.iterdir()) if root.exists() else ():
         if not pattern.fullmatch(path.name):
             continue
@@ -204,7 +216,7 @@ def prune(root: Path, run_id: str, newest: Path, keep_last: int | None, keep_eve
     kept |= {path for step, path in found if keep_every is not None and step % keep_every == 0}
     removed = [path for _, path in found if path not in kept]
     for path in removed:
-        for folder in (path, path.with_name(f"{path.name}--published")):
+        for folder in (path, path.with_name(f"{path.name}{PUBLISHED}")):
             if folder.exists():
                 remove_folder(folder)
     return removed

@@ -55,6 +55,7 @@ from prismatic.training.checkpoint_files import (
 from prismatic.training.checkpoint_folder import (
     LISTING,
     MANIFEST,
+    PUBLISHED,
     TRAINING_STATE,
     check_files,
     explained_write_errors,
@@ -189,9 +190,9 @@ def write_checkpoint(cfg: FinetuneConfig, setup: TrainingSetup, snapshot: Snapsh
         if cfg.merge_lora_during_training:
             with snapshot.policy_weights():
                 add_merged_model(setup.model, temporary)
-        write_card(temporary)
+        write_card(temporary, earlier=folder)
         if cfg.export_published_layout:
-            published = folder.with_name(f"{folder.name}--published")
+            published = folder.with_name(f"{folder.name}{PUBLISHED}")
             export_published(load_checkpoint(temporary), published, snapshot.suffix)
         publish(temporary, folder)
     return folder

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prismatic.command_line import ForeignFlag, given_flags, parse, require_package
+from prismatic.command_line import ForeignFlag, given_flags, parse
 from prismatic.training.config import FinetuneConfig
-from prismatic.training.writers import WRITERS
+from prismatic.training.writers import require_services
 
 _DIFFUSION = ForeignFlag("diffusion heads are not implemented; leave it out", harmless=None)
 _START = ForeignFlag("use --config_file_path FOLDER")
@@ -33,6 +33,5 @@ def parse_flags(args: Sequence[str] | None = None) -> FinetuneConfig:
     """
     cfg = parse(FinetuneConfig, args, FOREIGN, "Fine-tune a vision-language-action policy, plain or under CRaFT.")
     cfg.check_switches(given_flags(args))
-    for name in cfg.services:
-        require_package(f"--use_{name} True", WRITERS[name].package, name)
+    require_services(cfg)
     return cfg

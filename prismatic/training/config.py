@@ -26,7 +26,6 @@ from prismatic.training.flags import (
     TuningFlags,
 )
 from prismatic.training.schedules import LRSchedule, ScheduleSettings, parse_boundaries
-from prismatic.training.writers import WRITERS
 
 # Flags of the published script that this code base does not implement: a value other than the default is an error,
 # not a silent no-op.
@@ -348,11 +347,6 @@ class FinetuneConfig(
         if self.retention.measures_drift or self.craft_log_freq != FinetuneConfig.craft_log_freq:
             return self.craft_log_freq
         return self.wandb_log_freq
-
-    @property
-    def services(self) -> list[str]:
-        """Names of the services that get the metrics as well (`writers.py`)."""
-        return [name for name in WRITERS if getattr(self, f"use_{name}")]
 
     def precision(self, on_cuda: bool) -> str:
         """Mixed precision: `auto` is bf16 on CUDA and none on the CPU, where bf16 is several times slower."""

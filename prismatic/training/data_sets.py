@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from prismatic.training.tracking import say
+from prismatic.progress import say
 from prismatic.vla.datasets.dataset import DatasetSettings, VLADataset
 from prismatic.vla.datasets.format_table import expected_files, find_format, folder_and_split
 

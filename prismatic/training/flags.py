@@ -282,7 +282,7 @@ class TrackingFlags:
     use_wandb: bool = flag(
         False, "report to Weights & Biases as well; WANDB_MODE=offline in the environment: no network"
     )
-    use_tensorboard: bool = flag(False, "event files in {run_root_dir}/{run_id}/tensorboard")
+    use_tensorboard: bool = flag(False, "event files in tensorboard/ of the run's folder")
     use_trackio: bool = flag(False, "report to trackio on this machine as well; TRACKIO_DIR says where")
     wandb_entity: str | None = flag(None, "account")
     wandb_project: str = flag("craft-vla", "project, also of trackio")

@@ -14,10 +14,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from prismatic.evidence.files import write_json
 from prismatic.model_files import read_json
+from prismatic.progress import Progress, say
 from prismatic.training.checkpoint_folder import MANIFEST
 from prismatic.training.compilation import compile_policy
 from prismatic.training.config import FinetuneConfig
@@ -37,11 +37,11 @@ from prismatic.training.saving import CheckpointSaver, folder_to_resume
 from prismatic.training.step import StepContext, optimizer_step
 from prismatic.training.stop_signal import StopSignal, ignore_stop_signals
 from prismatic.training.throughput import Throughput, throughput_text
-from prismatic.training.tracking import Tracker, say
+from prismatic.training.tracking import MetricsFile, Tracker
 from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.training_state import TrainingState, restore_training_state
 from prismatic.training.validation import ValidationSettings, Validator
-from prismatic.training.writers import RunFacts, open_writers
+from prismatic.training.writers import RunFacts, open_writers, services_of
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.sampler import EpochSampler
 
@@ -92,20 +92,21 @@ class Trainer:
         self._announce()
         self.model.train()
         batches = self.batches()
-        progress = tqdm(range(self.step, self.cfg.max_steps), disable=None, desc="fine-tuning", unit="step")
         try:
             with (
                 StopSignal(self.accelerator) as stop,
                 explained_faults(self.cfg, self.accelerator.num_processes),
                 self.saver,
                 closing(batches),  # ends the data workers
+                Progress(self.cfg.max_steps, "fine-tuning", "steps", done=self.step) as progress,
             ):
-                for _ in progress:
+                while self.step < self.cfg.max_steps:
                     metrics = self._train_one_step(batches)
                     self._land()
                     self._log(metrics | self._validate())
                     stopping = stop.agreed()
                     self._save_when_due(stopping)
+                    progress.advance()
                     if stopping:
                         break
                 self._say_verdict()
@@ -275,8 +276,9 @@ class Trainer:
 
     def _build_tracker(self) -> Tracker:
         cfg, folder = self.cfg, self.setup.run_dir
-        facts = RunFacts(folder, cfg.run_id, self.step, cfg.wandb_project, cfg.wandb_entity, cfg.to_dict())
-        return Tracker(folder, self.step, open_writers(cfg.services, facts))
+        facts = RunFacts(folder, cfg.run_id, self.step, cfg.wandb_project, cfg.wandb_entity, cfg.to_dict(), "ft+")
+        services = open_writers(services_of(cfg), facts)
+        return Tracker([MetricsFile(folder, self.step), *services])
 
     def batches(self) -> Generator[dict[str, Any], None, None]:
         """Endless batches on the training device, from the sampler's position."""

@@ -23,15 +23,16 @@ from prismatic.evidence.checks import is_integer, is_number
 from prismatic.evidence.files import write_text
 from prismatic.model_files import read_json
 from prismatic.training.card_results import Results, results_section
-from prismatic.training.checkpoint_folder import CARD, MANIFEST
+from prismatic.training.checkpoint_folder import CARD, LARGEST_CARD, MANIFEST
+from prismatic.training.checkpoint_folder import CARD_END as END
 from prismatic.training.shortest_command import shortest_command
 from prismatic.vla.datasets.registry import expand_data_set_names
 
-END = "<!-- end of the generated card: what stands below this line is kept -->"
 _OWNERS = ("license", "license_name", "license_link", "base_model")
+_EXPORTED = "exported"
+"""Entry beside those of the manifest: the folder is an export in the published layout, with merged weights."""
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]")
-_LARGEST_CARD = 1 << 20
 _MOST_SENTENCES = 40
 _LIBERO = (
     "position and rotation (axis-angle) deltas as LIBERO's controller takes them, then the gripper in [0, 1], where "
@@ -43,18 +44,26 @@ _OWN = (
 )
 
 
-def write_card(folder: Path, results: Sequence[Results] = ()) -> Path:
+def write_card(
+    folder: Path,
+    results: Sequence[Results] = (),
+    manifest: Mapping[str, Any] | None = None,
+    earlier: Path | None = None,
+) -> Path:
     """Write the card of a checkpoint folder of ours and return its path.
 
     Args:
-        folder: with `craft_checkpoint.json` and `dataset_statistics.json`.
+        folder: with `dataset_statistics.json`, and `craft_checkpoint.json` unless it is an export.
         results: evaluations for its table.
+        manifest: of an export in the published layout: that of the checkpoint it was made of.
+        earlier: the folder that this one will replace, whose card may have an owner's words. None: this one.
 
     Raises MissingFileError and CheckpointError for files that cannot be read, OSError when the card cannot be written.
     """
-    manifest, statistics = (_utf8(read_json(folder / name)) for name in (MANIFEST, "dataset_statistics.json"))
-    owners, below = _kept(folder / CARD)
-    write_text(folder / CARD, card_text(manifest, statistics, results, owners) + below)
+    facts = read_json(folder / MANIFEST) if manifest is None else {**manifest, _EXPORTED: True}
+    statistics = _utf8(read_json(folder / "dataset_statistics.json"))
+    owners, below = _kept((earlier or folder) / CARD)
+    write_text(folder / CARD, card_text(_utf8(facts), statistics, results, owners) + below)
     return folder / CARD
 
 
@@ -83,7 +92,7 @@ def card_text(
 def _kept(card: Path) -> tuple[dict[str, Any], str]:
     """(entries of the YAML, text below the card) that the owner of an earlier card wrote."""
     try:
-        if not card.is_file() or card.stat().st_size > _LARGEST_CARD:
+        if not card.is_file() or card.stat().st_size > LARGEST_CARD:
             return {}, ""
         text = card.read_text(encoding="utf-8")
         front = _FRONT.match(text)
@@ -126,6 +135,8 @@ def _introduction(manifest: Mapping[str, Any], training: Mapping[str, Any]) -> s
         f"with CRaFT's training code on {names}. This page is made of what the folder records.\n\n"
         "**Licence:** the front matter says `unknown` until the owner of the weights edits it. What the start model "
         "and the data allow decides; the licence of the training code says nothing about the weights."
+        + "\n\nThe files have the layout of published VLA-Adapter checkpoints."
+        * bool(manifest.get(_EXPORTED))
     )
 
 
@@ -136,7 +147,7 @@ def _use(manifest: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[str
     count = manifest.get("num_images")
     names = [str(name) for name in names][: count if is_integer(count) else None]
     options = f", unnorm_key={_python(keys[0])}" if len(keys) > 1 else ""
-    is_adapter = manifest.get("tuning") == "lora" and not manifest.get("merge")
+    is_adapter = manifest.get("tuning") == "lora" and not manifest.get("merge") and not manifest.get(_EXPORTED)
     options += ', base="START_FOLDER"' if is_adapter else ""
     images = "{" + ", ".join(f"{_python(name)}: image_{n}" for n, name in enumerate(names, start=1)) + "}"
     code = [

@@ -36,6 +36,7 @@ from prismatic.training.checkpoint_files import (
     read_config,
     read_statistics,
 )
+from prismatic.training.model_card import write_card
 from prismatic.training.published_spec import HeadSizes, published_spec
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.images import ImageSpec
@@ -282,6 +283,7 @@ def export_published(
     _write_component(model.action_head.state_dict(), temporary / f"{_HEAD}--{suffix}.pt")
     if model.proprio_projector is not None:
         _write_component(model.proprio_projector.state_dict(), temporary / f"{_PROPRIO}--{suffix}.pt")
+    write_card(temporary, manifest=checkpoint.manifest, earlier=folder)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     return folder

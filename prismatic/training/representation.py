@@ -26,6 +26,7 @@ import torch
 
 from prismatic.craft.reference import quiet_pass
 from prismatic.evidence.files import write_json
+from prismatic.progress import over
 from prismatic.training.checkpoint_files import LoadedCheckpoint, package_versions
 from prismatic.training.compared_policies import check_comparable, describe_checkpoint, start_key
 from prismatic.training.data_sets import open_data
@@ -83,7 +84,8 @@ def measure_retention(
     device = torch.device(settings.device)
     models = [loaded.model.to(device).requires_grad_(False) for loaded in (start, trained)]
     with quiet_pass(models[0]), quiet_pass(models[1]):
-        for batches in samples.batches(settings.batch_size):
+        count = -(-len(samples.indices) // settings.batch_size)
+        for batches in over(samples.batches(settings.batch_size), "measuring", "batches", count):
             record.add(models, [to_device(batch, device) for batch in batches])
     features = {name: Pooled.joined(chunks) for name, chunks in record.pooled.items()}
     return {

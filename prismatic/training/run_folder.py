@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prismatic.command_line import UsageError
 from prismatic.output_folder import hold, release
-from prismatic.training.checkpoint_folder import MANIFEST, find_checkpoints, remove_folder
+from prismatic.training.checkpoint_folder import MANIFEST, PUBLISHED, find_checkpoints, remove_folder
 from prismatic.training.config import FinetuneConfig
 
 METRICS = "metrics.jsonl"
@@ -70,5 +70,5 @@ def _folders(cfg: FinetuneConfig) -> list[Path]:
     """All that a run of this id left."""
     root = Path(cfg.run_root_dir)
     folders = [root / cfg.run_id, *(path for _, path in find_checkpoints(root, cfg.run_id))]
-    both = [path for folder in folders for path in (folder, folder.with_name(f"{folder.name}--published"))]
+    both = [path for folder in folders for path in (folder, folder.with_name(f"{folder.name}{PUBLISHED}"))]
     return [path for path in both if path.exists()]

@@ -29,6 +29,7 @@ from prismatic.models.presets import (
     image_spec_of,
 )
 from prismatic.models.vla_policy import VLAPolicyModel
+from prismatic.progress import say
 from prismatic.training.base_model import BaseModel
 from prismatic.training.checkpoint_files import load_processor, read_config
 from prismatic.training.checkpoint_folder import MANIFEST
@@ -39,7 +40,6 @@ from prismatic.training.folder_kinds import is_vlm
 from prismatic.training.instruction_record import recorded_instructions
 from prismatic.training.lora import lora_targets
 from prismatic.training.published import check_exportable
-from prismatic.training.tracking import say
 from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.vlm_folder import load_vlm
 from prismatic.vla.action_spec import ActionSpec

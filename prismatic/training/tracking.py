@@ -1,4 +1,4 @@
-"""Metrics of a run: a JSONL file always, other services when asked (`writers.py`), and lines on the console."""
+"""Metrics of a run: its own file, services when asked (`writers.py`), and lines on the console."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-
-from tqdm import tqdm
 
 from prismatic.evidence.checks import is_integer, parse_object
 from prismatic.evidence.files import write_text
+from prismatic.progress import say
 from prismatic.training.run_folder import METRICS
 from prismatic.training.writers import Writer
 
@@ -65,25 +64,26 @@ class MetricsFile(Writer):
 
 
 class Tracker:
-    """Gives the metrics of a run to its writers: `metrics.jsonl` always, services when asked.
+    """Gives the metrics of a run to its writers.
 
-    What a writer raises is said once per writer: a full disk or a lost connection does not end a training.
-
-    Args:
-        run_dir: folder of the run, created when missing.
-        start_step: number of optimizer steps that were made before.
-        services: further writers.
+    What a writer raises is said once per writer: a full disk or a lost connection ends no run.
     """
 
-    def __init__(self, run_dir: Path, start_step: int = 0, services: Sequence[Writer] = ()) -> None:
-        self._writers: list[Writer] = [MetricsFile(run_dir, start_step), *services]
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self._writers = list(writers)
         self._warned: set[str] = set()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics (plain numbers) of optimizer step `step`, counted from 1."""
+        """Record metrics, as `Writer.log`."""
         for writer in self._writers:
             with self._said_once(writer):
                 writer.log(step, metrics)
+
+    def attach(self, file: Path) -> None:
+        """Keep a finished file where files are kept."""
+        for writer in self._writers:
+            with self._said_once(writer):
+                writer.attach(file)
 
     @contextmanager
     def _said_once(self, writer: Writer) -> Iterator[None]:
@@ -91,7 +91,7 @@ class Tracker:
             yield
         except Exception as error:  # the libraries raise many kinds
             if writer.name not in self._warned:
-                say(f"WARNING: {writer.name} cannot be written ({type(error).__name__}: {error}); the training goes on")
+                say(f"WARNING: {writer.name} cannot be written ({type(error).__name__}: {error}); the run goes on")
             self._warned.add(writer.name)
 
     def message(self, text: str) -> None:
@@ -109,12 +109,6 @@ class Tracker:
         for writer in self._writers:
             with self._said_once(writer):
                 writer.close()
-
-
-def say(text: str) -> None:
-    """A line on the console that does not disturb a progress bar; nothing when the console is gone."""
-    with suppress(OSError, ValueError):
-        tqdm.write(text)
 
 
 def _truncate_after(path: Path, start_step: int) -> None:

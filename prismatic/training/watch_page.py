@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prismatic.evidence.cells import one_line
+from prismatic.progress import duration
 from prismatic.training.watched_run import RunView
 
 _LABEL = 13
@@ -78,7 +79,7 @@ def _progress(run: RunView, screen: Screen) -> list[str]:
     lines = [_line("step", f"{run.step:,} of {run.total:,}"), _line("", _bar(share, screen) + f" {share:.0%}")]
     left = run.seconds_left
     if run.state == "running" and left is not None:
-        lines.append(_line("time left", f"about {_duration(left)}"))
+        lines.append(_line("time left", f"about {duration(left)}"))
     if run.state == "stopped":
         lines.append(_line("", "stopped: --resume auto continues it"))
     return lines
@@ -132,7 +133,7 @@ def _files(run: RunView, screen: Screen) -> list[str]:
         at = "" if step is None else f"step {step:,}: "
         lines.append(_line("checkpoint", f"{at}{folder.name}"))
     if run.age is not None and run.state == "running":
-        lines.append(_line("last line", f"{_duration(run.age)} ago"))
+        lines.append(_line("last line", f"{duration(run.age)} ago"))
     if run.unreadable:
         lines.append(_line("metrics", f"{run.unreadable:,} lines could not be read"))
     return lines
@@ -207,16 +208,3 @@ def _bar(share: float, screen: Screen) -> str:
 
 def _text(value: float) -> str:
     return f"{value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    if not math.isfinite(seconds) or seconds >= 1000 * 86400:
-        return "more than 1000 days"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,4 +1,4 @@
-"""Where the metrics of a run go beside `metrics.jsonl`: a class per service, and the table of them.
+"""Where the metrics of a training or an evaluation go beside its own files: a class per service, and their table.
 
 A service's package is optional and imported when its flag asks for it (`--use_wandb True`).
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from prismatic.command_line import UsageError
+from prismatic.command_line import UsageError, require_package
 
 _EVENTS = "events.out.tfevents."
 
@@ -22,7 +22,7 @@ class RunFacts:
     """What a writer may want to know of a run.
 
     folder: of the run. run_id: its name. start_step: optimizer steps that were made before. project, entity: of the
-    service, as the flags say. flags: all of them, JSON-ready.
+    service, as the flags say. flags: all of them, JSON-ready. prefix: what published code puts before the name at W&B.
     """
 
     folder: Path
@@ -31,6 +31,7 @@ class RunFacts:
     project: str = "craft-vla"
     entity: str | None = None
     flags: Mapping[str, Any] | None = None
+    prefix: str = ""
 
 
 class Writer(ABC):
@@ -41,7 +42,14 @@ class Writer(ABC):
 
     @abstractmethod
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics (plain numbers, also NaN) of optimizer step `step`, counted from 1."""
+        """Record the metrics (plain numbers, also NaN) of optimizer step `step`, counted from 1.
+
+        Of an evaluation `step` is the number of its episodes.
+        """
+
+    def attach(self, file: Path) -> None:
+        """Keep a finished file with the run."""
+        return  # not every one keeps files
 
     def sync(self) -> None:
         """Bring to the disk what has been logged, as far as that is in this process's hands."""
@@ -72,11 +80,17 @@ class WandbWriter(Service):
         import wandb
 
         self._run = wandb.init(
-            project=facts.project, entity=facts.entity, name=f"ft+{facts.run_id}", config=dict(facts.flags or {})
+            project=facts.project,
+            entity=facts.entity,
+            name=f"{facts.prefix}{facts.run_id}",
+            config=dict(facts.flags or {}),
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
+
+    def attach(self, file: Path) -> None:
+        self._run.save(str(file), base_path=str(file.parent), policy="now")
 
     def close(self) -> None:
         self._run.finish()
@@ -139,6 +153,17 @@ WRITERS: dict[str, type[Service]] = {
     "trackio": TrackioWriter,
 }
 """By the name of the flag `--use_{name}` and of the extra that installs the package."""
+
+
+def services_of(flags: object) -> list[str]:
+    """Names of the services that the flags `use_{name}` of a config ask for."""
+    return [name for name in WRITERS if getattr(flags, f"use_{name}")]
+
+
+def require_services(flags: object) -> None:
+    """UsageError for a service that is asked for and whose package is not installed; nothing is imported."""
+    for name in services_of(flags):
+        require_package(f"--use_{name} True", WRITERS[name].package, name)
 
 
 def open_writers(names: list[str], facts: RunFacts) -> list[Writer]:

@@ -278,6 +278,20 @@ def test_a_worker_stops_when_its_run_was_killed(tmp_path, monkeypatch):
     assert collected == [0]
 
 
+def tell_and_end(cfg, share, tell):
+    """In place of `collect_share`; task 3 dies after its line."""
+    tell(f"task {share.task_id}: collected")
+    if share.task_id == 3:
+        os._exit(9)
+
+
+def test_what_the_processes_tell_is_said_and_one_that_dies_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(collect_workers, "collect_share", tell_and_end)
+    with pytest.raises(CollectionError, match=r"died: task 3 \(exit code 9\); finished"):
+        collect_workers.run_processes(settings(tmp_path, num_workers=2))
+    assert sorted(capsys.readouterr().out.splitlines()) == ["task 0: collected", "task 3: collected"]
+
+
 def test_a_collection_that_was_killed_anywhere_goes_on(tmp_path):
     """Before every call that changes the file system."""
     script, root = Path(__file__).with_name("collect_kills.py"), Path(__file__).parents[2]

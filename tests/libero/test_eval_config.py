@@ -22,6 +22,9 @@ from experiments.robot.libero.suite_names import BASE_SUITES, nearest_suite
 from experiments.robot.libero.tasks import UnknownSuiteError, max_episode_steps
 from prismatic import command_line
 from prismatic.command_line import UsageError
+from prismatic.evidence.episodes import _NO_PROTOCOL
+from prismatic.training.flags import TrackingFlags
+from prismatic.training.writers import WRITERS
 
 PUBLISHED_COMMAND = (
     "--use_proprio True --num_images_in_input 2 --use_film False --pretrained_checkpoint runs/x--20000_chkpt "
@@ -115,12 +118,20 @@ def test_numbers_that_would_run_something_else_are_refused(words):
 
 @pytest.mark.parametrize(
     ("flag", "package", "extra"),
-    [("--use_wandb True", "wandb", "wandb"), ("--save_videos first", "imageio_ffmpeg", "libero")],
+    [(f"--use_{name} True", writer.package, name) for name, writer in WRITERS.items()]
+    + [("--save_videos first", "imageio_ffmpeg", "libero")],
 )
 def test_a_package_that_a_flag_needs_is_asked_for_with_the_flags(monkeypatch, flag, package, extra):
     monkeypatch.setattr(command_line, "is_installed", lambda name: name != package)
     with pytest.raises(UsageError, match=rf"{flag} needs {package}.*pip install 'craft-vla\[{extra}\]'"):
         parse(f"--pretrained_checkpoint x --save_videos none {flag}").validate()
+
+
+def test_services_have_the_flags_that_they_have_in_training():
+    for name in (*(f"use_{service}" for service in WRITERS), "wandb_entity", "wandb_project"):
+        ours, theirs = (config.__dataclass_fields__[name] for config in (EvalConfig, TrackingFlags))
+        assert (ours.type, ours.default, ours.metadata) == (theirs.type, theirs.default, theirs.metadata)
+        assert name in _NO_PROTOCOL
 
 
 @pytest.mark.parametrize(

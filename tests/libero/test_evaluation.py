@@ -27,6 +27,7 @@ from prismatic.evidence import files
 from prismatic.evidence.episodes import protocol_differences, read_run
 from prismatic.evidence.files import write_json
 from prismatic.training.checkpoint_folder import MANIFEST
+from prismatic.training.writers import WRITERS, Service
 
 
 def lose_the_device(task, start):
@@ -49,6 +50,63 @@ def test_complete_run(cfg, capsys):
     assert console.startswith("Logging to local log file: ") and console.endswith(log)
     assert len(backend.policies) == 1 and len(backend.envs) == 3 and all(env.closed for env in backend.envs)
     assert all(seed == 0 for env in backend.envs for _, _, seed in env.log)
+
+
+class Told(Service):
+    """A service that keeps what it is told; `fault` is raised instead."""
+
+    name, package, fault = "told", "json", None
+
+    def __init__(self, facts):
+        self.facts, self.seen = facts, []
+        type(self).last = self
+
+    def tell(self, *what):
+        if self.fault is not None:
+            raise self.fault
+        self.seen.append(what)
+
+    def log(self, step, metrics):
+        self.tell(step, dict(metrics))
+
+    def attach(self, file):
+        self.tell(file.read_text())
+
+    def close(self):
+        self.tell("closed")
+
+
+@pytest.mark.parametrize("fault", [None, ConnectionError("no route")])
+def test_a_service_gets_the_results_and_its_faults_change_nothing(cfg, monkeypatch, capsys, fault):
+    monkeypatch.setitem(WRITERS, "trackio", Told)
+    monkeypatch.setattr(Told, "fault", fault)
+    results = evaluate(replace(cfg, use_trackio=True, wandb_project="p"), FakeBackend(limit=21))
+    assert results["valid"] and results["overall"]["successes"] == 6
+    facts = Told.last.facts
+    assert (facts.run_id, facts.project, facts.folder) == (results["run_id"], "p", Path(cfg.results_dir))
+    assert facts.flags["seed"] == cfg.seed and json.dumps(facts.flags)
+    if fault is not None:
+        assert capsys.readouterr().out.count("WARNING: told cannot be written (ConnectionError: no route)") == 1
+        return
+    (step, metrics), (log,), closed = Told.last.seen
+    assert step == 9 and log == text_log(cfg) and closed == ("closed",)
+    assert metrics["success_rate/total"] == 6 / 9 and metrics["num_errors/total"] == 0
+    assert {name for name in metrics if name.startswith("num_episodes/")} == {
+        f"num_episodes/{name}" for name in ("total", *(task["instruction"] for task in results["per_task"]))
+    }
+
+
+def test_a_service_that_cannot_be_opened_is_refused_before_an_episode_is_run(cfg, monkeypatch):
+    class Closed(Told):
+        def __init__(self, facts):
+            raise RuntimeError("no account")
+
+    monkeypatch.setitem(WRITERS, "trackio", Closed)
+    backend = FakeBackend()
+    with pytest.raises(EvalInputError, match="--use_trackio True: RuntimeError: no account"):
+        evaluate(replace(cfg, use_trackio=True), backend)
+    assert backend.policies == [] and not (Path(cfg.results_dir) / "results.json").exists()
+    assert list(Path(cfg.local_log_dir).glob("*.txt")) == []
 
 
 def test_an_episode_does_not_depend_on_the_ones_before_it(cfg, tmp_path):

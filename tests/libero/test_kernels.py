@@ -31,7 +31,7 @@ def kernels_in_use() -> str:
     return name().decode()
 
 
-def note_kernels(settings: CollectSettings, share: Share) -> None:
+def note_kernels(settings: CollectSettings, share: Share, tell) -> None:
     """In place of `collect_share`."""
     Path(settings.output_dir, f"task{share.task_id}").write_text(kernels_in_use())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import threading
 import time
 
 import json_numpy
@@ -26,6 +27,7 @@ from serving_fixtures import (
 )
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, InvalidStatus
 
+from craft_vla.serving import app
 from craft_vla.serving.limits import Pace
 from craft_vla.serving.protocols import MAX_FRAGMENTS
 
@@ -370,6 +372,78 @@ def test_a_client_that_leaves_before_its_answer_spoils_no_other(port, policy):
             connection.socket.close()
     finally:
         policy.go.set()
+
+
+# ----------------------------------------------------------------------------------------------------------- health
+
+
+def healthy(port: int, expected: int) -> str:
+    """What `/healthz` says as soon as it has this status."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        status, text = http_call(port, "/healthz")
+        if status == expected:
+            return text
+        time.sleep(0.02)
+    pytest.fail(f"/healthz never had the status {expected}")
+
+
+def test_a_policy_that_hangs_is_told_until_it_goes_on():
+    policy = FakePolicy()
+    with serving(policy, limits(seconds_to_answer=0.3)) as port, robot(port) as (connection, _):
+        assert healthy(port, 200) == "OK\n"
+        policy.go.clear()
+        try:
+            connection.send(openpi_message(1.0))
+            assert "one batch for " in healthy(port, 503)
+            assert "no answer within 0.3 s" in connection.recv(PATIENCE)
+        finally:
+            policy.go.set()
+        assert healthy(port, 200) == "OK\n"
+        assert ask(connection, 2.0)[0, 0] == 2.0
+
+
+class Ended(BaseException):
+    """What no code expects."""
+
+
+def test_a_worker_that_has_ended_is_told():
+    class Mortal(FakePolicy):
+        def predict_many(self, observations):
+            raise Ended
+
+    with serving(Mortal(), limits(seconds_to_answer=0.3)) as port, robot(port) as (connection, _):
+        assert healthy(port, 200) == "OK\n"
+        connection.send(openpi_message(1.0))
+        assert "has ended" in healthy(port, 503)
+
+
+def test_while_a_large_body_is_decoded_others_are_answered(port, monkeypatch):
+    begun, go, decode = threading.Event(), threading.Event(), app.from_json
+
+    def slowly(text):
+        if len(text) > app.LARGE_BYTES:
+            begun.set()
+            assert go.wait(PATIENCE)
+        return decode(text)
+
+    monkeypatch.setattr(app, "from_json", slowly)
+    picture = np.zeros((256, 256, 3), np.uint8)
+    body = json_numpy.dumps(
+        {"full_image": picture, "wrist_image": picture, "state": np.full(8, 4.0), "instruction": "x"}
+    )
+    answers = []
+    client = threading.Thread(target=lambda: answers.append(http_call(port, "/act", body)))
+    client.start()
+    try:
+        assert begun.wait(PATIENCE)
+        with robot(port) as (connection, _):
+            assert ask(connection, 7.0)[0, 0] == 7.0 and not answers
+    finally:
+        go.set()
+        client.join(PATIENCE)
+    status, chunk = answers[0]
+    assert status == 200 and json_numpy.loads(json.dumps(chunk))[0][0] == 4.0
 
 
 # ------------------------------------------------------------------------------------------------------------- pace

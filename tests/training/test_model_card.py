@@ -12,6 +12,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from published_fixtures import make_published_folder
 
 from craft_experiments.records import contents_of
 from experiments.robot.libero.eval_fingerprint import checkpoint_fingerprint
@@ -368,3 +369,30 @@ def test_a_merged_folder_needs_no_base_and_keeps_its_licence(make_trainer, monke
     merge(MergeConfig(lora_finetuned_checkpoint_dir=str(folder)))
     text = (folder / CARD).read_text()
     assert "START_FOLDER" not in text and front(text)["license"] == "mit" and check_files(folder)
+
+
+def test_an_export_has_a_card_of_its_own_that_keeps_hash_and_licence(make_trainer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("prismatic.training.setup.check_exportable", lambda model: None)  # towers of another size
+    start = make_published_folder(tmp_path / "start")
+    flags = {"use_lora": True, "lora_rank": 4, "config_file_path": str(start), "export_published_layout": True}
+    trainer = make_trainer("run", max_steps=1, save_latest_checkpoint_only=True, **flags)
+    trainer.fit()
+    export = trainer.setup.run_dir.with_name("run--published")
+    assert not [path for path in export.rglob("*") if path.is_dir() or path.name.startswith(".")]
+    assert {path.suffix for path in export.iterdir()} == {".json", ".md", ".pt", ".safetensors"}
+    text = (export / CARD).read_text()
+    assert "START_FOLDER" not in text and "layout of published VLA-Adapter checkpoints" in text
+    before = checkpoint_fingerprint(str(export)), contents_of({"config_file_path": str(export)})
+    (export / CARD).write_text(text.replace("license: unknown", "license: mit") + "\n## Notes\n")
+    place = results(tmp_path / "new", export, {("libero_spatial", 9): "ssf"})
+    main([str(export), "--results", str(place)])
+    assert tables((export / CARD).read_text())[2][1][:6] == ["new", "libero_spatial", "1", "2", "3", "66.7 %"]
+    assert (checkpoint_fingerprint(str(export)), contents_of({"config_file_path": str(export)})) == before
+    trainer.save()
+    for folder in (export, trainer.setup.run_dir):
+        kept = (folder / CARD).read_text()
+        assert front(kept)["license"] == ("mit" if folder == export else "unknown")
+    assert (export / CARD).read_text().endswith(f"{END}\n\n## Notes\n")
+    alone = shutil.copytree(export, tmp_path / "alone--published")
+    capsys.readouterr()
+    assert "its export NAME--published beside it" in code_and_line(capsys, alone)

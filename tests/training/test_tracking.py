@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from prismatic.command_line import UsageError
 from prismatic.models.presets import PRESETS
+from prismatic.progress import say
 from prismatic.training.checkpoint_folder import find_checkpoints
 from prismatic.training.command_line import parse_flags
 from prismatic.training.flags import TrackingFlags
-from prismatic.training.tracking import Tracker, say
-from prismatic.training.writers import WRITERS, RunFacts, Writer, open_writers
+from prismatic.training.tracking import MetricsFile, Tracker
+from prismatic.training.writers import WRITERS, RunFacts, Writer, open_writers, services_of
 
 
 def steps(folder) -> list[int]:
@@ -40,7 +41,7 @@ def file_size_limit():
 
 
 def test_lines_wait_for_space(tmp_path, capsys, file_size_limit):
-    tracker = Tracker(tmp_path)
+    tracker = Tracker([MetricsFile(tmp_path)])
     tracker.log(1, {"loss": 0.5})
     file_size_limit(40)  # two lines and a half
     for step in (2, 3, 4):
@@ -79,7 +80,7 @@ class Kept(Writer):
 
 def test_a_service_that_fails_is_said_once_and_the_others_go_on(tmp_path, capsys):
     kept = Kept()
-    tracker = Tracker(tmp_path, services=[Unreachable(), kept])
+    tracker = Tracker([MetricsFile(tmp_path), Unreachable(), kept])
     for step in (1, 2):
         tracker.log(step, {"loss": 0.5})
     tracker.close()
@@ -109,12 +110,12 @@ def test_every_service_has_a_flag_and_an_extra_and_its_package_is_asked_for(monk
     flags = {f.name for f in fields(TrackingFlags) if f.name.startswith("use_")}
     assert flags == {f"use_{name}" for name in WRITERS}
     for name, writer in WRITERS.items():
-        assert parse_flags([f"--use_{name}", "False"]).services == []
+        assert services_of(parse_flags([f"--use_{name}", "False"])) == []
         monkeypatch.setattr("prismatic.command_line.is_installed", lambda package: False)
         with pytest.raises(UsageError, match=rf"--use_{name} True needs {writer.package}, .*craft-vla\[{name}\]"):
             parse_flags([f"--use_{name}", "True"])
         monkeypatch.setattr("prismatic.command_line.is_installed", lambda package: True)
-        assert parse_flags([f"--use_{name}", "True"]).services == [name]
+        assert services_of(parse_flags([f"--use_{name}", "True"])) == [name]
         assert f"\n{name} = [" in (Path(__file__).parents[2] / "pyproject.toml").read_text()
 
 
@@ -128,7 +129,7 @@ def test_a_service_gets_run_flags_and_every_step(tmp_path, monkeypatch, name):
     package = SimpleNamespace(init=lambda **settings: told.append(settings) or run)
     monkeypatch.setitem(sys.modules, name, package)
     facts = RunFacts(tmp_path, "my run", project="p", flags={"seed": 7})
-    tracker = Tracker(tmp_path, services=open_writers([name], facts))
+    tracker = Tracker(open_writers([name], facts))
     tracker.log(3, {"loss": 0.5})
     tracker.close()
     assert told[0]["project"] == "p" and "my run" in told[0]["name"] and told[0]["config"] == {"seed": 7}
@@ -147,13 +148,13 @@ def test_a_console_that_is_gone_is_no_error(monkeypatch):
 
 
 def test_a_resumed_run_holds_every_step_once(tmp_path):
-    tracker = Tracker(tmp_path)
+    tracker = Tracker([MetricsFile(tmp_path)])
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 0.5})
     tracker.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # a killed process
-    tracker = Tracker(tmp_path, start_step=2)
+    tracker = Tracker([MetricsFile(tmp_path, 2)])
     tracker.log(3, {"loss": 0.25})
     tracker.close()
     assert steps(tmp_path) == [1, 2, 3] and "0.25" in (tmp_path / "metrics.jsonl").read_text()
@@ -180,7 +181,7 @@ def test_tensorboard_shows_what_was_written_last_wherever_the_clock_jumps(jumps)
         for part, jump in enumerate([0, *jumps]):
             patch.setattr(time, "time", lambda moved=now + jump: moved)
             services = open_writers(["tensorboard"], RunFacts(Path(folder), "run", 2 * part))
-            tracker = Tracker(Path(folder), start_step=2 * part, services=services)
+            tracker = Tracker([MetricsFile(Path(folder), 2 * part), *services])
             for step in range(2 * part + 1, 2 * part + 4):
                 tracker.log(step, {"part": float(part)})
                 written[step] = float(part)

@@ -20,6 +20,7 @@ from prismatic.command_line import OneLineParser, bad_input_in_one_line, in_rang
 from prismatic.evidence.files import write_json
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 from prismatic.output_folder import check_file
+from prismatic.progress import Progress, say
 from prismatic.vla.datasets.format_table import PLACE
 
 SHIPPED_DATA = Path(__file__).parents[3] / "datasets" / "rlds" / "libero_object_scripted_no_noops"
@@ -107,9 +108,11 @@ def main(argv: list[str] | None = None) -> int:
         _check_arguments(args)
         checks = collect_checks(args)
     findings = []
-    for check in checks:
-        findings.append(check.run())
-        print(findings[-1].line(), flush=True)
+    with Progress(len(checks), "checking", "checks", note=checks[0].name) as progress:
+        for check, following in zip(checks, [*checks[1:], None], strict=True):
+            findings.append(check.run())
+            say(findings[-1].line())
+            progress.advance(note="" if following is None else following.name)
     counts = {
         name: sum(finding.status.value == name for finding in findings) for name in ("ok", "warn", "fail", "skip")
     }

@@ -8,6 +8,7 @@ known-good versions.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -22,6 +23,7 @@ from experiments.robot.libero.surroundings import SimulatorUnavailableError
 from experiments.robot.libero.tasks import load_task
 from prismatic.command_line import MISTAKES, OneLineParser, bad_input_in_one_line
 from prismatic.evidence.checks import read_object
+from prismatic.progress import over
 
 _PROGRAM = "python -m experiments.robot.doctor.render_reference"
 REFERENCE_FILE = Path(__file__).with_name("render_reference.json")
@@ -69,7 +71,9 @@ def main() -> int:
     parser.parse_args()
     with bad_input_in_one_line(_PROGRAM, (*MISTAKES, SimulatorUnavailableError)):
         simulator.require(render=True)
-    modes = {mode.value: {suite: mean_colours(suite, mode) for suite in SUITES} for mode in MODES}
+    modes: dict[str, dict[str, Any]] = {mode.value: {} for mode in MODES}
+    for mode, suite in over([*itertools.product(MODES, SUITES)], "rendering", "scenes"):
+        modes[mode.value][suite] = mean_colours(suite, mode)
     content = {"versions": simulator.simulator_versions(), "image_size": IMAGE_SIZE, "modes": modes}
     REFERENCE_FILE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(content))

@@ -27,6 +27,7 @@ from prismatic.command_line import MISTAKES, UsageError, bad_input_in_one_line, 
 from prismatic.evidence.checks import read_object
 from prismatic.evidence.files import remove_leftovers, write_json
 from prismatic.output_folder import check_folder, held
+from prismatic.progress import over
 from prismatic.vla.datasets.rlds import write_rlds
 
 REPORT_FILE = "collection_report.json"
@@ -59,7 +60,8 @@ def _finish(settings: CollectSettings) -> Path:
     if empty:
         raise CollectionError(f"no episode of task {', '.join(empty)}; see {settings.scratch / REPORT_FILE}")
     metadata = settings.fingerprint() | {"versions": simulator_versions(), "tasks": report}
-    episodes = (load_episode(path, index) for index, path in enumerate(finished_episodes(settings)))
+    finished = over(finished_episodes(settings), "writing the data set", "episodes")
+    episodes = (load_episode(path, index) for index, path in enumerate(finished))
     shape = (settings.image_size, settings.image_size, 3)
     write_json(settings.target.parent / REPORT_FILE, report)  # first: with the data set there is nothing left to do
     return write_rlds(settings.target, settings.dataset_name, episodes, image_shape=shape, metadata=metadata)

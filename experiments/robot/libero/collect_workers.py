@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import cast
 
 import numpy as np
 
@@ -19,6 +23,7 @@ from experiments.robot.libero.kernels import kernels_for_children
 from experiments.robot.libero.simulator import LiberoEnv
 from experiments.robot.libero.tasks import load_task
 from prismatic.evidence.files import write_json
+from prismatic.progress import Progress, say
 
 
 class CollectionError(RuntimeError):
@@ -34,8 +39,8 @@ class Share:
     stride: int
 
 
-def collect_share(settings: CollectSettings, share: Share) -> None:
-    """Collect the missing episodes of one share (runs in its own process)."""
+def collect_share(settings: CollectSettings, share: Share, tell: Callable[[str], object] = say) -> None:
+    """Collect the missing episodes of one share (runs in its own process). `tell` gets a line of each."""
     numbers = range(share.offset, settings.episodes_per_task, share.stride)
     missing = [n for n in numbers if not is_settled(episode_path(settings.scratch, share.task_id, n))]
     if not missing:
@@ -47,7 +52,8 @@ def collect_share(settings: CollectSettings, share: Share) -> None:
             return
         begun = time.monotonic()
         outcome = _collect_number(env, settings, number)
-        print(f"{task.name} episode {number}: {outcome}, {time.monotonic() - begun:.1f} s", flush=True)
+        with suppress(OSError):  # the run that started this one was killed
+            tell(f"{task.name} episode {number}: {outcome}, {time.monotonic() - begun:.1f} s")
     env.close()
 
 
@@ -76,24 +82,39 @@ def run_shares(settings: CollectSettings) -> list[Share]:
 
 def run_processes(settings: CollectSettings) -> None:
     """Run all shares, `num_workers` at a time, each in a fresh process (memory is returned only by ending it)."""
-    context = multiprocessing.get_context("spawn")
     waiting = run_shares(settings)
-    running: list[tuple[Share, Any]] = []
+    running: dict[Connection, tuple[Share, BaseProcess]] = {}
     failures: list[str] = []
-    while waiting or running:
-        while waiting and len(running) < settings.num_workers:
-            share = waiting.pop(0)
-            process = context.Process(target=collect_share, args=(settings, share))
-            with kernels_for_children():
-                process.start()
-            running.append((share, process))
-        running[0][1].join(timeout=1.0)
-        for share, process in [pair for pair in running if not pair[1].is_alive()]:
-            running.remove((share, process))
-            if process.exitcode != 0:
-                failures.append(f"task {share.task_id} (exit code {process.exitcode})")
+    numbers = [(task, n) for task in settings.task_ids for n in range(settings.episodes_per_task)]
+    settled = sum(is_settled(episode_path(settings.scratch, task, n)) for task, n in numbers)
+    with Progress(len(numbers), "collecting", "episodes", done=settled) as progress:
+        while waiting or running:
+            while waiting and len(running) < settings.num_workers:
+                share = waiting.pop(0)
+                ours, process = _start(settings, share)
+                running[ours] = share, process
+            # cast: `wait` gives back some of what it got, which its annotation does not say.
+            for ours in cast("list[Connection]", wait(list(running))):
+                try:
+                    say(ours.recv())
+                    progress.advance()
+                except (EOFError, OSError):  # it has ended
+                    share, process = running.pop(ours)
+                    process.join()
+                    if process.exitcode != 0:
+                        failures.append(f"task {share.task_id} (exit code {process.exitcode})")
     if failures:
         raise CollectionError(f"collecting processes died: {'; '.join(failures)}; finished episodes are kept")
+
+
+def _start(settings: CollectSettings, share: Share) -> tuple[Connection, BaseProcess]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=collect_share, args=(settings, share, theirs.send))
+    with kernels_for_children():
+        process.start()
+    theirs.close()  # so that the end of the process is the end of what it tells
+    return ours, process
 
 
 def _is_orphan() -> bool:

@@ -21,12 +21,15 @@ from prismatic.command_line import (
     check_switches,
     check_values,
     flag,
+    flag_like,
     given_flags,
     parse,
     require_package,
 )
 from prismatic.model_files import BASE_CHECKPOINT, ROBOT_PLATFORM
 from prismatic.output_folder import check_folder
+from prismatic.training.flags import TrackingFlags
+from prismatic.training.writers import require_services
 from prismatic.vla.datasets.format_table import PLACE
 
 DEFAULT_INITIAL_STATES = "DEFAULT"
@@ -90,9 +93,11 @@ class EvalConfig:
     # --- Output (published flags)
     run_id_note: str | None = flag(None, is_name=True)
     local_log_dir: str = "./experiments/logs"
-    use_wandb: bool = False
-    wandb_entity: str = "your-wandb-entity"
-    wandb_project: str = "your-wandb-project"
+    use_wandb: bool = flag_like(TrackingFlags, "use_wandb", False)
+    use_tensorboard: bool = flag_like(TrackingFlags, "use_tensorboard", False)
+    use_trackio: bool = flag_like(TrackingFlags, "use_trackio", False)
+    wandb_entity: str | None = flag_like(TrackingFlags, "wandb_entity", None)
+    wandb_project: str = flag_like(TrackingFlags, "wandb_project", "craft-vla")
     seed: int = flag(
         7,
         "Seeds python, numpy and torch before every episode; the environment itself is always seeded with 0.",
@@ -187,8 +192,7 @@ class EvalConfig:
         _check_supported(self)
         check_values(self)
         self.check_switches({f.name for f in fields(self) if getattr(self, f.name) != f.default})
-        if self.use_wandb:
-            require_package("--use_wandb True", "wandb", "wandb")
+        require_services(self)
         if self.save_videos is not SaveVideos.NONE:
             require_package(f"--save_videos {self.save_videos.value}", "imageio_ffmpeg", "libero")
         _check_paths(self)

@@ -27,10 +27,11 @@ from experiments.robot.libero.eval_log import (
 )
 from experiments.robot.libero.eval_plan import PLAN_FILE, open_jobs, plan_tasks, shard_plans, write_plan
 from experiments.robot.libero.scheduler import CrashReport, Report, SessionReport, WorkerPool, run_in_process
-from experiments.robot.libero.tracking import make_tracker
+from experiments.robot.libero.tracking import open_tracker, report_results
 from prismatic.evidence.files import remove_leftovers, write_json
 from prismatic.evidence.free_names import create_free
 from prismatic.output_folder import hold, release
+from prismatic.progress import Progress, say
 from prismatic.vla.datasets.registry import load_data_set_file
 
 PINNED_VERSIONS = {"mujoco": "3.3.0", "robosuite": "1.4.0"}
@@ -118,6 +119,7 @@ class _Evaluation:
         self.facts: dict[str, Any] = {"versions": backend.versions()}
         self.errors_in_a_row = 0
         self.new_episodes = 0
+        self.tracker = open_tracker(cfg, folder, run.run_id)
 
     def execute(self, log: TextIO) -> dict[str, Any]:
         """Run everything; `log` is the open text log."""
@@ -127,7 +129,6 @@ class _Evaluation:
             print(f"warning: {self.store.path}: cut off an unfinished last line", file=sys.stderr)
         write_plan(self.results_path.with_name(PLAN_FILE), self.whole_plan)
         started = time.monotonic()
-        tracker = make_tracker(self.cfg, self.run.run_id)
         text_log = OrderedTextLog(self.plans, self.cfg.initial_states_path, _Tee(log))
         try:
             self._run_all(text_log)
@@ -135,7 +136,7 @@ class _Evaluation:
         finally:
             results = self._write_results(time.monotonic() - started)
             release(self.results_path.parent)
-        tracker.finish(results, Path(log.name))
+            report_results(self.tracker, results, Path(log.name))
         return results
 
     def _run_all(self, text_log: OrderedTextLog) -> None:
@@ -146,11 +147,15 @@ class _Evaluation:
                 if (plan.task_id, planned.init_idx) in done:
                     text_log.add(done[plan.task_id, planned.init_idx])
         jobs = open_jobs(self.plans, done, self.cfg.max_videos)
-        for record in self._records(jobs):
-            self.store.append(record)
-            text_log.add(record)
-            self.new_episodes += 1
-            self._count_errors(record)
+        total = sum(e.number is not None for plan in self.plans for e in plan.episodes)
+        settled = total - sum(len(job.episodes) for job in jobs)
+        with Progress(total, "evaluating", "episodes", done=settled, note="starts") as progress:
+            for record in self._records(jobs):
+                self.store.append(record)
+                text_log.add(record)
+                self.new_episodes += 1
+                progress.advance(note="")
+                self._count_errors(record)
 
     def _records(self, jobs: list[Job]) -> Iterator[EpisodeRecord]:
         reports: Iterable[Report]
@@ -225,7 +230,7 @@ class _Tee:
     def __call__(self, line: str) -> None:
         self.file.write(line + "\n")
         self.file.flush()
-        print(line, flush=True)
+        say(line)
 
 
 def _warn_about_versions(versions: dict[str, str]) -> None:

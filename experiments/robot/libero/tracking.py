@@ -1,54 +1,40 @@
-"""Optional reporting to Weights & Biases with the published metric names."""
+"""What an evaluation tells the services that its flags ask for (`prismatic/training/writers.py`)."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from experiments.robot.libero.eval_config import EvalConfig
+from experiments.robot.libero.eval_fingerprint import plain
+from prismatic.training.tracking import Tracker
+from prismatic.training.writers import RunFacts, open_writers, services_of
 
 
-class Tracker(Protocol):
-    """Receives the finished results."""
-
-    def finish(self, results: dict[str, Any], log_path: Path) -> None:
-        """Report and close."""
-
-
-class NoTracker:
-    """Reports nothing."""
-
-    def finish(self, results: dict[str, Any], log_path: Path) -> None:
-        """Nothing to do."""
+def open_tracker(cfg: EvalConfig, folder: Path, run_id: str) -> Tracker:
+    """The services, each with a run of this name. UsageError naming the flag of one that cannot be opened."""
+    flags = plain(dataclasses.asdict(cfg))
+    facts = RunFacts(folder, run_id, project=cfg.wandb_project, entity=cfg.wandb_entity, flags=flags)
+    return Tracker(open_writers(services_of(cfg), facts))
 
 
-class WandbTracker:
-    """One W&B run; per task and total success rate and number of episodes, and the text log as a file."""
-
-    def __init__(self, entity: str, project: str, run_id: str) -> None:
-        import wandb
-
-        self._wandb = wandb
-        self._run = wandb.init(entity=entity, project=project, name=run_id)
-
-    def finish(self, results: dict[str, Any], log_path: Path) -> None:
-        """Log the metrics, upload the file, close the run."""
-        self._run.log(wandb_metrics(results))
-        self._wandb.save(str(log_path), base_path=str(log_path.parent), policy="now")
-        self._run.finish(exit_code=0 if results["valid"] else 1)
+def report_results(tracker: Tracker, results: dict[str, Any], log_path: Path) -> None:
+    """Tell them the results once, with the text log where files are kept, and close them."""
+    tracker.log(max(1, results["overall"]["trials"]), result_metrics(results))
+    tracker.attach(log_path)
+    tracker.close()
 
 
-def wandb_metrics(results: dict[str, Any]) -> dict[str, float]:
-    """Published names `success_rate/<task>`, `num_episodes/<task>`, `.../total`; without trials there is no rate."""
+def result_metrics(results: dict[str, Any]) -> dict[str, float]:
+    """Published names `success_rate/<task>`, `num_episodes/<task>`, `.../total`; without trials there is no rate.
+
+    `num_errors/total`: episodes that ended in an error, which make the result invalid.
+    """
     groups = {task["instruction"]: task for task in results["per_task"]} | {"total": results["overall"]}
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = {"num_errors/total": results["overall"]["errors"]}
     for name, group in groups.items():
         metrics[f"num_episodes/{name}"] = group["trials"]
         if group["success_rate"] is not None:
             metrics[f"success_rate/{name}"] = group["success_rate"]
     return metrics
-
-
-def make_tracker(cfg: EvalConfig, run_id: str) -> Tracker:
-    """`WandbTracker` with `--use_wandb True`, else `NoTracker`."""
-    return WandbTracker(cfg.wandb_entity, cfg.wandb_project, run_id) if cfg.use_wandb else NoTracker()

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.hooks import RemovableHandle
 
 from prismatic.models.vla_policy import VLAPolicyModel
+from prismatic.progress import Progress
 from prismatic.training.config import FinetuneConfig, RetentionMethod
 from prismatic.training.ema import WeightAverage
 from prismatic.training.frozen_weights import narrow_frozen_weights
@@ -82,10 +83,14 @@ def trace_step(cfg: FinetuneConfig, model: VLAPolicyModel, prompt_tokens: int = 
         model: its policy after `apply_tuning`, on the meta device; it is given fake tensors in place.
         prompt_tokens: of the longest prompt in a batch.
     """
-    narrow(cfg, model)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        materialise(model)
-        return run_step(cfg, model, prompt_tokens)
+    with Progress(2, "predicting memory", "steps", note="shapes of the model") as progress:
+        narrow(cfg, model)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            materialise(model)
+            progress.advance(note="traces a training step")
+            trace = run_step(cfg, model, prompt_tokens)
+        progress.advance()
+    return trace
 
 
 def narrow(cfg: FinetuneConfig, model: VLAPolicyModel) -> None:

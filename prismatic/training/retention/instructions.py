@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from prismatic.progress import say
 from prismatic.training.config import FinetuneConfig
-from prismatic.training.tracking import say
 from prismatic.training.training_setup import TrainingSetup
 
 _FLAG = "--craft_memory_instructions"

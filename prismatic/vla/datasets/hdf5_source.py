@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from prismatic.evidence.checks import FOREIGN, parse_object
+from prismatic.progress import over
 from prismatic.vla.datasets.index import open_index
 from prismatic.vla.datasets.index_writer import MAX_STEPS, IndexWriter
 from prismatic.vla.datasets.indexed_source import IndexedSource
@@ -84,7 +85,7 @@ class HDF5Source(IndexedSource):
 
     def _build(self, writer: IndexWriter, files: list[Path]) -> None:
         rates = set()
-        for file in files:
+        for file in over(files, "indexing", "files", leave=False):
             try:
                 rates.add(_add_file(writer, file, self.keys, self.split))
             except _FileError as error:

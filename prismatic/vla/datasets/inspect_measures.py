@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from prismatic.progress import over
 from prismatic.vla.datasets.registry import DataSetConfig, LiberoStandardization
 from prismatic.vla.datasets.source import EpisodeSource
 from prismatic.vla.images import decode_image
@@ -246,7 +247,9 @@ def measure_camera(source: EpisodeSource, camera: str, max_images: int) -> dict:
     grey = 0
     seen: dict[int, set[bytes]] = defaultdict(set)
     counts: Counter[int] = Counter()
-    for episode, step in chosen_frames(source.lengths, max_images):
+    total = int(source.lengths.sum())
+    chosen = chosen_frames(source.lengths, max_images)
+    for episode, step in over(chosen, "decoding", "images", min(max_images or total, total), leave=False):
         try:
             pixels = read_pixels(source, camera, episode, step)
         except ValueError as error:

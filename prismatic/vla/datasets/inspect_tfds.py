@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from prismatic.progress import over
 from prismatic.vla.datasets.rlds import RLDSReader
 from prismatic.vla.datasets.rlds_features import FeatureSpec
 from prismatic.vla.images import decode_image
@@ -43,7 +44,7 @@ def compare_with_tfds(directory: str | os.PathLike, split: str = "train") -> dic
     builder = tfds.builder_from_directory(str(directory))
     comparison = _Comparison(reader, _image_decoder(builder, reader))
     theirs = iter(_episodes(tfds, builder, reader, split))
-    for number in range(len(reader)):
+    for number in over(range(len(reader)), "comparing", "episodes"):
         episode = next(theirs, None)
         if episode is None:
             comparison.differ(number, "episodes", number, len(reader))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prismatic.progress import over
 from prismatic.vla.datasets.index_writer import MAX_STEPS, IndexWriter
 from prismatic.vla.datasets.lerobot_episodes import Place, read_tasks
 from prismatic.vla.datasets.lerobot_images import Blob, embedded_images
@@ -47,7 +48,7 @@ class Builder:
                 self._blobs[camera] = blob
                 stack.callback(blob.close)
             stack.callback(self._close_stream)
-            for place in places:
+            for place in over(places, "indexing", "episodes", leave=False):
                 with writer.episode():
                     self._add(writer, place)
         writer.info = {"blobs": {camera: [blob.name, blob.size] for camera, blob in self._blobs.items()}}

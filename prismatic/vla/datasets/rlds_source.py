@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prismatic.progress import over
 from prismatic.vla.datasets.index import open_index
 from prismatic.vla.datasets.index_writer import IndexWriter
 from prismatic.vla.datasets.indexed_source import IndexedSource
@@ -124,7 +125,7 @@ def _check_kinds(reader: RLDSReader, features: dict[str, list[str]]) -> None:
 def _build(reader: RLDSReader, features: dict[str, list[str]], writer: IndexWriter) -> None:
     for name, error in reader.problems.items():
         writer.note(name, error)
-    for index in range(reader.num_episodes):
+    for index in over(range(reader.num_episodes), "indexing", "episodes", leave=False):
         with writer.episode():
             _add(reader, features, reader.record(index), writer)
 
