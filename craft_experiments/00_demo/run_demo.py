@@ -56,8 +56,8 @@ class DemoConfig:
     old_init_noise_mm: float = flag(
         0.0, "old tasks start with every object displaced by up to this", at_least=0, at_most=1000
     )
-    max_steps: int = flag(600, at_least=1)
-    batch_size: int = flag(16, at_least=1)
+    max_steps: int = flag(800, at_least=1)
+    batch_size: int = flag(12, at_least=1)
     learning_rate: float = flag(3.5e-4, more_than=0, at_most=1)
     action_budget: float = flag(0.03, "of `keep`: root mean square of normalised actions", more_than=0)
     feature_budget: float = flag(1e-3, "of `features`: mean square", more_than=0)
