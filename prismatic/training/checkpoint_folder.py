@@ -137,9 +137,14 @@ def seal(folder: Path) -> None:
 def publish(temporary: Path, folder: Path) -> None:
     """Seal a finished temporary folder and give it its name.
 
-    A folder of that name is kept until the new one is in place. Files of the run that lie in it move over.
+    Files of the run that lie in a folder of that name move over.
     """
     seal(temporary)
+    replace_folder(temporary, folder)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Give a finished folder its name. A folder of that name is kept until the new one is in place."""
     old = folder.with_name(folder.name + _OLD)
     if folder.exists():
         folder.rename(old)
@@ -164,6 +169,8 @@ def recover(folder: Path) -> None:
 
 
 def _files_of_the_run(folder: Path) -> list[Path]:
+    if folder.name.removesuffix(_OLD).endswith(PUBLISHED):
+        return []
     entries = list(folder.iterdir())
     if not (folder / MANIFEST).exists():  # a run's folder before its first checkpoint
         return entries

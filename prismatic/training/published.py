@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +35,7 @@ from prismatic.training.checkpoint_files import (
     read_config,
     read_statistics,
 )
+from prismatic.training.checkpoint_folder import recover, replace_folder, start_folder
 from prismatic.training.model_card import write_card
 from prismatic.training.published_spec import HeadSizes, published_spec
 from prismatic.vla.action_spec import ActionSpec
@@ -271,9 +271,7 @@ def export_published(
     `check_exportable` says whether the public code would run the policy as it was trained.
     """
     folder = Path(folder)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = start_folder(folder)
     model = checkpoint.model.to(dtype)
     model.vla.save_pretrained(temporary, max_shard_size="50GB")  # the public loader is written for one file
     config = read_json(temporary / "config.json")
@@ -284,8 +282,8 @@ def export_published(
     if model.proprio_projector is not None:
         _write_component(model.proprio_projector.state_dict(), temporary / f"{_PROPRIO}--{suffix}.pt")
     write_card(temporary, manifest=checkpoint.manifest, earlier=folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    recover(folder)  # what a dead process left
+    replace_folder(temporary, folder)
     return folder
 
 

@@ -24,6 +24,7 @@ from prismatic.training.checkpoint_folder import (
     read_json,
     recover,
     remove_leftovers,
+    replace_folder,
     start_folder,
 )
 
@@ -120,6 +121,22 @@ def test_the_files_of_the_run_survive_in_a_shared_folder(tmp_path):
     (folder / "metrics.jsonl").unlink()
     recover(folder)
     assert (folder / "metrics.jsonl").read_text() == "1\n2\n" and not (tmp_path / "run.old").exists()
+
+
+def test_an_export_is_the_old_or_the_new_one(tmp_path, monkeypatch):
+    for kill_at in range(6):
+        folder = tmp_path / str(kill_at) / "run--5_chkpt--published"
+        folder.mkdir(parents=True)
+        (folder / "head--5_checkpoint.pt").write_text("old")
+        new = start_folder(folder)
+        (new / "head--latest_checkpoint.pt").write_text("new")
+        with monkeypatch.context() as patch:
+            count_calls(patch, kill_at)
+            with contextlib.suppress(Killed):
+                replace_folder(new, folder)
+        remove_leftovers(folder.parent, "run")
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+        assert [path.name for path in folder.iterdir()] in (["head--5_checkpoint.pt"], ["head--latest_checkpoint.pt"])
 
 
 def test_leftovers_of_other_runs_stay(tmp_path):
