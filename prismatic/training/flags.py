@@ -42,14 +42,14 @@ class StartFlags:
 
     config_file_path: str = flag(
         "pretrained_models/configs",
-        "checkpoint folder, VLM folder (OpenVLA), or a preset: tiny, qwen25-0_5b, openvla-7b",
+        "checkpoint folder, VLM folder (OpenVLA), or a preset: tiny, smollm2-135m, qwen25-0_5b, openvla-7b",
     )
     vlm_path: str = flag(
         "", "native Prismatic VLM (folder or .pt); --config_file_path then gives configuration and tokenizer"
     )
     tokenizer_path: str | None = flag(None, "tokenizer folder for presets that ship none")
     use_minivlm: bool | None = flag(
-        None, "True: Qwen body and chat prompt; False: llama body and OpenVLA's prompt; None: as the start model says"
+        None, "True: Qwen body and its prompt; False: llama body and a prompt of its own; None: as the start model says"
     )
     resum_vla_path: str = flag("", "checkpoint folder to resume from; empty: found from run_root_dir and the run id")
     data_root_dir: str = flag("datasets/rlds", "folder of the data sets")

@@ -32,7 +32,7 @@ from prismatic.training.training_setup import TrainingSetup
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.sampler import EpochSampler
 
-_NEW_HEADS = ("random", "native", "vlm")
+_NEW_HEADS = ("random", "llm", "native", "vlm")
 
 
 def build_retention(
