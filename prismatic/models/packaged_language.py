@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from prismatic.command_line import is_installed
@@ -57,7 +62,7 @@ class PackagedModel:
 
 
 @torch.no_grad()
-def load_language_model_(model: nn.Module, file: Path) -> None:
+def load_language_model_(model: PreTrainedModel, file: Path) -> None:
     """Fill a causal language model of the library with the dequantised weights of a GGUF file, in place.
 
     model: with `config`, as `AutoModelForCausalLM.from_config` makes it, in fp32. Raises CheckpointError, which names
@@ -112,13 +117,10 @@ def _facts(config: PretrainedConfig) -> dict[str, Any]:
 
 @contextmanager
 def _quiet_library() -> Iterator[None]:
-    """Without the library's bars and its advice on tokenizers."""
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    """Without the library's advice on tokenizers."""
+    before = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()

@@ -193,6 +193,10 @@ class RetentionFlags:
     )
     replay_fraction: float = flag(0.2, "of replayed samples among all", at_least=0.001, at_most=0.999)
     replay_labels: str = flag("data", "start: the start policy's actions (distilled replay)", choices=("data", "start"))
+    replay_text: str | None = flag(
+        None, "text file: the language model goes on predicting its tokens (co-training); a window per micro-batch"
+    )
+    replay_text_weight: float = flag(0.1, "of the next-token loss beside the action loss", more_than=0)
 
 
 @dataclass
