@@ -43,8 +43,8 @@ class MeasureConfig:
     new: str = "libero_spatial_scripted_no_noops"
     old: str = "libero_object_scripted_no_noops"
     output: str = ""
-    tokens: int = flag(4096, "of each text, from its beginning", at_least=WINDOW)
-    samples: int = flag(32, "windows of the new task; of the old ones half as many", at_least=2)
+    tokens: int = flag(2048, "of each text, from its beginning", at_least=WINDOW)
+    samples: int = flag(24, "windows of the new task; of the old ones half as many", at_least=2)
 
 
 def main() -> None:

@@ -51,7 +51,8 @@ def build_retention(
         return DistilledReplay(model, accelerator.autocast)
     if cfg.replay_text is not None:
         tokens = TextReplay.read(cfg.replay_text, setup.processor.tokenizer)
-        return TextReplay(model, tokens, cfg.replay_text_weight, cfg.seed, accelerator)
+        key = cfg.seed, accelerator.process_index
+        return TextReplay(model, tokens, cfg.replay_text_weight, accelerator.autocast, key)
     if not cfg.retention.measures_drift:
         return None
     check_parallelism(accelerator)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from prismatic.craft.reference import unwrap
@@ -29,14 +30,20 @@ class TextReplay(Retention):
         model: the policy, possibly wrapped by DDP.
         tokens: (T,) int64, T > `WINDOW`, as of `read`.
         weight: > 0.
-        seed: of the draws.
-        accelerator: for precision, device and number of the process.
+        autocast: context of the forward pass.
+        key: seed and number of the process, for the draws.
     """
 
-    def __init__(self, model: nn.Module, tokens: Tensor, weight: float, seed: int, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        weight: float,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        key: tuple[int, int] = (0, 0),
+    ) -> None:
         self._policy: Any = unwrap(model)
-        self._tokens, self._weight, self._key = tokens.to(accelerator.device), weight, (seed, accelerator.process_index)
-        self._autocast = accelerator.autocast
+        self._tokens, self._weight, self._autocast, self._key = tokens, weight, autocast, key
         self._step, self._drawn = 0, 0
         self._losses: list[Tensor] = []
 
@@ -72,7 +79,8 @@ class TextReplay(Retention):
         generator = np.random.default_rng((*self._key, self._step, self._drawn))
         self._drawn += 1
         first = int(generator.integers(len(self._tokens) - WINDOW))
-        return self._tokens[None, first : first + WINDOW + 1]
+        window = self._tokens[None, first : first + WINDOW + 1]
+        return window.to(next(self._policy.parameters()).device, non_blocking=True)
 
     def combine_(self, facts: StepFacts) -> dict[str, float]:
         """The gradients are complete: reports the loss of the text, averaged over the processes."""
