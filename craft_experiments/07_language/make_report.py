@@ -50,16 +50,16 @@ Methods = dict[str, list[dict]]
 
 @dataclass(frozen=True)
 class Pair:
-    """A method against plain on the same seeds: differences of forgetting (nats a token) and of action error."""
+    """A method against plain on the same seeds: differences of the rise (nats a token) and of the action error."""
 
     method: str
-    forgetting: list[float]
+    rise: list[float]
     error: list[float]
 
     @property
     def keeps(self) -> bool | None:
-        """Whether it forgets less, the interval free of 0; None without an interval."""
-        mean, half = mean_and_half_width(self.forgetting)
+        """Whether the perplexity rises less, the interval free of 0; None without an interval."""
+        mean, half = mean_and_half_width(self.rise)
         return None if half is None else mean + half < 0
 
     @property
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def read_runs(folder: Path) -> list[dict]:
-    """The records in name order, with `forgetting` added.
+    """The records in name order, with `rise` added.
 
     Raises FileNotFoundError when there is none; ValueError, naming the file, for another content, and for records of
     other texts, samples or numbers of steps than the first one.
@@ -115,11 +115,11 @@ def _checked(file: Path) -> dict:
         errors = run[part]["action_error"]
         if errors.keys() != {"new", "old"} or not all(is_number(value) and value >= 0 for value in errors.values()):
             raise ValueError(f"{file}: {part}: action_error: found {errors}, expected new and old, 0 or more")
-    run["forgetting"] = forgetting(run)
+    run["rise"] = rise(run)
     return run
 
 
-def forgetting(run: dict) -> float:
+def rise(run: dict) -> float:
     """Mean over the texts of ln(perplexity after / before): nats a token that the language model has lost."""
     before, after = run["before"]["perplexity"], run["after"]["perplexity"]
     return statistics.fmean(math.log(after[name] / before[name]) for name in before)
@@ -143,7 +143,7 @@ def pairs(methods: Methods) -> list[Pair]:
         both = [(run, plain[run["seed"]]) for run in own if run["seed"] in plain]
         if method != PLAIN and both:
             errors = [_error(run) - _error(other) for run, other in both]
-            found.append(Pair(method, [run["forgetting"] - other["forgetting"] for run, other in both], errors))
+            found.append(Pair(method, [run["rise"] - other["rise"] for run, other in both], errors))
     return found
 
 
@@ -197,7 +197,7 @@ def material(run: dict) -> list[str]:
         f"- Perplexity: the language model alone, {run['tokens']} tokens of each text in windows of 256. At the start:",
         f"  {start}.",
         *(f"  - {name}: {facts['source']}; sha256 `{facts['sha256']}`" for name, facts in run["texts"].items()),
-        "- Forgetting: ln(perplexity after / before), mean over the texts.",
+        "- Rise: ln(perplexity after / before), mean over the texts, in nats a token.",
         f"- Action error: L1 of normalised actions, on {samples['new']} held-out windows of the new task "
         f"({errors['new']})",
         f"  and on {samples['old']} windows of the old ones, which the start was trained on ({errors['old']}).",
@@ -233,18 +233,18 @@ def verdict(methods: Methods) -> list[str]:
 
 def _answer(good: list[str], judged: list[Pair]) -> str:
     if good:
-        return "less forgetting than plain on the same seeds, and an action error that is not shown to be higher."
+        return "a smaller rise than plain on the same seeds, and an action error that is not shown to be higher."
     if any(pair.keeps for pair in judged):
-        return "what forgets less than plain has a higher action error."
-    return "no budget is shown to forget less than plain."
+        return "what has a smaller rise than plain has a higher action error."
+    return "no budget is shown to have a smaller rise than plain."
 
 
 def sentence(pair: Pair) -> str:
     """One constrained method against plain."""
-    kept = "less" if pair.keeps else "not shown to be less"
+    kept = "smaller" if pair.keeps else "not shown to be smaller"
     cost = "higher" if pair.costs else "not shown to be higher"
     return (
-        f"{pair.method}: forgetting {kept} ({_difference(pair.forgetting, 2)} nats), action error {cost} "
+        f"{pair.method}: rise {kept} ({_difference(pair.rise, 2)} nats), action error {cost} "
         f"({_difference(pair.error, 4)})"
     )
 
@@ -270,11 +270,11 @@ def table(methods: Methods) -> list[str]:
     """A line per method."""
     texts = list(next(iter(methods.values()))[0]["texts"])
     names = [f"perplexity, {name}" for name in texts]
-    names += ["forgetting", "action error, new", "action error, old", "feature drift", "action drift", "minutes"]
+    names += ["rise", "action error, new", "action error, old", "feature drift", "action drift", "minutes"]
     lines = [f"| row | what | seeds | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
     for method, own in methods.items():
         cells = [spread([run["after"]["perplexity"][name] for run in own], 2) for name in texts]
-        cells += [spread([run["forgetting"] for run in own], 2)]
+        cells += [spread([run["rise"] for run in own], 2)]
         cells += [spread([_error(run, task) for run in own], 4) for task in ("new", "old")]
         cells += [spread([run["after"][name] for run in own], 4) for name in ("feature_drift", "action_drift")]
         cells += [spread([run["seconds"] / 60 for run in own], 0)]
@@ -294,9 +294,9 @@ def comparison(methods: Methods) -> list[str]:
     found = pairs(methods)
     if not found:
         return []
-    lines = ["## Against plain, on the same seeds", "", "| row | forgetting, nats a token | action error, new |"]
+    lines = ["## Against plain, on the same seeds", "", "| row | rise, nats a token | action error, new |"]
     lines += ["|---|---|---|"]
-    lines += [f"| {p.method} | {_difference(p.forgetting, 2)} | {_difference(p.error, 4)} |" for p in found]
+    lines += [f"| {p.method} | {_difference(p.rise, 2)} | {_difference(p.error, 4)} |" for p in found]
     return [*lines, "", "Mean difference ± half the width of its 95 % t interval.", ""]
 
 
