@@ -309,7 +309,7 @@ def written(pages, tmp_path):
         (
             (12, 12.5, 12.2),
             (0.301, 0.311, 0.320),
-            "**H8 does not hold**: what has a smaller rise than plain has a higher",
+            "**H8 does not hold**: what has a smaller rise than plain has",
         ),
         ((41, 40, 42.5), (0.201, 0.211, 0.219), "**H8 does not hold**: no budget is shown to have a smaller rise"),
         ((10, 40, 11), (0.1, 0.1, 0.1), "**H8 does not hold**: no budget is shown to have a smaller rise"),
