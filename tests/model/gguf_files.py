@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prismatic.command_line import is_installed
+
 MARKUP = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["p i", "c k", "pi ck", "Ġ u", "Ġu p"]
 TEXT = {
@@ -42,7 +44,10 @@ def toy_llama(seed: int = 0) -> LlamaForCausalLM:
 
 def write_gguf(model: LlamaForCausalLM, file: Path) -> Path:
     """Weights in fp32 and the tokenizer; skips the test without the package."""
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'craft-vla[smollm2]'")
+    if not is_installed("gguf"):
+        pytest.skip("gguf is not installed: pip install 'craft-vla[smollm2]'")
+    import gguf
+
     config = model.config
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(config.max_position_embeddings)
