@@ -201,8 +201,8 @@ def material(run: dict) -> list[str]:
         f"- Action error: L1 of normalised actions, on {samples['new']} held-out windows of the new task "
         f"({errors['new']})",
         f"  and on {samples['old']} windows of the old ones, which the start was trained on ({errors['old']}).",
-        "- Drift: of the features in the unit of the budget; of the actions as root mean square, for old instructions",
-        "  on the new images.",
+        "- Drift: of the features C_AQ, relative and squared, the unit of the budgets; of the actions as root mean",
+        "  square, for old instructions on the new images.",
     ]
 
 

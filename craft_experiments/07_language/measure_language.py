@@ -7,7 +7,7 @@
 |---|---|
 | perplexity | the language model alone, on each of the held-out texts (`english_texts.py`), in windows of 256 tokens |
 | action error | L1 of normalised actions on held-out windows of the new task, and on windows of the old ones |
-| feature drift | relative squared drift of the bridge features on the new windows: the unit of the budget |
+| feature drift | relative squared drift of C_AQ on the new windows: the unit of the budget |
 | action drift | root mean square change of the normalised actions on the new windows, asked old instructions |
 
 Drift is measured against the start, which is its own reference.
@@ -103,12 +103,13 @@ class Policies:
     """A trained policy beside its start, on the same samples."""
 
     def __init__(self, start: Any, trained: Any, cfg: MeasureConfig) -> None:
-        from prismatic.craft import CRaFTConfig
+        from prismatic.craft import AnchorType, CRaFTConfig
         from prismatic.training.retention.signals import PolicyFeatures
         from prismatic.vla.datasets.collator import VLACollator
 
         self._start, self._trained, self._cfg = start, trained, cfg
-        self._features = PolicyFeatures(CRaFTConfig.from_preset("budget"), nullcontext)
+        config = CRaFTConfig.from_preset("budget", anchor_type=AnchorType.AQ_ONLY)
+        self._features = PolicyFeatures(config, nullcontext)
         self._collate = VLACollator.of_policy(start.processor, start.model)
 
     def measures(self) -> dict[str, Any]:

@@ -96,8 +96,8 @@ def test_rows_differ_in_their_method_alone_and_a_stopped_bench_has_whole_seeds(d
             assert getattr(flags, name) == getattr(plain, name)
         if row.method.startswith("features"):
             craft = flags.craft_config()
-            found = craft.signal.value, craft.dual_kind, craft.rule, craft.retention_budget
-            assert found == ("features", "share", "off", row.budget)
+            found = craft.signal.value, craft.anchor_type.value, craft.dual_kind, craft.rule, craft.retention_budget
+            assert found == ("features", "aq_only", "share", "off", row.budget)
         if row.method == "actions":
             assert flags.craft_config().signal.value == "actions" and flags.memories == ["instructions"]
         assert (flags.retention is RetentionMethod.L2SP) == (row.method == "l2sp")
