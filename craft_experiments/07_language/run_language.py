@@ -78,7 +78,7 @@ class LanguageConfig:
     max_steps: int = flag_like(FinetuneConfig, "max_steps", 200)
     learning_rate: float = flag_like(FinetuneConfig, "learning_rate", 2e-4)
     batch_size: int = flag_like(FinetuneConfig, "batch_size", 4)
-    budgets: tuple[float, ...] = flag((0.1, 0.01, 0.001), "relative squared drift of C_AQ", more_than=0)
+    budgets: tuple[float, ...] = flag((0.3, 0.1, 0.03), "relative squared drift of C_AQ", more_than=0)
     seeds: tuple[int, ...] = flag((0, 1, 2), "of the trainings, with commas between", at_least=0)
     rows: str = flag("", "names of rows with commas between; empty: all")
     slots: int = flag(1, "runs at the same time, one core each", at_least=1, at_most=1024)

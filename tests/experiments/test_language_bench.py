@@ -113,7 +113,7 @@ def test_driver_and_measurement_hold_out_the_same_episodes(driver, measure):
 
 def test_an_unknown_row_is_named(driver):
     cfg = driver.LanguageConfig(rows="plain, fetures 0.1")
-    with pytest.raises(ValueError, match="--rows: found 'fetures 0.1', expected some of plain, features 0.1"):
+    with pytest.raises(ValueError, match="--rows: found 'fetures 0.1', expected some of plain, features 0.3"):
         driver.rows(cfg)
     assert {row.method for row in driver.rows(replace(cfg, rows="plain,frozen"))} == {"plain", "frozen"}
 
