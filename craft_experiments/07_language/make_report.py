@@ -23,7 +23,7 @@ from prismatic.evidence.checks import check_fields, is_number, read_object
 from prismatic.evidence.files import write_text
 from prismatic.evidence.statistics import mean_and_half_width
 
-FIELDS = {
+FIELDS: dict[str, type | tuple[type, ...]] = {
     "method": str,
     "seed": int,
     "start_sha256": str,
@@ -35,7 +35,12 @@ FIELDS = {
     "after": dict,
     "seconds": (int, float),
 }
-MEASURES = {"perplexity": dict, "action_error": dict, "feature_drift": (int, float), "action_drift": (int, float)}
+MEASURES: dict[str, type | tuple[type, ...]] = {
+    "perplexity": dict,
+    "action_error": dict,
+    "feature_drift": (int, float),
+    "action_drift": (int, float),
+}
 PLAIN = "plain"
 ABOUT = {
     "plain": "all weights, no constraint",
