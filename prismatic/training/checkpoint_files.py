@@ -37,7 +37,7 @@ from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.checkpoint_folder import MANIFEST
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.images import ImageSpec
-from prismatic.vla.prompts import PromptKind, check_tokenizer, prompt_kind_of
+from prismatic.vla.prompts import PromptKind, check_tokenizer
 
 FORMAT_VERSION = 1
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
@@ -257,7 +257,7 @@ def load_processor(path: Path, vla: OpenVLAForActionPrediction) -> PrismaticProc
     with reading(path):
         processor = PrismaticProcessor.from_pretrained(path)
     try:
-        check_tokenizer(processor.tokenizer, prompt_kind_of(vla.config.text_config.model_type))
+        check_tokenizer(processor.tokenizer, vla.config.prompt_kind)
     except ValueError as error:
         raise CheckpointError(f"{path / 'tokenizer_config.json'}: {error}") from None
     tokens, rows = len(processor.tokenizer), vla.config.text_config.vocab_size

@@ -73,7 +73,6 @@ from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.training_state import TrainingState, training_state_files
 from prismatic.training.vlm_folder import load_vlm
 from prismatic.vla.action_spec import ActionSpec
-from prismatic.vla.prompts import prompt_kind_of
 
 
 def checkpoint_path(cfg: FinetuneConfig, step: int | None = None) -> Path:
@@ -359,8 +358,8 @@ def _load_own(path: Path, given: _Given, merged: bool) -> LoadedCheckpoint:
 
 
 def _check_prompt(path: Path, manifest: dict[str, Any]) -> None:
-    body, found = read_config(path).text_config.model_type, manifest["prompt_kind"]
-    expected = prompt_kind_of(body).value
+    config, found = read_config(path), manifest["prompt_kind"]
+    body, expected = config.text_config.model_type, config.prompt_kind.value
     if found != expected:
         raise CheckpointError(
             f"{path / MANIFEST}: prompt_kind is {found!r}, expected {expected!r} for the {body} body of config.json"

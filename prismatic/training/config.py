@@ -160,6 +160,7 @@ class FinetuneConfig(
             "val_batches": (self.use_val_set, "--use_val_set True"),
             "val_split": (self.use_val_set, "--use_val_set True"),
             "replay_labels": (self.replay_data is not None, "--replay_data FOLDER"),
+            "replay_text_weight": (self.replay_text is not None, "--replay_text FILE"),
         }
         check_switches(self, set(given) - {"craft_log_freq"}, switches)  # every run has a log
 
@@ -195,6 +196,13 @@ class FinetuneConfig(
                 f"--replay_labels start excludes --retention_method {self.retention_method}: both need the start "
                 "weights; use --replay_labels data"
             )
+        if self.replay_text is None:
+            return
+        if self.retention is not RetentionMethod.NONE or self.replay_labels == "start":
+            other = "--replay_labels start" if self.replay_labels == "start" else f"method {self.retention_method}"
+            raise ValueError(f"--replay_text {self.replay_text} is a method of its own and excludes {other}")
+        if self.tuning_mode is TuningMode.FROZEN:
+            raise ValueError(f"--replay_text {self.replay_text} has no effect: --use_fz True trains no language model")
 
     def _resolve_craft_flags(self) -> None:
         """Give the flags that were left to the preset their values, and check that they fit each other."""
@@ -291,6 +299,8 @@ class FinetuneConfig(
             run_id += f"-{self.craft_preset}-eps{self.craft_retention_budget:g}"
         if self.replay_data is not None:
             run_id += f"--replay-{self.replay_fraction:g}"
+        if self.replay_text is not None:
+            run_id += f"--text-{self.replay_text_weight:g}"
         run_id += f"--{self.max_steps}steps--seed{self.seed}--{self._digest()}"
         return run_id if self.run_id_note is None else f"{run_id}--{self.run_id_note}"
 

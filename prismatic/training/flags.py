@@ -42,14 +42,14 @@ class StartFlags:
 
     config_file_path: str = flag(
         "pretrained_models/configs",
-        "checkpoint folder, VLM folder (OpenVLA), or a preset: tiny, qwen25-0_5b, openvla-7b",
+        "checkpoint folder, VLM folder (OpenVLA), or a preset: tiny, smollm2-135m, qwen25-0_5b, openvla-7b",
     )
     vlm_path: str = flag(
         "", "native Prismatic VLM (folder or .pt); --config_file_path then gives configuration and tokenizer"
     )
     tokenizer_path: str | None = flag(None, "tokenizer folder for presets that ship none")
     use_minivlm: bool | None = flag(
-        None, "True: Qwen body and chat prompt; False: llama body and OpenVLA's prompt; None: as the start model says"
+        None, "True: Qwen body and its prompt; False: llama body and a prompt of its own; None: as the start model says"
     )
     resum_vla_path: str = flag("", "checkpoint folder to resume from; empty: found from run_root_dir and the run id")
     data_root_dir: str = flag("datasets/rlds", "folder of the data sets")
@@ -193,6 +193,10 @@ class RetentionFlags:
     )
     replay_fraction: float = flag(0.2, "of replayed samples among all", at_least=0.001, at_most=0.999)
     replay_labels: str = flag("data", "start: the start policy's actions (distilled replay)", choices=("data", "start"))
+    replay_text: str | None = flag(
+        None, "text file: the language model goes on predicting its tokens (co-training); a window per micro-batch"
+    )
+    replay_text_weight: float = flag(0.1, "of the next-token loss beside the action loss", more_than=0)
 
 
 @dataclass

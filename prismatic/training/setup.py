@@ -19,6 +19,7 @@ from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
 from prismatic.extern.hf.processing_prismatic import PrismaticProcessor
 from prismatic.model_files import CheckpointError, has_weights
 from prismatic.models.native import check_native_config, load_native_weights
+from prismatic.models.packaged_language import load_language_model_
 from prismatic.models.presets import (
     PRESETS,
     build_config,
@@ -27,6 +28,7 @@ from prismatic.models.presets import (
     build_processor,
     get_preset,
     image_spec_of,
+    packaged_file,
 )
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.progress import say
@@ -55,7 +57,8 @@ class StartModel:
     """A policy to start from, with the objects that travel with it.
 
     `base` identifies the weights for adapters, None for random ones; `origin` is where the weights came from: `random`,
-    `native` (a Prismatic VLM), `vlm` (a folder like OpenVLA's), `published` or `craft` (a checkpoint of this code).
+    `llm` (random but for the language model), `native` (a Prismatic VLM), `vlm` (a folder like OpenVLA's), `published`
+    or `craft` (a checkpoint of this code).
     `instructions` are those it was trained on, {data set name: sentences}, as far as they are recorded.
     """
 
@@ -177,14 +180,17 @@ def load_start_model(cfg: FinetuneConfig) -> StartModel:
 
 
 def _random_start(cfg: FinetuneConfig, preset: str) -> StartModel:
-    """A preset with random weights, drawn from the seed."""
+    """A preset: weights drawn from the seed, but for the language model of a preset that has one."""
     processor = build_processor(preset, cfg.tokenizer_path)
     spec, config = action_spec_of_data(cfg), with_images(build_config(preset), cfg)
     options = get_preset(preset).head | head_flags(cfg, spec)
     model = VLAPolicyModel(
         *build_policy_parts(config, cfg.seed, spec.proprio_dim, **options), legacy_slices=bool(cfg.legacy_slices)
     )
-    return StartModel(model, processor, spec, image_spec_of(preset), None, "random")
+    file = packaged_file(preset)
+    if file is not None:
+        load_language_model_(model.vla.language_model, file)
+    return StartModel(model, processor, spec, image_spec_of(preset), None, "random" if file is None else "llm")
 
 
 def _vlm_start(cfg: FinetuneConfig, path: Path) -> StartModel:
@@ -360,5 +366,5 @@ def _check_flags(cfg: FinetuneConfig, start: StartModel) -> None:
     if cfg.tuning_mode is TuningMode.LORA and start.base is None:
         raise ValueError(
             f"--use_lora True needs a checkpoint folder as --config_file_path: preset {cfg.config_file_path!r} has "
-            "random weights, and adapters could not be loaded again without them"
+            "new weights, and adapters could not be loaded again without them"
         )

@@ -97,7 +97,7 @@ def test_tiny_trains_on_a_batch():
 
 
 def test_presets():
-    assert set(PRESETS) == {"tiny", "qwen25-0_5b", "openvla-7b"}
+    assert set(PRESETS) == {"tiny", "qwen25-0_5b", "openvla-7b", "smollm2-135m"}
     with pytest.raises(KeyError, match="qwen25-0_5b"):
         get_preset("big")
     options = head_options("qwen25-0_5b", build_config("qwen25-0_5b"))

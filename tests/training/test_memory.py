@@ -40,6 +40,7 @@ RUNS = {
     "keep": KEEP | {"craft_memory": "instructions,data", "craft_memory_data": "x"},
     "accumulated": {"grad_accumulation_steps": 3},
     "distilled": {"replay_data": "x", "replay_labels": "start"},
+    "text": {"replay_text": "x"},
     "l2sp": {"retention_method": "l2sp", "ema_decay": 0.9},
     "checkpointed": {"gradient_checkpointing": "towers,head", "freeze_vision": True},
 }

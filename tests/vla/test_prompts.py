@@ -27,6 +27,13 @@ def test_empty_instruction(instruction, kind):
         build_prompt(instruction, kind)
 
 
+def test_smollm2_is_asked_in_its_markup_whatever_its_body():
+    kind = prompt_kind_of("llama", "smollm2-135m-instruct")
+    question = QUESTION.removeprefix("In: ").removesuffix("\nOut:")
+    assert build_prompt("Pick up the CUP", kind) == (f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt_kind_of("llama", "llama2-7b-pure") is PromptKind.OPENVLA_TEXT
+
+
 def test_every_body_has_a_prompt_of_its_own():
     assert len({prompt_kind_of(body) for body in BODIES}) == len(BODIES)
 

@@ -8,6 +8,8 @@ from typing import Any, cast
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
+from prismatic.vla.prompts import PromptKind, prompt_kind_of
+
 # vision backbone id -> (image sizes, timm model ids, activation override per tower)
 _DINO_ID = "vit_large_patch14_reg4_dinov2.lvd142m"
 VISION_BACKBONES: dict[str, tuple[list[int], list[str], list[str | None]]] = {
@@ -35,6 +37,7 @@ LLM_BACKBONES: dict[str, tuple[str, str]] = {
     "phi-2-3b": ("microsoft/phi-2", "phi"),
     "qwen25-0_5b-extra": ("Qwen/Qwen2.5-0.5B", "qwen2"),
     "qwen25-0_5b-pure": ("Qwen/Qwen2.5-0.5B", "qwen2"),
+    "smollm2-135m-instruct": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llama"),
 }
 
 RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
@@ -204,6 +207,11 @@ class PrismaticConfig(PretrainedConfig):
         self.text_config = _text_config(text_config, LLM_BACKBONES[llm_backbone_id][1])
         kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
         super().__init__(pad_token_id=pad_token_id, **kwargs)
+
+    @property
+    def prompt_kind(self) -> PromptKind:
+        """The form of the prompt, which follows from the language model. KeyError for a body that is not run."""
+        return prompt_kind_of(self.text_config.model_type, self.llm_backbone_id)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is saved: readable by transformers 4, 5 and the published code."""

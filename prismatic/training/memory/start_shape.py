@@ -75,7 +75,8 @@ def _shape(cfg: FinetuneConfig) -> _Shape:
         if cfg.vlm_path:
             config = native_config(cfg, source)
         elif source in PRESETS:
-            config, head, origin = with_images(build_config(source), cfg), get_preset(source).head, "random"
+            preset, config = get_preset(source), with_images(build_config(source), cfg)
+            head, origin = preset.head, "random" if preset.language_model is None else "llm"
         else:
             config, origin = with_images(read_config(Path(source)), cfg), "vlm"
         return _Shape(config, head | head_flags(cfg, spec), spec, True, legacy, origin)

@@ -27,6 +27,7 @@ from prismatic.training.retention.memory import BATCH as BATCH_MEMORY
 from prismatic.training.retention.memory import Memory, take_rows
 from prismatic.training.retention.protocol import Retention
 from prismatic.training.retention.replay import DistilledReplay
+from prismatic.training.retention.text import WINDOW, TextReplay
 from prismatic.training.step import StepContext, optimizer_step
 
 WEIGHTS, OPTIMIZER, GRADIENTS, KEPT, BATCH = "weights", "optimizer", "gradients", "retention and averages", "batch"
@@ -208,6 +209,8 @@ def retention_of(
         return L2SP(model, cfg.l2sp_weight)
     if cfg.replay_data is not None and cfg.replay_labels == "start":
         return DistilledReplay(model, autocast)
+    if cfg.replay_text is not None:
+        return TextReplay(model, torch.zeros(WINDOW + 1, dtype=torch.int64), cfg.replay_text_weight, autocast)
     if not cfg.retention.measures_drift:
         return None
     size = cfg.craft_memory_batch_size

@@ -8,7 +8,8 @@
 | l2sp | pulls the weights to the start weights (`l2sp.py`) |
 | frozen | trains the action head, the proprio projector and the action queries only |
 
-Beside each: `--replay_data` mixes old samples into the batches. Interpolation with the start weights after training is
+Beside each: `--replay_data` mixes old samples into the batches. Beside none: `--replay_text` goes on training the
+language model on text (`text.py`). Interpolation with the start weights after training is
 `vla-scripts/interpolate_weights.py`.
 """
 
@@ -28,11 +29,12 @@ from prismatic.training.retention.observed import observations
 from prismatic.training.retention.protocol import Retention
 from prismatic.training.retention.replay import DistilledReplay
 from prismatic.training.retention.signals import SIGNALS
+from prismatic.training.retention.text import TextReplay
 from prismatic.training.training_setup import TrainingSetup
 from prismatic.vla.datasets.collator import VLACollator
 from prismatic.vla.datasets.sampler import EpochSampler
 
-_NEW_HEADS = ("random", "native", "vlm")
+_NEW_HEADS = ("random", "llm", "native", "vlm")
 
 
 def build_retention(
@@ -47,6 +49,10 @@ def build_retention(
     if cfg.replay_data is not None and cfg.replay_labels == "start":
         _check_skill("--replay_labels start", cfg, setup, "replay the labels of the data (--replay_labels data)")
         return DistilledReplay(model, accelerator.autocast)
+    if cfg.replay_text is not None:
+        tokens = TextReplay.read(cfg.replay_text, setup.processor.tokenizer)
+        key = cfg.seed, accelerator.process_index
+        return TextReplay(model, tokens, cfg.replay_text_weight, accelerator.autocast, key)
     if not cfg.retention.measures_drift:
         return None
     check_parallelism(accelerator)
