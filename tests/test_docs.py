@@ -96,8 +96,8 @@ def test_links_and_anchors_are_seen():
     assert anchors(text) == {"a-b-c", "a-b-c_1"}
 
 
-FLAGS_OF_OTHERS = {"local-dir", "repo-type", "exclude", "cores", "resources", "retries", "unlock"}
-"""Of `hf download` and of Snakemake."""
+FLAGS_OF_OTHERS = {"local-dir", "repo-type", "exclude", "cores", "resources", "retries", "unlock", "depth", "no-deps"}
+"""Of `hf download`, Snakemake, git and pip."""
 ROOMS = ("prismatic", "experiments", "craft_experiments", "craft_vla", "benchmarks", "docs")
 SOURCES = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
 FLAGS = {
