@@ -23,8 +23,8 @@ from craft_experiments.figures.write import write_figures
 from craft_experiments.hypotheses import page as hypotheses_page
 from craft_experiments.hypotheses import verdicts
 from craft_experiments.jobs.base import as_words
-from craft_experiments.presets import PRESETS, Preset
-from craft_experiments.settings import RunConfig, Settings
+from craft_experiments.preset import Preset
+from craft_experiments.settings import RunConfig, Settings, preset_of
 from craft_experiments.table_csv import measures_csv, pairs_csv, success_csv
 from craft_experiments.table_data import TableData, load, training_of
 from craft_experiments.table_formats import latex, markdown
@@ -72,7 +72,7 @@ def write_table_reports(s: Settings, table: Table) -> list[Path]:
         f"{table.name}.tex": _latex(data),
         f"{table.name}.md": page(s, data, {path.name: caption for path, caption in figures.values()}),
     }
-    if table.name == "retention":
+    if table.name == "retention" and not s.preset.keep:  # H1 to H3 were asked of the archived start
         found = verdicts(data, training_of(table.requests[0].cell))
         texts["hypotheses.md"] = hypotheses_page(found)
     written = [path for png, _ in figures.values() for path in (png, png.with_suffix(".pdf"))]
@@ -261,7 +261,7 @@ def run_command(s: Settings, table: Table) -> list[str]:
 
     Folders, launchers, video and process flags are left out.
     """
-    usual, now = PRESETS[s.preset.name], s.preset
+    usual, now = preset_of(s.preset.name, table.name), s.preset
     flags: dict[str, object] = {"preset": now.name}
     names = {field.name for field in fields(Preset)} & {field.name for field in fields(RunConfig)} - _NO_SETTINGS
     for name in sorted(names - {"task_ids"}):
