@@ -175,7 +175,8 @@ def page(found: Sequence[Verdict]) -> str:
         "# Hypotheses",
         "",
         "Written by `python -m craft_experiments report retention` from the records alone; the hypotheses and how they "
-        "are decided: results/archive/README.md. ± is the half width of the 95 % interval over seeds (Student t); p-values "
+        "are decided: results/archive/README.md. "
+        "± is the half width of the 95 % interval over seeds (Student t); p-values "
         "are one-sided and Holm-corrected over H2 and H3.",
     ]
     for verdict in found:

@@ -77,7 +77,7 @@ def _sequence(preset: Preset, method: Method, seeds: tuple[int, ...], rank: int)
 
 
 def _asked(preset: Preset, method: Method, stage: int, rank: int) -> tuple[Evaluation, ...]:
-    """After a stage: the new task and those before it, the new one half-way and in a way it was not shown, the old ones.
+    """After a stage: all new tasks, the last one half-way and in a way it was not shown too, and the old tasks.
 
     Half of the episodes of the old tasks before the last stage, where no hypothesis looks at them.
     """

@@ -29,7 +29,7 @@ class Demonstrations:
 
 @dataclass(frozen=True)
 class NewTask:
-    """One task of the bench `keep`, learned after the start. name: `near`, `far`; also the room of its demonstrations."""
+    """A task of the bench `keep`, learned after the start. name: `near`, `far`; also the room of its demonstrations."""
 
     name: str
     suite: str

@@ -145,7 +145,7 @@ def question(p: Preset, cell: Cell, evaluation: Evaluation) -> Question:
 
 
 def replayed(preset: Preset, evaluation: Evaluation) -> Demonstrations:
-    """What the replay control takes its actions from: of the start's tasks what no policy of the table was trained on."""
+    """What the replay control takes its actions from. Of the start's tasks there are others than it was trained on."""
     if evaluation.kind in _START_KINDS:
         return preset.memory(max(preset.memory_sizes)) if preset.keep else preset.held_out()[0]
     if evaluation.kind in _BENCH_KINDS:
