@@ -211,7 +211,7 @@ def test_a_memory_of_data_sets_side_by_side_shows_all_of_them(make):
     both = make(**keep(**flags)).retention.memories[0]
     assert both.shown() == alone[0].shown() | alone[1].shown() and len(both.shown()) > len(alone[0].shown())
     assert both.dataset.group_sizes == [size for memory in alone for size in memory.dataset.group_sizes]
-    assert set(both.dataset.statistics) == {Path(folder).name for folder in folders}
+    assert list(both.dataset.data_set_names) == [Path(folder).name for folder in folders]
     with pytest.raises(ValueError, match="found several folders, expected folders side by side"):
         make(**keep(**flags | {"craft_memory_data": f"{folders[0]},{MEMORIES['data']['craft_memory_data']}"}))
 
