@@ -71,6 +71,21 @@ class Bench:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How fast one core is at a preset's sizes, for estimates before a run; seconds.
+
+    program: until a program does its work. sample: of a plain optimizer step, per sample of its batch. control_step: of
+    an episode, the policy's share included, times the share of its limit that an episode takes. demonstration: with
+    the failed attempts.
+    """
+
+    program: float
+    sample: float
+    control_step: float
+    demonstration: float
+
+
+@dataclass(frozen=True)
 class Preset:
     """One scale of the experiments.
 
@@ -89,6 +104,7 @@ class Preset:
         keep: flags of the recommended constraint, on actions; empty: no table has it, nor replay.
         memory_sizes: demonstrations per old task that a row may have; the largest is that of the tables.
         bench: what the bench `keep` adds; None: the preset has none.
+        pace: for estimates of hours; None: not known.
         shots: demonstrations per task in Table 3; `demos_per_task` of them are all.
         seeds: of every table; also choose the demonstrations of Table 3.
         ablation_suite: the suite of Table 3, Table 4 and the retention protocol.
@@ -141,6 +157,7 @@ class Preset:
     keep: Mapping[str, object] = field(default_factory=dict)
     memory_sizes: tuple[int, ...] = (1, 5)
     bench: Bench | None = None
+    pace: Pace | None = None
     num_gpus: int = 0
 
     def dataset(self, suite: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from craft_experiments.preset import Bench, NewTask, Preset
+from craft_experiments.preset import Bench, NewTask, Pace, Preset
 from craft_experiments.preset_archive import TINY_ARCHIVE
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -83,8 +83,8 @@ TINY = Preset(
     start_perturbed={"init_noise_mm": 50},
     data_root_dir="data",
     dataset_suffix="_displaced_no_noops",
-    max_steps=800,
-    save_freq=400,
+    max_steps=600,
+    save_freq=300,
     batch_size=16,
     learning_rate=3.5e-4,
     num_trials=4,
@@ -95,7 +95,7 @@ TINY = Preset(
     perturbed={"init_noise_mm": 35},
     budgets=(0.01, 0.03),
     penalties=(1.0,),
-    shots=(1, 5, 20),
+    shots=(5, 20),
     demos_per_task=20,
     seeds=(0, 1),
     metric_flags={"craft_retention_metric": "rel_mse"},
@@ -121,12 +121,21 @@ TINY = Preset(
     start_collect={"init_noise_mm": 50},
     heldout_collect={"episodes_per_task": 6, "noise_std": 0.0, "seed": 1000},
     keep=KEEP,
+    # 0.45 s for a step of 16 samples; 0.022 s a control step, of which an episode takes three quarters of its limit.
+    pace=Pace(program=13, sample=0.45 / 16, control_step=0.022 * 0.75, demonstration=8),
     bench=Bench(
         new_tasks=(NewTask("near", "libero_object", "2"), NewTask("far", "libero_spatial", "0")),
         primary=_PRIMARY,
         secondary=_SECONDARY,
         recovered=_RECOVERED,
-        changes={"seeds": (0, 1, 2, 3, 4), "num_trials": 40, "pro_trials": 20, "start_trials": 40},
+        changes={
+            "max_steps": 800,
+            "save_freq": 400,
+            "seeds": (0, 1, 2, 3, 4),
+            "num_trials": 40,
+            "pro_trials": 20,
+            "start_trials": 40,
+        },
     ),
 )
 

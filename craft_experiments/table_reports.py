@@ -226,7 +226,7 @@ def _provenance(s: Settings, data: TableData) -> list[str]:
         "",
         "| method | flags |",
         "|---|---|",
-        *(f"| {method.label} | {_flags(method)} |" for method in ordered(data.table.methods)),
+        *(f"| {method.label} | {flags_text(method)} |" for method in ordered(data.table.methods)),
         "",
     ]
     return lines
@@ -245,14 +245,16 @@ def _tasks(numbers: str) -> str:
     return f"tasks {', '.join(numbers.split(','))}" if numbers else "all tasks"
 
 
-def _flags(method: Method) -> str:
+def flags_text(method: Method) -> str:
+    """What a row adds to the flags of the preset, `none` for nothing."""
     trained = shlex.join(as_words(method.train))
     evaluated = shlex.join(as_words(method.evaluate))
     parts = [f"`{trained}`"] if trained else []
     if evaluated:
         parts.append(f"evaluation: `{evaluated}`")
     if method.role is Role.INTERPOLATED:
-        parts.append(f"`--adapter_scale {method.scale:g}` on {method.parent}, no training")
+        chosen = f" --parts {method.parts}" * (method.parts != "all")
+        parts.append(f"`--adapter_scale {method.scale:g}{chosen}` on {method.parent}, no training")
     return "; ".join(parts) or ("none" if method.role is Role.TRAINED else "no training")
 
 
