@@ -117,9 +117,10 @@ def _full_size(s: Settings, jobs: Mapping[str, Job]) -> list[str]:
     episodes = sum(_episodes(s, job) for job in jobs.values() if isinstance(job, Evaluate))
     return [
         *lines,
-        f"in all {total / 1e18:.2f} EFLOP of training: {total / THROUGHPUT / 3600:.0f} hours at {THROUGHPUT / 1e12:.0f} "
-        "TFLOP/s, an assumption: no GPU has been timed. Rows without a trace of their own take the next larger one",
-        f"{episodes} episodes, on CPU cores and the GPU; how long is not known: docs/performance.md has what was timed",
+        f"in all {total / 1e18:.2f} EFLOP of training: {total / THROUGHPUT / 3600:.0f} hours at "
+        f"{THROUGHPUT / 1e12:.0f} TFLOP/s, an assumption: no GPU has been timed",
+        "rows without a trace of their own take the next larger one",
+        f"{episodes} episodes; how long they take is not known: docs/performance.md has what was timed",
     ]
 
 

@@ -1,11 +1,12 @@
-"""Numbers of a policy that learns tasks one after the other, after LIBERO (arXiv 2306.03310, section 4.4).
+"""Numbers of a policy that learns tasks one after the other, after LIBERO (arXiv 2306.03310).
 
 LIBERO: c_ij is the success in task j after task i was learned, c_kke that in task k at checkpoint e of its own stage.
 The forward transfer of k is the mean of c_kke over e. Its negative backward transfer is the mean of c_kk - c_ik over
 the later stages i. Its area under the success curve is the mean of its forward transfer and of the c_ik. Each is then
 averaged over the tasks. Here the start has learned several tasks at once, as stage 0, for which no curve is known:
-their c_kk takes the place of forward transfer. c_kk is the success at the end of a stage, with which the sequence goes on;
-LIBERO takes the best checkpoint. The backward transfer is averaged over tasks that a stage follows: the last has none.
+their c_kk takes the place of forward transfer. c_kk is the success at the end of a stage, with which the sequence
+goes on; LIBERO takes the best checkpoint. The backward transfer is averaged over tasks that a stage follows: the last
+has none.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ def smallest_difference(cfg: PowerConfig, base: float, spreads: tuple[float, flo
 
 
 SPREADS = (0.05, 0.09, 0.18, 0.27, 0.38)
-"""Standard deviation of a rate over seeds. In results/keep, three seeds, one task, 20 episodes each: keep with data 0.09
-(20, 17, 20 successes), keep without old data 0.13 (13, 18, 16) and 0.38 (19, 19, 6), replay 0.27 (9, 18, 19)."""
+"""Standard deviation of a rate over seeds. In results/keep, three seeds, one task, 20 episodes each: keep with data
+0.09 (20, 17, 20 successes), keep without old data 0.13 (13, 18, 16) and 0.38 (19, 19, 6), replay 0.27 (9, 18, 19)."""
 
 
 def lines(cfg: PowerConfig) -> list[str]:

@@ -103,12 +103,13 @@ def _recommended(preset: Preset) -> list[Method]:
     replay, distilled = {"replay_fraction": 0.2}, {"replay_fraction": 0.2, "replay_labels": "start"}
     found = [Method("keep_none", "keep, no old data", keep)]
     for n in preset.memory_sizes:
-        held = {"memory": n, "memory_flag": "craft_memory_data"}
-        mixed = {"memory": n, "memory_flag": "replay_data"}
         of = f"{n} demonstration{'' if n == 1 else 's'} per old task"
-        found.append(Method(f"keep_data_{n}", f"keep, observations of {of}", keep, **held))
-        found.append(Method(f"replay_{n}", f"replay of {of}", replay, **mixed))
-        found.append(Method(f"distilled_{n}", f"distilled replay of {of}", distilled, **mixed))
+        for key, label, flags, memory_flag in (
+            ("keep_data", "keep, observations", keep, "craft_memory_data"),
+            ("replay", "replay", replay, "replay_data"),
+            ("distilled", "distilled replay", distilled, "replay_data"),
+        ):
+            found.append(Method(f"{key}_{n}", f"{label} of {of}", flags, memory=n, memory_flag=memory_flag))
     return found
 
 

@@ -92,7 +92,7 @@ def test_all_demonstrations_are_the_run_of_table_1():
     }
     assert "plain--spatial--seed0" in shared
     limits = {r.cell.shots for r in table("table3", preset).requests if not r.cell.method.control}
-    assert limits == {1, 5, None}
+    assert limits == {5, None}
 
 
 def test_the_joint_policy_takes_as_many_steps_as_the_single_ones_together():
