@@ -25,7 +25,7 @@ from craft_experiments.records import RecordError, read_manifest
 from craft_experiments.settings import Settings
 from craft_experiments.table_data import record_of
 from craft_experiments.table_measures import TAIL, training_metrics
-from craft_experiments.tables import Table
+from craft_experiments.tables import Table, methods_of
 
 Outcomes = Mapping[tuple[int, int], bool]  # (task number, initial state) -> success
 DRIFT = "CRaFT/Retention Loss"
@@ -75,9 +75,13 @@ class KeepData:
         """The cell of a row after a stage; after stage 0 it is the start's."""
         return sequence_cell(self.preset, self.method("start") if stage == 0 else method, seed, stage)
 
+    @cached_property
+    def _known(self) -> dict[str, Method]:
+        return methods_of(self.preset)
+
     def method(self, key: str) -> Method:
-        """A row by key."""
-        return next(method for method in self.table.methods if method.key == key)
+        """A row by key, also one that was not chosen."""
+        return self._known[key]
 
     def found(self, cell: Cell, kind: Kind, name: str, step: int | None = None) -> Outcomes | None:
         """Outcomes of one evaluation; None while there is no record."""

@@ -12,8 +12,8 @@ from craft_experiments.figures.write import save_pdf
 from craft_experiments.keep_data import KeepData
 
 CAPTIONS = {
-    "trade_off": "Success in the old tasks at the end of the sequence against success in the new tasks, each at the end "
-    "of its stage. Large: means, small: single seeds. Dotted: the start. Hollow: rows with few seeds.",
+    "trade_off": "Success in the old tasks at the end of the sequence against that in the new tasks, each at the end "
+    "of its stage. Large: means, small: seeds. Dotted: the start. Hollow: rows with few seeds.",
     "course": "Success in the old tasks after each stage, rows with all seeds: mean over the seeds, and single seeds.",
     "recovery": "Success in the old tasks while they are learned again; one seed.",
 }
