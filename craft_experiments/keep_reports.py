@@ -47,8 +47,8 @@ LIBERO = {
     "area": "area under the curve (higher)",
 }
 NOTES = (
-    "Percent, mean over the training seeds ± half width of the 95 % interval (Student t over seeds; in brackets their "
-    f"number where it is not 5). {MISSING}: not run.",
+    "Percent, mean over the training seeds ± half width of the 95 % interval (Student t over seeds). In brackets: the "
+    f"number of seeds, where some are missing or not asked for. {MISSING}: not run.",
     "New tasks: each at the end of its own stage, displaced as its demonstrations, then with objects that look "
     "different, which no demonstration shows. Old tasks: mean over the start's tasks, displaced as they were learned.",
     "Secondary rows, in italics, have fewer seeds and a quarter of the episodes: no verdict rests on them.",
@@ -175,18 +175,18 @@ def value_grid(data: KeepData, columns: Mapping[str, str]) -> Grid:
     rows = []
     for method in data.rows():
         values = data.values.get(method.key, {})
-        cells = tuple(percent_text(values.get(measure, {})) for measure in columns)
+        cells = tuple(percent_text(values.get(measure, {}), len(data.preset.seeds)) for measure in columns)
         rows.append(GridRow(method.label, cells, control=not data.is_primary(method)))
     return Grid("row", ("",) * len(columns), tuple(columns.values()), tuple(rows))
 
 
-def percent_text(values: Mapping[int, float]) -> str:
-    """`41.2 ± 10.3`, `41.2 ± 10.3 (2)`, `41.2 (1)`."""
+def percent_text(values: Mapping[int, float], usual: int) -> str:
+    """`41.2 ± 10.3`, `41.2 ± 10.3 (2)`, `41.2 (1)`: the number of seeds where it is not the usual one."""
     if not values:
         return MISSING
     mean, half = mean_and_half_width(list(values.values()))
     width = "" if half is None else f" ± {100 * half:.1f}"
-    return f"{100 * mean:.1f}{width}" + ("" if len(values) == 5 else f" ({len(values)})")
+    return f"{100 * mean:.1f}{width}" + ("" if len(values) == usual else f" ({len(values)})")
 
 
 def matrix_grid(data: KeepData) -> Grid:

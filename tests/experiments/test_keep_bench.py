@@ -285,7 +285,7 @@ def test_chosen_rows_alone_make_a_page_without_verdict(tmp_path, monkeypatch):
     fill(s, wanted)
     write_keep_reports(s, wanted)
     page = (s.results_dir / "keep.md").read_text(encoding="utf-8")
-    assert page.count(": open") == 3 and "| replay of 5 demonstrations per old task | 60.0 (1) |" in page
+    assert page.count(": open") == 3 and "| replay of 5 demonstrations per old task | 60.0 |" in page
 
 
 # --- Costs --------------------------------------------------------------------------------------------------------
