@@ -50,7 +50,7 @@ def after_key(trained: str, start: str) -> str:
 
 def _of_sequences(preset: Preset, known: Mapping[str, Method]) -> dict[str, Method]:
     """Rows that the bench `keep` needs beside the others: interpolation after a second task, and learning again."""
-    if preset.bench is None:
+    if preset.bench is None or not preset.keep:
         return {}
     plain, found = known["plain"], []
     for method in known.values():
