@@ -135,11 +135,13 @@ class KeepData:
         series = [training_metrics(record, record["cell"]) for record in known]
         drifts = [metrics.tail_mean(DRIFT, TAIL) for metrics in series]
         peaks = [max(metrics.series("Memory/Peak GiB")[1], default=None) for metrics in series]
+        gave_up = [metrics.series("CRaFT/Out Of Reach")[1] for metrics in series]
         found_peaks = [peak for peak in peaks if peak is not None]
         return {
             "seconds": sum(float(record["seconds"]) for record in known),
             "drift": max((drift for drift in drifts if drift is not None), default=None),
             "memory": max(found_peaks, default=None),
+            "out_of_reach": max((float(flags[-1]) for flags in gave_up if flags), default=None),
         }
 
     def course(self, method: Method, seed: int) -> Course:

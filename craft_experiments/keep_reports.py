@@ -109,7 +109,8 @@ _MATRIX_TEXT = "Percent, mean over seeds: after each stage (row), in each task (
 _COST_TEXT = (
     "Both stages together. Work: products of an optimizer step as a multiple of plain fine-tuning's (docs/IDEA.md, "
     "section 7). Time: recorded seconds, also as a ratio to plain of the same seed; two programs ran at a time. "
-    "Memory: largest resident size. Drift: mean of the last quarter of the steps, of the worse stage."
+    "Memory: largest resident size. Drift: mean of the last quarter of the steps, of the worse stage. Out of reach: "
+    "seeds in which the budget was so at the end of a stage. Seconds of a program that was interrupted are its last start's."
 )
 
 
@@ -224,9 +225,10 @@ def cost_grid(data: KeepData) -> Grid:
             f"{fmean(ratios):.2f}" if ratios else MISSING,
             f"{max(memory.values()):.2f}" if memory else MISSING,
             f"{fmean(values['drift'].values()):.3g}" if values.get("drift") else MISSING,
+            f"{sum(flags.values()):.0f} of {len(flags)}" if (flags := values.get("out_of_reach")) else MISSING,
         )
         rows.append(GridRow(method.label, cells, control=not data.is_primary(method)))
-    header = ("work per step, x plain", "training, s", "x plain", "memory, GiB", "drift")
+    header = ("work per step, x plain", "training, s", "x plain", "memory, GiB", "drift", "out of reach")
     return Grid("row", ("",) * len(header), header, tuple(rows))
 
 

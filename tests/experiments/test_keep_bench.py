@@ -174,6 +174,8 @@ def fill(s, wanted, rate=rates, skip=()):
         key, seed, stage = job.cell.method.key, job.cell.seed, len(job.cell.tasks)
         if job.kind == "train":
             metrics = {"step": [1, 2], "VLA Train/Loss": [0.1, 0.1], "Memory/Peak GiB": [0.5, 0.7]}
+            if key.startswith("keep"):
+                metrics |= {"CRaFT/Retention Loss": [0.01, 0.03], "CRaFT/Out Of Reach": [1.0, float(seed == 2)]}
             fake.training(s, job, metrics, 600.0 if job.cell.method.train.get("use_craft") else 500.0)
             continue
         asked = question(s.preset, job.cell, job.evaluation)
@@ -199,6 +201,7 @@ def test_measures_are_means_over_tasks_of_the_right_stage(whole):
     # Old tasks: .85 - .7 in both later stages; near: nothing lost.
     assert values["backward"][0] == pytest.approx(4 * 0.15 / 5)
     assert (values["seconds"][0], values["memory"][0]) == (1200, 0.7)
+    assert (values["drift"][0], values["out_of_reach"]) == (0.03, {0: 0, 1: 0, 2: 1, 3: 0, 4: 0})
     assert set(data.values["frozen"]["old"]) == {0, 1} and "forward" not in data.values["interpolate_0.5"]
 
 
