@@ -110,7 +110,7 @@ _COST_TEXT = (
     "Both stages together. Work: products of an optimizer step as a multiple of plain fine-tuning's (docs/IDEA.md, "
     "section 7). Time: recorded seconds, also as a ratio to plain of the same seed; two programs ran at a time. "
     "Memory: largest resident size. Drift: mean of the last quarter of the steps, of the worse stage. Out of reach: "
-    "seeds in which the budget was so at the end of a stage. Seconds of a program that was interrupted are its last start's."
+    "seeds in which the budget was so at the end of a stage. Of an interrupted program: seconds of its last start."
 )
 
 

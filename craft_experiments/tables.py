@@ -66,27 +66,28 @@ def _of_sequences(preset: Preset, known: Mapping[str, Method]) -> dict[str, Meth
 
 def _constrained(preset: Preset) -> list[Method]:
     """CRaFT, its ablations and its budgets. A budget that is CRaFT's own is no second method."""
+    name = "CRaFT on features" if preset.keep else "CRaFT"  # where nothing else is called so
     craft = {"use_craft": True, **preset.craft}
     fixed = {"craft_enable_dual": False}
     eps = preset.craft["craft_retention_budget"]
     original = {"use_craft": True, **preset.metric_flags, "craft_preset": "original", "craft_retention_budget": eps}
     budget = {"use_craft": True, "craft_preset": "budget"}
     variants = [
-        ("craft", f"CRaFT, budget {eps:g}", craft),
-        ("craft_no_projection", "CRaFT without projection", craft | {"craft_enable_projection": False}),
-        ("craft_no_dual", "CRaFT without dual, λ = 0.1", craft | fixed | {"craft_fixed_lambda": 0.1}),
-        ("craft_aq_only", "CRaFT, C_AQ only", craft | {"craft_anchor_type": "aq_only"}),
-        ("craft_raw_only", "CRaFT, C_R only", craft | {"craft_anchor_type": "raw_only"}),
-        ("craft_global", "CRaFT, one projection of all tensors", craft | {"craft_projection_granularity": "global"}),
+        ("craft", f"{name}, budget {eps:g}", craft),
+        ("craft_no_projection", f"{name} without projection", craft | {"craft_enable_projection": False}),
+        ("craft_no_dual", f"{name} without dual, λ = 0.1", craft | fixed | {"craft_fixed_lambda": 0.1}),
+        ("craft_aq_only", f"{name}, C_AQ only", craft | {"craft_anchor_type": "aq_only"}),
+        ("craft_raw_only", f"{name}, C_R only", craft | {"craft_anchor_type": "raw_only"}),
+        ("craft_global", f"{name}, one projection of all tensors", craft | {"craft_projection_granularity": "global"}),
         # The gate would open only above the budget; without a multiplier nothing keeps the drift there.
         (
             "projection_only",
             "projection only, λ = 0",
             craft | fixed | {"craft_fixed_lambda": 0.0, "craft_projection_when": "always"},
         ),
-        ("craft_original", "CRaFT, original rule", original),
+        ("craft_original", f"{name}, original rule", original),
         *(
-            (f"craft_budget_{e:g}", f"CRaFT, budget {e:g}", budget | {"craft_retention_budget": e})
+            (f"craft_budget_{e:g}", f"{name}, budget {e:g}", budget | {"craft_retention_budget": e})
             for e in preset.budgets
         ),
     ]
