@@ -44,7 +44,7 @@ def trade_off(data: KeepData) -> Any:
             points[method.key] = [(100 * new[seed], 100 * old[seed]) for seed in seeds]
     if not points:
         return None
-    figure = new_figure(6.2, 5.4)
+    figure = new_figure(7.4, 6.0)
     axis, styles = figure.subplots(), method_styles(data.rows())
     for method in data.rows():
         if found := points.get(method.key):
@@ -84,7 +84,7 @@ def course(data: KeepData) -> Any:
         if not any(value is not None for line in lines for value in line[1:]):
             continue
         if figure is None:
-            figure = new_figure(5.6, 4.4)
+            figure = new_figure(7.2, 4.6)
             axis = figure.subplots()
         drawn = True
         _draw_course(axis, lines, styles[method.key], method.label)
@@ -113,7 +113,7 @@ def recovery(data: KeepData) -> Any:
     found = {key: rates for key, rates in found.items() if len(rates) > 1}
     if not found:
         return None
-    figure = new_figure(5.2, 3.8)
+    figure = new_figure(5.6, 3.8)
     axis, styles = figure.subplots(), method_styles(data.rows())
     for key, rates in found.items():
         steps = sorted(rates)
