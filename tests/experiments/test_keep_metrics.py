@@ -1,6 +1,7 @@
 """Metrics of the bench `keep` against matrices worked out by hand, and tests over seeds against known numbers."""
 
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from craft_experiments.paired_seeds import (
     PowerConfig,
     draw_rates,
     flip_p,
+    lines,
     power,
     simulated_differences,
     smallest_difference,
@@ -120,3 +122,9 @@ def test_a_wider_spread_needs_a_larger_difference():
     assert small < large
     assert smallest_difference(cfg, 0.9, (0.3, 0.3), 0.01) is None
     assert small == smallest_difference(cfg, 0.0, (0.05, 0.0), 0.05)  # seeded
+
+
+def test_the_page_has_the_numbers_of_the_command():
+    page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines(PowerConfig()) if line.startswith("|")]
+    assert len(rows) == 13 and set(rows) <= set(page)
