@@ -1,6 +1,6 @@
-"""Tables 1 to 4 and the retention protocol: `python -m craft_experiments run table1 --preset tiny`.
+"""Tables 1 to 4, the retention protocol and the bench keep: `python -m craft_experiments run table1 --preset tiny`.
 
-    run TABLE      run what is missing, then write the tables; --dry-run prints each command instead
+    run TABLE      run what is missing, then write the tables; --dry-run prints each command instead, and what they cost
     report TABLE   write tables and figures from the records that are there
     list TABLE     every job and whether it is done
     job TABLE JOB  run one job whose predecessors are done (for a workflow engine)
@@ -21,6 +21,9 @@ from pathlib import Path
 from craft_experiments.common_utils.terminal import say
 from craft_experiments.jobs import plan as planning
 from craft_experiments.jobs.base import JobFailed, portable
+from craft_experiments.keep_cells import BENCH
+from craft_experiments.keep_costs import estimate
+from craft_experiments.keep_reports import write_keep_reports
 from craft_experiments.records import State, read_manifest, set_states
 from craft_experiments.result_list import failed_cells, write_result_lists
 from craft_experiments.runner import run_job, run_table
@@ -68,6 +71,8 @@ def _run(s: Settings, wanted: Table) -> int:
         for job in plan.values():
             for command in job.commands(s):
                 print(shlex.join(portable(command)))
+        for line in estimate(s, plan):
+            print(f"# {line}")
         return 0
     _check_folders(s)
     run_table(s, plan)
@@ -83,7 +88,11 @@ def _check_folders(s: Settings) -> None:
 
 def _report(s: Settings, wanted: Table) -> int:
     check_folder(s.results_dir, "--results_dir")
-    for path in [*write_result_lists(s.records_dir, s.results_dir, wanted), *write_table_reports(s, wanted)]:
+    if wanted.name == BENCH:
+        written = write_keep_reports(s, wanted)
+    else:
+        written = [*write_result_lists(s.records_dir, s.results_dir, wanted), *write_table_reports(s, wanted)]
+    for path in written:
         say(f"written: {path}")
     failed = failed_cells(read_manifest(s.records_dir), wanted)
     for name, code in failed.items():

@@ -1,4 +1,4 @@
-"""Verdicts on the hypotheses of docs/experiments.md, from the data of the retention table.
+"""Verdicts on H1 to H3 (results/archive/README.md), from the data of the archived retention table.
 
 H1: the budget preset meets its budget. H2: CRaFT forgets less than plain fine-tuning at equal action error. H3: CRaFT
 against the fixed penalty and the interpolation whose action error is closest to its own.
@@ -175,7 +175,8 @@ def page(found: Sequence[Verdict]) -> str:
         "# Hypotheses",
         "",
         "Written by `python -m craft_experiments report retention` from the records alone; the hypotheses and how they "
-        "are decided: docs/experiments.md. ± is the half width of the 95 % interval over seeds (Student t); p-values "
+        "are decided: results/archive/README.md. "
+        "± is the half width of the 95 % interval over seeds (Student t); p-values "
         "are one-sided and Holm-corrected over H2 and H3.",
     ]
     for verdict in found:

@@ -2,110 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from craft_experiments.preset import Bench, NewTask, Pace, Preset
+from craft_experiments.preset_archive import TINY_ARCHIVE
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-
-
-@dataclass(frozen=True)
-class Demonstrations:
-    """A data set. task_ids: task numbers, "" for all. held_out: no training reads it."""
-
-    suite: str
-    task_ids: str
-    dataset: str
-    held_out: bool = False
-
-    @property
-    def name(self) -> str:
-        """`libero_goal_no_noops`, or `held_out/libero_goal_no_noops`."""
-        return "held_out/" * self.held_out + self.dataset
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One scale of the experiments.
-
-    Attributes:
-        suites: suites that are fine-tuned on and evaluated.
-        task_ids: suite -> task numbers; "" is all.
-        start: checkpoint folder or model geometry (`--config_file_path`).
-        dataset_suffix: the demonstrations of a suite are called suite + dataset_suffix.
-        max_steps, save_freq: optimizer steps; a policy of several suites takes a multiple of them.
-        num_trials, pro_trials, start_trials: episodes per task: on the suite, on LIBERO-PRO's variants of it, on the
-            tasks of the start model.
-        craft: flags of the method called CRaFT.
-        perturbed: evaluation flags that make the perturbed column of the standard one; `suite_suffix` is no flag but is
-            appended to the name of the suite.
-        budgets, penalties, l2sp_weights: the values tried in the retention protocol.
-        shots: demonstrations per task in Table 3; `demos_per_task` of them are all.
-        seeds: of every table; also choose the demonstrations of Table 3.
-        ablation_suite: the suite of Table 3, Table 4 and the retention protocol.
-        start_suite, start_task_ids, start_dataset: what the start model is competent at, and the name of its
-            normalisation. Empty: it is no policy, and nothing is asked about it.
-        other_start_datasets: suite -> normalisation of the start model for it, where it has learned that suite too.
-        metric_flags: flags that give every constraint of the retention protocol the same unit.
-        train, evaluate: further flags of every training and evaluation.
-        start_perturbed: as `perturbed`, for the start's tasks: how its own demonstrations began.
-        collect, start_collect, heldout_collect: flags of `collect_demos`, how they change for the start's tasks, and
-            how for held-out demonstrations, which no training uses; None: the demonstrations are downloaded.
-        num_gpus: 1 or more: torchrun; 0: plain python.
-    """
-
-    name: str
-    suites: tuple[str, ...]
-    task_ids: Mapping[str, str]
-    start: str
-    data_root_dir: str
-    dataset_suffix: str
-    max_steps: int
-    save_freq: int
-    batch_size: int
-    learning_rate: float
-    num_trials: int
-    pro_trials: int
-    start_trials: int
-    craft: Mapping[str, object]
-    perturbed: Mapping[str, Any]
-    budgets: tuple[float, ...]
-    penalties: tuple[float, ...]
-    shots: tuple[int, ...]
-    demos_per_task: int
-    seeds: tuple[int, ...]
-    ablation_suite: str = "libero_spatial"
-    start_suite: str = ""
-    start_task_ids: str = ""
-    start_dataset: str = ""
-    other_start_datasets: Mapping[str, str] = field(default_factory=dict)
-    l2sp_weights: tuple[float, ...] = (0.01,)
-    metric_flags: Mapping[str, object] = field(default_factory=dict)
-    train: Mapping[str, object] = field(default_factory=dict)
-    evaluate: Mapping[str, object] = field(default_factory=dict)
-    start_perturbed: Mapping[str, Any] = field(default_factory=dict)
-    collect: Mapping[str, object] | None = None
-    start_collect: Mapping[str, object] = field(default_factory=dict)
-    heldout_collect: Mapping[str, object] = field(default_factory=dict)
-    num_gpus: int = 0
-
-    def dataset(self, suite: str) -> str:
-        """Name of the demonstrations of a suite."""
-        return suite + self.dataset_suffix
-
-    def demonstrations(self, suite: str) -> Demonstrations:
-        """What a policy of a suite is trained on."""
-        return Demonstrations(suite, self.task_ids[suite], self.dataset(suite))
-
-    def start_units(self, suite: str) -> str:
-        """Normalisation with which the start model acts on a suite."""
-        return self.other_start_datasets.get(suite, self.start_dataset) or self.dataset(suite)
-
-    def held_out(self) -> tuple[Demonstrations, ...]:
-        """Other demonstrations of the start's tasks and of the suite of the retention protocol."""
-        start = Demonstrations(self.start_suite, self.start_task_ids, self.start_dataset, held_out=True)
-        return start, replace(self.demonstrations(self.ablation_suite), held_out=True)
-
+KEEP = {"craft_preset": "keep", "craft_retention_budget": 0.03}
+_PRIMARY = ("plain", "keep_none", "keep_data_5", "replay_5", "distilled_5")
+_RIVALS = ("frozen", "l2sp_0.01", "penalty_1", "interpolate_0.5", "interpolate_llm_0.5")
+_SECONDARY = ("keep_data_1", "replay_1", "distilled_1", "craft", *_RIVALS)
+_RECOVERED = ("plain", "keep_data_5")
 
 QWEN = Preset(
     name="qwen25-0_5b",
@@ -136,35 +41,63 @@ QWEN = Preset(
     train={"use_lora": True, "lora_rank": 32},
     evaluate={"center_crop": True, "num_workers": 1, "save_videos": "failures"},
     num_gpus=1,
+    bench=Bench(
+        # What the published policy of libero_object has not seen; all demonstrations are scripted, at its image size.
+        new_tasks=(NewTask("near", "libero_spatial", "0"), NewTask("far", "libero_goal", "8")),
+        primary=_PRIMARY,
+        secondary=_SECONDARY,
+        recovered=_RECOVERED,
+        changes={
+            "keep": KEEP,  # the start of the tables has a new head and no skill
+            "start": "pretrained_models/LIBERO-Object-Pro",
+            "start_suite": "libero_object",
+            "start_task_ids": "0,3,5,7",
+            "start_dataset": "libero_object_no_noops",
+            "max_steps": 5_000,
+            "save_freq": 2_500,
+            "seeds": (0, 1, 2, 3, 4),
+            "num_trials": 40,
+            "pro_trials": 20,
+            "start_trials": 40,
+            "demos_per_task": 50,
+            "data_root_dir": "data/keep",
+            "perturbed": {},
+            "collect": {
+                "initial_states": "standard:40-49",
+                "noise_std": 0.15,
+                "noise_fraction": 0.5,
+                "image_size": 256,
+            },
+        },
+    ),
 )
 
 TINY = Preset(
     name="tiny",
-    suites=SUITES,
-    task_ids={"libero_spatial": "0,1", "libero_object": "2,5", "libero_goal": "1,8", "libero_10": "0"},
-    start="pretrained_models/tiny-libero-displaced",
+    suites=SUITES[:3],  # on libero_10 nothing succeeded, playback neither (results/archive)
+    task_ids={"libero_spatial": "0,1", "libero_object": "2", "libero_goal": "1,8", "libero_10": "0"},
+    start="pretrained_models/tiny-libero-object-four",
     start_suite="libero_object",
-    start_task_ids="0,3,7",
+    start_task_ids="0,3,5,7",
     start_dataset="libero_object_start_no_noops",
-    other_start_datasets={"libero_spatial": "libero_spatial_start_no_noops"},
     start_perturbed={"init_noise_mm": 50},
     data_root_dir="data",
     dataset_suffix="_displaced_no_noops",
-    max_steps=800,
-    save_freq=400,
-    batch_size=8,
-    learning_rate=5e-4,
+    max_steps=600,
+    save_freq=300,
+    batch_size=16,
+    learning_rate=3.5e-4,
     num_trials=4,
     pro_trials=2,
     start_trials=2,
     # The original rates and budget are inert at this scale (results/budget); drift is therefore stated relatively.
     craft={"craft_preset": "budget", "craft_retention_budget": 0.01},
     perturbed={"init_noise_mm": 35},
-    budgets=(0.003, 0.01, 0.03),
-    penalties=(1.0, 10.0),
-    shots=(1, 5, 10, 20),
+    budgets=(0.01, 0.03),
+    penalties=(1.0,),
+    shots=(5, 20),
     demos_per_task=20,
-    seeds=(0, 1, 2),
+    seeds=(0, 1),
     metric_flags={"craft_retention_metric": "rel_mse"},
     train={
         "lr_schedule": "cosine",
@@ -187,6 +120,23 @@ TINY = Preset(
     },
     start_collect={"init_noise_mm": 50},
     heldout_collect={"episodes_per_task": 6, "noise_std": 0.0, "seed": 1000},
+    keep=KEEP,
+    # 0.45 s for a step of 16 samples; 0.022 s a control step, of which an episode takes three quarters of its limit.
+    pace=Pace(program=13, sample=0.45 / 16, control_step=0.022 * 0.75, demonstration=8),
+    bench=Bench(
+        new_tasks=(NewTask("near", "libero_object", "2"), NewTask("far", "libero_spatial", "0")),
+        primary=_PRIMARY,
+        secondary=_SECONDARY,
+        recovered=_RECOVERED,
+        changes={
+            "max_steps": 800,
+            "save_freq": 400,
+            "seeds": (0, 1, 2, 3, 4),
+            "num_trials": 40,
+            "pro_trials": 20,
+            "start_trials": 40,
+        },
+    ),
 )
 
-PRESETS = {preset.name: preset for preset in (TINY, QWEN)}
+PRESETS = {preset.name: preset for preset in (TINY, QWEN, TINY_ARCHIVE)}

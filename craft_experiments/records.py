@@ -42,6 +42,8 @@ METRICS = (
     "CRaFT/Lambda",
     "CRaFT/Conflict Ratio",
     "CRaFT/Gate Open",
+    "CRaFT/Out Of Reach",
+    "Memory/Peak GiB",
 )
 # Where files are, how fast they are made and how often something is measured changes no result.
 _NO_SETTINGS = {

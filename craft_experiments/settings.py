@@ -7,7 +7,9 @@ import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from craft_experiments.presets import PRESETS, Preset
+from craft_experiments.keep_cells import BENCH
+from craft_experiments.preset import Preset
+from craft_experiments.presets import PRESETS
 from prismatic.command_line import check_values, flag
 
 _ABOVE = Path(__file__).resolve().parents[1]
@@ -19,6 +21,7 @@ FOLDERS = {
     "table3": "02_stability_efficiency",
     "table4": "03_ablations",
     "retention": "06_retention",
+    "keep": "07_keep",
 }
 _EVALUATE_FLAGS = ("center_crop", "num_workers", "save_videos", "render_mode")
 
@@ -122,7 +125,7 @@ def resolve(cfg: RunConfig, table: str) -> Settings:
         raise ValueError(f"--preset: found {cfg.preset!r}, expected one of {', '.join(PRESETS)}")
     if table not in FOLDERS:
         raise ValueError(f"table: found {table!r}, expected one of {', '.join(FOLDERS)}")
-    preset = _with_flags(PRESETS[cfg.preset], cfg)
+    preset = _with_flags(preset_of(cfg.preset, table), cfg)
     work = Path(cfg.work_dir) / preset.name
     return Settings(
         preset=preset,
@@ -140,6 +143,12 @@ def resolve(cfg: RunConfig, table: str) -> Settings:
         slots=cfg.slots,
         dry_run=cfg.dry_run,
     )
+
+
+def preset_of(name: str, table: str) -> Preset:
+    """The preset of that name, as the bench `keep` changes it where `table` is that bench."""
+    preset = PRESETS[name]
+    return replace(preset, **preset.bench.changes) if table == BENCH and preset.bench is not None else preset
 
 
 def _split(name: str, text: str) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ def success_csv(data: TableData) -> str:
             entry = data.entries.get((method.key, column))
             if entry is not None:
                 rows.append(_column_fields(method, column) | _entry_fields(data, method, column, entry))
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def _column_fields(method: Method, column: Column) -> dict[str, object]:
@@ -44,7 +44,7 @@ def _entry_fields(data: TableData, method: Method, column: Column, entry: Entry)
     ends = entry.interval or (None, None)
     return {
         "state": "complete" if entry.complete else "partial" if entry.rates else "failed" if entry.codes else "missing",
-        "codes": _pairs_text(entry.codes),
+        "codes": pairs_text(entry.codes),
         "seeds_wanted": len(entry.wanted),
         "seeds": len(entry.rates),
         "mean": entry.mean,
@@ -52,7 +52,7 @@ def _entry_fields(data: TableData, method: Method, column: Column, entry: Entry)
         "low": ends[0],
         "high": ends[1],
         "interval": "" if entry.interval is None else "wilson" if half is None else "t",
-        "rates": _pairs_text(entry.rates),
+        "rates": pairs_text(entry.rates),
         "episodes": entry.trials,
         "successes": entry.successes,
         "wilson_low": low,
@@ -71,7 +71,7 @@ def pairs_csv(data: TableData) -> str:
                 if comparison is not None:
                     head = _column_fields(method, column) | {"reference": reference}
                     rows.append(head | _comparison_fields(comparison))
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def _comparison_fields(found: Comparison) -> dict[str, object]:
@@ -85,7 +85,7 @@ def _comparison_fields(found: Comparison) -> dict[str, object]:
         "only_reference": found.only_second,
         "p": found.p,
         "p_holm": found.p_holm,
-        "by_seed": _pairs_text(found.by_seed),
+        "by_seed": pairs_text(found.by_seed),
     }
 
 
@@ -98,7 +98,7 @@ def measures_csv(data: TableData) -> str:
                 values = data.value(method.key, training, measure.key)
                 if values:
                     rows.append(_measure_fields(method, training, measure, values))
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def _measure_fields(
@@ -115,11 +115,12 @@ def _measure_fields(
         "seeds": len(values),
         "mean": mean,
         "half_width": half,
-        "values": _pairs_text(values),
+        "values": pairs_text(values),
     }
 
 
-def _pairs_text(values: Mapping[int, float | str]) -> str:
+def pairs_text(values: Mapping[int, float | str] | Mapping[int, float]) -> str:
+    """`0:0.9 1:0.85`."""
     return " ".join(f"{key}:{_plain(value)}" for key, value in sorted(values.items()))
 
 
@@ -128,7 +129,7 @@ def _plain(value: object) -> str:
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _csv(rows: Sequence[Mapping[str, object]]) -> str:
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
     """Comma-separated with a header; empty text when there is no row."""
     if not rows:
         return ""

@@ -126,7 +126,7 @@ def load(s: Settings, table: Table) -> TableData:
             with other settings (names the file).
     """
     jobs = plan(s, table)
-    records = {name: record for name, job in jobs.items() if (record := _read(s, job)) is not None}
+    records = {name: record for name, job in jobs.items() if (record := record_of(s, job)) is not None}
     manifest = read_manifest(s.records_dir)
     names = {request.cell.name for request in table.requests}
     codes = {name: entry["code"] for name, entry in sorted(manifest.items()) if name in names and "code" in entry}
@@ -160,7 +160,8 @@ def _cells(table: Table) -> list[tuple[str, Cell]]:
     return list({request.cell.name: request.cell for request in table.requests}.items())
 
 
-def _read(s: Settings, job: Job) -> dict[str, Any] | None:
+def record_of(s: Settings, job: Job) -> dict[str, Any] | None:
+    """The record of a job, None while there is none. RecordError for one of other settings, or without a field."""
     path = job.record(s)
     if path is None or not path.exists():
         return None

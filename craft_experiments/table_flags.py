@@ -11,7 +11,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from craft_experiments.presets import QWEN, SUITES, TINY, Preset
+from craft_experiments.preset import Preset
+from craft_experiments.presets import QWEN, SUITES, TINY
 from craft_experiments.settings import RunConfig
 from prismatic.command_line import OneLineParser, bad_input_in_one_line
 from prismatic.evidence.files import write_text

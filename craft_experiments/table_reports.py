@@ -23,8 +23,8 @@ from craft_experiments.figures.write import write_figures
 from craft_experiments.hypotheses import page as hypotheses_page
 from craft_experiments.hypotheses import verdicts
 from craft_experiments.jobs.base import as_words
-from craft_experiments.presets import PRESETS, Preset
-from craft_experiments.settings import RunConfig, Settings
+from craft_experiments.preset import Preset
+from craft_experiments.settings import RunConfig, Settings, preset_of
 from craft_experiments.table_csv import measures_csv, pairs_csv, success_csv
 from craft_experiments.table_data import TableData, load, training_of
 from craft_experiments.table_formats import latex, markdown
@@ -72,7 +72,7 @@ def write_table_reports(s: Settings, table: Table) -> list[Path]:
         f"{table.name}.tex": _latex(data),
         f"{table.name}.md": page(s, data, {path.name: caption for path, caption in figures.values()}),
     }
-    if table.name == "retention":
+    if table.name == "retention" and not s.preset.keep:  # H1 to H3 were asked of the archived start
         found = verdicts(data, training_of(table.requests[0].cell))
         texts["hypotheses.md"] = hypotheses_page(found)
     written = [path for png, _ in figures.values() for path in (png, png.with_suffix(".pdf"))]
@@ -226,7 +226,7 @@ def _provenance(s: Settings, data: TableData) -> list[str]:
         "",
         "| method | flags |",
         "|---|---|",
-        *(f"| {method.label} | {_flags(method)} |" for method in ordered(data.table.methods)),
+        *(f"| {method.label} | {flags_text(method)} |" for method in ordered(data.table.methods)),
         "",
     ]
     return lines
@@ -245,14 +245,16 @@ def _tasks(numbers: str) -> str:
     return f"tasks {', '.join(numbers.split(','))}" if numbers else "all tasks"
 
 
-def _flags(method: Method) -> str:
+def flags_text(method: Method) -> str:
+    """What a row adds to the flags of the preset, `none` for nothing."""
     trained = shlex.join(as_words(method.train))
     evaluated = shlex.join(as_words(method.evaluate))
     parts = [f"`{trained}`"] if trained else []
     if evaluated:
         parts.append(f"evaluation: `{evaluated}`")
     if method.role is Role.INTERPOLATED:
-        parts.append(f"`--adapter_scale {method.scale:g}` on {method.parent}, no training")
+        chosen = f" --parts {method.parts}" * (method.parts != "all")
+        parts.append(f"`--adapter_scale {method.scale:g}{chosen}` on {method.parent}, no training")
     return "; ".join(parts) or ("none" if method.role is Role.TRAINED else "no training")
 
 
@@ -261,7 +263,7 @@ def run_command(s: Settings, table: Table) -> list[str]:
 
     Folders, launchers, video and process flags are left out.
     """
-    usual, now = PRESETS[s.preset.name], s.preset
+    usual, now = preset_of(s.preset.name, table.name), s.preset
     flags: dict[str, object] = {"preset": now.name}
     names = {field.name for field in fields(Preset)} & {field.name for field in fields(RunConfig)} - _NO_SETTINGS
     for name in sorted(names - {"task_ids"}):

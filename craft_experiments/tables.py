@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from craft_experiments.cells import PRO_SUFFIX, Cell, Evaluation, Kind, Method, Request, Role
-from craft_experiments.presets import Demonstrations, Preset
+from craft_experiments.keep_cells import BENCH, keep_requests, keep_rows
+from craft_experiments.preset import Demonstrations, Preset
 
 JOINT = "_joint"
 
@@ -28,43 +29,95 @@ class Table:
 
 def methods_of(preset: Preset) -> dict[str, Method]:
     """Every method by key, with the preset's values filled in."""
-    found = [Method("plain", "plain fine-tuning"), *_constrained(preset), *_other_methods(preset), *_controls(preset)]
+    found = [
+        Method("plain", "plain fine-tuning"),
+        *_constrained(preset),
+        *_recommended(preset),
+        *_other_methods(preset),
+        *_controls(preset),
+    ]
     known = {method.key: method for method in found}
-    for key in ("plain", "craft"):
+    for key in ("plain", "craft", *_recommended_keys(preset)[1:]):
         method = known[key]
         known[key + JOINT] = replace(method, key=key + JOINT, label=method.label + ", one policy for all suites")
-    return known
+    return known | _of_sequences(preset, known)
+
+
+def after_key(trained: str, start: str) -> str:
+    """Key of the row that trains as `trained` does, from where the policy of `start` has come in the bench `keep`."""
+    return f"{trained}_after_{start}"
+
+
+def _of_sequences(preset: Preset, known: Mapping[str, Method]) -> dict[str, Method]:
+    """Rows that the bench `keep` needs beside the others: interpolation after a second task, and learning again."""
+    if preset.bench is None or not preset.keep:
+        return {}
+    plain, found = known["plain"], []
+    for method in known.values():
+        if method.role is Role.INTERPOLATED:
+            found.append(replace(plain, key=after_key(method.parent, method.key), parent=method.key))
+    steps = preset.bench.recovery_steps
+    again = {"max_steps": steps[-1], "save_freq": steps[0], "lr_schedule": "constant"}
+    for key in preset.bench.recovered:
+        label = f"{known[key].label}, then the old tasks again"
+        found.append(Method(after_key("old", key), label, again, parent=key))
+    return {method.key: method for method in found}
 
 
 def _constrained(preset: Preset) -> list[Method]:
     """CRaFT, its ablations and its budgets. A budget that is CRaFT's own is no second method."""
+    name = "CRaFT on features" if preset.keep else "CRaFT"  # where nothing else is called so
     craft = {"use_craft": True, **preset.craft}
     fixed = {"craft_enable_dual": False}
     eps = preset.craft["craft_retention_budget"]
     original = {"use_craft": True, **preset.metric_flags, "craft_preset": "original", "craft_retention_budget": eps}
     budget = {"use_craft": True, "craft_preset": "budget"}
     variants = [
-        ("craft", f"CRaFT, budget {eps:g}", craft),
-        ("craft_no_projection", "CRaFT without projection", craft | {"craft_enable_projection": False}),
-        ("craft_no_dual", "CRaFT without dual, λ = 0.1", craft | fixed | {"craft_fixed_lambda": 0.1}),
-        ("craft_aq_only", "CRaFT, C_AQ only", craft | {"craft_anchor_type": "aq_only"}),
-        ("craft_raw_only", "CRaFT, C_R only", craft | {"craft_anchor_type": "raw_only"}),
-        ("craft_global", "CRaFT, one projection of all tensors", craft | {"craft_projection_granularity": "global"}),
+        ("craft", f"{name}, budget {eps:g}", craft),
+        ("craft_no_projection", f"{name} without projection", craft | {"craft_enable_projection": False}),
+        ("craft_no_dual", f"{name} without dual, λ = 0.1", craft | fixed | {"craft_fixed_lambda": 0.1}),
+        ("craft_aq_only", f"{name}, C_AQ only", craft | {"craft_anchor_type": "aq_only"}),
+        ("craft_raw_only", f"{name}, C_R only", craft | {"craft_anchor_type": "raw_only"}),
+        ("craft_global", f"{name}, one projection of all tensors", craft | {"craft_projection_granularity": "global"}),
         # The gate would open only above the budget; without a multiplier nothing keeps the drift there.
         (
             "projection_only",
             "projection only, λ = 0",
             craft | fixed | {"craft_fixed_lambda": 0.0, "craft_projection_when": "always"},
         ),
-        ("craft_original", "CRaFT, original rule", original),
+        ("craft_original", f"{name}, original rule", original),
         *(
-            (f"craft_budget_{e:g}", f"CRaFT, budget {e:g}", budget | {"craft_retention_budget": e})
+            (f"craft_budget_{e:g}", f"{name}, budget {e:g}", budget | {"craft_retention_budget": e})
             for e in preset.budgets
         ),
     ]
     if "craft_preset" not in preset.craft:  # CRaFT follows the original rule already
         variants = [variant for variant in variants if variant[0] != "craft_original"]
     return [Method(k, label, flags) for k, label, flags in variants if k == "craft" or flags != craft]
+
+
+def _recommended(preset: Preset) -> list[Method]:
+    """The constraint on actions without old data and with observations of it, and replay of the same demonstrations."""
+    if not preset.keep:
+        return []
+    keep = {"use_craft": True, **preset.keep}
+    replay, distilled = {"replay_fraction": 0.2}, {"replay_fraction": 0.2, "replay_labels": "start"}
+    found = [Method("keep_none", "keep, no old data", keep)]
+    for n in preset.memory_sizes:
+        of = f"{n} demonstration{'' if n == 1 else 's'} per old task"
+        for key, label, flags, memory_flag in (
+            ("keep_data", "keep, observations", keep, "craft_memory_data"),
+            ("replay", "replay", replay, "replay_data"),
+            ("distilled", "distilled replay", distilled, "replay_data"),
+        ):
+            found.append(Method(f"{key}_{n}", f"{label} of {of}", flags, memory=n, memory_flag=memory_flag))
+    return found
+
+
+def _recommended_keys(preset: Preset) -> list[str]:
+    """Rows of Tables 1 to 4 beside plain fine-tuning and CRaFT on features: the recommended preset, and replay."""
+    most = max(preset.memory_sizes)
+    return ["keep_none", f"keep_data_{most}", f"replay_{most}"] if preset.keep else []
 
 
 def _other_methods(preset: Preset) -> list[Method]:
@@ -84,15 +137,28 @@ def _other_methods(preset: Preset) -> list[Method]:
             Method(f"interpolate_{a:g}", f"interpolation, α = {a:g}", role=Role.INTERPOLATED, parent="plain", scale=a)
             for a in (0.25, 0.5, 0.75)
         ),
+        *([_LLM_ALONE] if preset.bench is not None else []),
     ]
+
+
+_LLM_ALONE = Method(
+    "interpolate_llm_0.5",
+    "interpolation of the language model alone, α = 0.5",
+    role=Role.INTERPOLATED,
+    parent="plain",
+    scale=0.5,
+    parts="llm",
+)
 
 
 def _controls(preset: Preset) -> list[Method]:
     """Rows that show what a success rate is worth: without a policy, without images, without fine-tuning."""
     blind = Method("blind", "trained without images", {"blind_images": True}, {"control": "grey_images"}, control=True)
-    replay = Method("replay", "replay of a demonstration", role=Role.REPLAY, control=True)
+    replay = Method("replay", "playback of a demonstration", role=Role.REPLAY, control=True)
     start = Method("start", "start checkpoint", role=Role.START, control=True)
-    return [blind, replay, start] if preset.start_suite else [blind, replay]
+    grey = Method("start_grey", "start checkpoint, grey images", evaluate=blind.evaluate, role=Role.START, control=True)
+    found = [blind, replay, *([start] if preset.start_suite else [])]
+    return [*found, grey] if preset.bench is not None else found
 
 
 def table(name: str, preset: Preset, methods: tuple[str, ...] = ()) -> Table:
@@ -103,6 +169,8 @@ def table(name: str, preset: Preset, methods: tuple[str, ...] = ()) -> Table:
     """
     if name not in TABLES:
         raise ValueError(f"table: found {name!r}, expected one of {', '.join(TABLES)}")
+    if name == BENCH and preset.bench is None:
+        raise ValueError(f"--preset: found {preset.name!r}, which has no bench {BENCH}, expected another one")
     title, rows_of, requests_of = TABLES[name]
     known = methods_of(preset)
     rows = [known[key] for key in rows_of(preset, known)]
@@ -115,7 +183,7 @@ def table(name: str, preset: Preset, methods: tuple[str, ...] = ()) -> Table:
 
 
 def _control_rows(known: Mapping[str, Method]) -> list[str]:
-    return [key for key, method in known.items() if method.control]
+    return [key for key, method in known.items() if method.control and key != "start_grey"]
 
 
 def _seeds(preset: Preset, method: Method) -> tuple[int, ...]:
@@ -128,12 +196,17 @@ def _both(suite: str) -> tuple[Evaluation, ...]:
 
 
 def _rows_1(preset: Preset, known: Mapping[str, Method]) -> list[str]:
-    return ["plain", "craft", *_control_rows(known)]
+    return ["plain", "craft", *_recommended_keys(preset), *_control_rows(known)]
 
 
 def _requests_1(preset: Preset, method: Method) -> list[Request]:
     cells = [Cell(method, (suite,), seed) for seed in _seeds(preset, method) for suite in preset.suites]
-    return [Request(cell, _both(cell.suites[0])) for cell in cells]
+    return [Request(cell, _both(cell.suites[0]) + _old(preset)) for cell in cells]
+
+
+def _old(preset: Preset) -> tuple[Evaluation, ...]:
+    """What is kept of the start's tasks, where a row is there that is to keep it."""
+    return (Evaluation(Kind.START_TASKS, preset.start_suite),) if preset.keep and preset.start_suite else ()
 
 
 def _joint_suites(preset: Preset) -> tuple[str, ...]:
@@ -142,7 +215,8 @@ def _joint_suites(preset: Preset) -> tuple[str, ...]:
 
 
 def _rows_2(preset: Preset, known: Mapping[str, Method]) -> list[str]:
-    return ["plain", "plain" + JOINT, "craft", "craft" + JOINT, *_control_rows(known)]
+    kept = _recommended_keys(preset)[1:]
+    return ["plain", "plain" + JOINT, "craft", "craft" + JOINT, *(key + JOINT for key in kept), *_control_rows(known)]
 
 
 def _requests_2(preset: Preset, method: Method) -> list[Request]:
@@ -172,7 +246,7 @@ def _requests_3(preset: Preset, method: Method) -> list[Request]:
 def _rows_4(preset: Preset, known: Mapping[str, Method]) -> list[str]:
     ablations = ["craft_no_projection", "craft_no_dual", "craft_aq_only", "craft_raw_only", "craft_global"]
     other_rule = "craft_original" if "craft_original" in known else next(k for k in known if "craft_budget_" in k)
-    return ["craft", *ablations, other_rule, "plain", *_control_rows(known)]
+    return ["craft", *ablations, other_rule, *_recommended_keys(preset), "plain", *_control_rows(known)]
 
 
 def _requests_4(preset: Preset, method: Method) -> list[Request]:
@@ -191,7 +265,8 @@ def _measured(preset: Preset, method: Method) -> tuple[Demonstrations, ...]:
 def _rows_retention(preset: Preset, known: Mapping[str, Method]) -> list[str]:
     several = [k for k in known if k.startswith(("craft_budget_", "penalty_", "l2sp_", "interpolate_"))]
     fixed = ["plain", "frozen", "projection_only", "craft_no_projection", "craft_original", "craft"]
-    return [*(key for key in fixed if key in known), *several, *_control_rows(known)]
+    several = [key for key in several if key != _LLM_ALONE.key]
+    return [*(key for key in fixed if key in known), *_recommended_keys(preset), *several, *_control_rows(known)]
 
 
 def _requests_retention(preset: Preset, method: Method) -> list[Request]:
@@ -216,4 +291,5 @@ TABLES = {
     "table3": ("Table 3: Few demonstrations", _rows_1, _requests_3),
     "table4": ("Table 4: Ablations", _rows_4, _requests_4),
     "retention": ("Retention: what fine-tuning keeps of the start model", _rows_retention, _requests_retention),
+    BENCH: ("Keep: two new tasks, and what is kept of the old ones", keep_rows, keep_requests),
 }

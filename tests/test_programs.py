@@ -53,6 +53,7 @@ MISTAKES = {
         *("--checkpoint", "no/such", "--start", "no/such", "--dataset_name", "x", "--output", "out.json")
     ],
     "craft_experiments": ["run", "table9"],
+    "craft_experiments.paired_seeds": ["--seeds", "1"],
     "craft_experiments.table_flags": ["now"],
     "craft_experiments.common_utils.log_parser": ["rate", "no/such"],
     f"{DEMO}/run_demo.py": ["--rows", "kept"],

@@ -54,12 +54,12 @@ def write_figures(data: TableData, folder: Path) -> dict[str, tuple[Path, str]]:
                 old.unlink(missing_ok=True)
             continue
         save_figure(figure, path)
-        _save_pdf(figure, path.with_suffix(".pdf"))
+        save_pdf(figure, path.with_suffix(".pdf"))
         written[name] = (path, caption)
     return written
 
 
-def _save_pdf(figure: Any, path: Path) -> None:
+def save_pdf(figure: Any, path: Path) -> None:
     """As `save_figure`; fonts are embedded as TrueType, so that the text stays text."""
     from matplotlib import rc_context
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from craft_experiments.cells import Cell
-from craft_experiments.presets import Demonstrations
+from craft_experiments.preset import Demonstrations
 from craft_experiments.records import check_settings, contents_of, flags_in, read_record, write_record
 from craft_experiments.settings import ROOT, Settings
 from prismatic.evidence.failure_codes import FailureCode
@@ -155,6 +155,5 @@ def program(script: str, module: str) -> list[str]:
 
 
 def data_root(s: Settings, data: Demonstrations) -> str:
-    """Folder that holds the data set. Held-out ones keep the name, by which their normalisation is found."""
-    root = s.preset.data_root_dir
-    return str(Path(root) / "held_out") if data.held_out else root
+    """Folder that holds the data set."""
+    return str(Path(s.preset.data_root_dir, data.room))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from craft_experiments.jobs.base import Job, as_words, data_root
-from craft_experiments.presets import Demonstrations
+from craft_experiments.preset import Demonstrations
 from craft_experiments.settings import Settings
 from prismatic.evidence.failure_codes import FailureCode
 
@@ -36,8 +36,7 @@ class Collect(Job):
             "dataset_name": data.dataset,
             "num_workers": max(1, (os.cpu_count() or 1) // s.slots),
             **p.collect,
-            **(p.start_collect if data.dataset == p.start_dataset else {}),
-            **(p.heldout_collect if data.held_out else {}),
+            **data.changes,
         }
         return [[s.python, "-m", "experiments.robot.libero.collect_demos", *as_words(flags)]]
 

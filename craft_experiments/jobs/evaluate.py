@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from craft_experiments.cells import PRO_SUFFIX, Evaluation, Kind, Role
+from craft_experiments.cells import PRO_SUFFIX, Cell, Evaluation, Kind, Role
 from craft_experiments.jobs.base import JobFailed, PolicyJob, as_words, data_root, program
 from craft_experiments.jobs.interpolate import interpolation
 from craft_experiments.jobs.policies import expected_checkpoint
-from craft_experiments.presets import Demonstrations, Preset
+from craft_experiments.preset import Demonstrations, Preset
 from craft_experiments.records import CONTENT, contents_of, record_path
 from craft_experiments.settings import Settings
 from prismatic.evidence.episodes import RecordsError, read_run
 from prismatic.evidence.failure_codes import FailureCode
 
 _START_KINDS = (Kind.START_TASKS, Kind.START_TASKS_START_HEAD)
+_BENCH_KINDS = (Kind.NEW, Kind.UNSEEN)
 _START_HEAD = "--start_head"
+_SUFFIX = "suite_suffix"
 
 
 @dataclass(frozen=True)
@@ -36,45 +38,36 @@ class Evaluate(PolicyJob):
         return self.policy.name, self.evaluation.name
 
     def commands(self, s: Settings) -> list[list[str]]:
-        policy = expected_checkpoint(s, self.policy)
+        policy = expected_checkpoint(s, self.policy, self.evaluation.step)
         if self.evaluation.kind is not Kind.START_TASKS_START_HEAD:
             return [self._command(s, policy)]
         assert policy is not None  # a replay has no head
         grafted = s.runs_dir / (self.policy.name + _START_HEAD)
-        graft = [] if grafted.is_dir() else [interpolation(s, policy, 0.0, "head", grafted)]
+        graft = [] if grafted.is_dir() else [interpolation(s, (Path(s.preset.start), policy), 0.0, "head", grafted)]
         return [*graft, self._command(s, grafted)]
 
     def _command(self, s: Settings, checkpoint: Path | None) -> list[str]:
-        p, cell, evaluation, folder = s.preset, self.policy, self.evaluation, self.folder(s)
-        at_start = evaluation.kind in _START_KINDS
-        perturbed = dict(p.perturbed if evaluation.kind is Kind.PERTURBED else p.start_perturbed if at_start else {})
-        suffix = "" if at_start else perturbed.get("suite_suffix", "") or PRO_SUFFIX.get(evaluation.kind, "")
-        perturbed.pop("suite_suffix", None)
-        start_units = at_start or cell.method.role is Role.START
-        dataset = p.start_units(evaluation.suite) if start_units else p.dataset(evaluation.suite)
+        cell, folder, asked = self.policy, self.folder(s), question(s.preset, self.policy, self.evaluation)
         flags = {
-            "task_suite_name": evaluation.suite + suffix,
-            "num_trials_per_task": p.pro_trials if evaluation.kind in PRO_SUFFIX else p.num_trials,
+            "task_suite_name": asked.suite,
+            "num_trials_per_task": asked.trials,
             "use_l1_regression": True,
             "use_proprio": True,
             "num_images_in_input": s.num_images,
-            "unnorm_key": dataset,
+            "unnorm_key": asked.dataset,
             "local_log_dir": folder,
             "results_dir": folder,
             "rollout_dir": folder / "videos",
             "resume": True,
             "seed": cell.seed,
-            **p.evaluate,
-            **perturbed,
+            **s.preset.evaluate,
+            **asked.flags,
             **cell.method.evaluate,
         }
-        if at_start:
-            flags["num_trials_per_task"] = p.start_trials
-        task_ids = p.start_task_ids if at_start else p.task_ids[evaluation.suite]
-        if task_ids:
-            flags["task_ids"] = task_ids
+        if asked.task_ids:
+            flags["task_ids"] = asked.task_ids
         if cell.method.role is Role.REPLAY:
-            flags |= {"control": "replay", "replay_dataset": dataset_dir(s, replayed(p, evaluation))}
+            flags |= {"control": "replay", "replay_dataset": dataset_dir(s, replayed(s.preset, self.evaluation))}
         else:
             flags = {"pretrained_checkpoint": checkpoint, **flags}
         script = "experiments/robot/libero/run_libero_eval.py"
@@ -119,11 +112,46 @@ def _outcome(folder: Path) -> dict[str, Any]:
     return {"rate": rate, "episodes": episodes}
 
 
+@dataclass(frozen=True)
+class Question:
+    """What an evaluation asks: suite as the simulator knows it, tasks ("" all), episodes per task, normalisation."""
+
+    suite: str
+    task_ids: str
+    trials: int
+    dataset: str
+    flags: Mapping[str, Any]
+
+
+def question(p: Preset, cell: Cell, evaluation: Evaluation) -> Question:
+    """What `evaluation` asks of the policy of `cell`. The start acts in its own units."""
+    is_start, kind, suite = cell.method.role is Role.START, evaluation.kind, evaluation.suite
+    perturbed: dict[str, Any] = {}
+    if kind in _START_KINDS:
+        tasks, dataset, trials = p.start_task_ids, p.start_units(suite), p.start_trials
+        perturbed = {k: v for k, v in p.start_perturbed.items() if k != _SUFFIX}
+    elif kind in _BENCH_KINDS:
+        assert p.bench is not None  # no other table asks so
+        new = p.bench.task(suite)
+        suite, tasks, dataset = new.suite, new.task_id, p.start_dataset if is_start else new.dataset
+        trials = p.num_trials if kind is Kind.NEW else p.pro_trials
+        perturbed = {**p.perturbed, **(p.bench.unseen if kind is Kind.UNSEEN else {})}
+    else:
+        tasks, dataset = p.task_ids[suite], p.start_units(suite) if is_start else p.dataset(suite)
+        trials = p.pro_trials if kind in PRO_SUFFIX else p.num_trials
+        perturbed = {_SUFFIX: PRO_SUFFIX.get(kind, "")} | dict(p.perturbed if kind is Kind.PERTURBED else {})
+    suffix = perturbed.pop(_SUFFIX, "")
+    return Question(suite + suffix, tasks, evaluation.trials or trials, dataset, perturbed)
+
+
 def replayed(preset: Preset, evaluation: Evaluation) -> Demonstrations:
-    """What the replay control takes its actions from. The start's tasks have no other demonstrations than held-out
-    ones.
-    """
-    return preset.held_out()[0] if evaluation.kind in _START_KINDS else preset.demonstrations(evaluation.suite)
+    """What the replay control takes its actions from. Of the start's tasks there are others than it was trained on."""
+    if evaluation.kind in _START_KINDS:
+        return preset.memory(max(preset.memory_sizes)) if preset.keep else preset.held_out()[0]
+    if evaluation.kind in _BENCH_KINDS:
+        assert preset.bench is not None  # no other table asks so
+        return preset.learned(preset.bench.task(evaluation.suite))
+    return preset.demonstrations(evaluation.suite)
 
 
 def dataset_dir(s: Settings, data: Demonstrations) -> Path:

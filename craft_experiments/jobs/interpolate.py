@@ -6,32 +6,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from craft_experiments.jobs.base import PolicyJob, as_words, program
-from craft_experiments.jobs.policies import checkpoint_of, expected_checkpoint, parent_of
+from craft_experiments.jobs.policies import base_of, checkpoint_of, expected_checkpoint, parent_of
 from craft_experiments.settings import Settings
 from prismatic.evidence.failure_codes import FailureCode
 
 
 @dataclass(frozen=True)
 class Interpolate(PolicyJob):
-    """All weights on the way from the start to the cell's trained parent, at the method's scale."""
+    """Weights on the way from where the cell's trained parent began to where it ended, at the method's scale."""
 
     kind = "interpolate"
     failure = FailureCode.NO_CHECKPOINT
 
     def commands(self, s: Settings) -> list[list[str]]:
-        trained = expected_checkpoint(s, parent_of(s, self.policy))
+        parent, method = parent_of(s, self.policy), self.policy.method
+        trained = expected_checkpoint(s, parent)
         assert trained is not None  # only a replay has no checkpoint
-        return [interpolation(s, trained, self.policy.method.scale, "all", s.runs_dir / self.policy.name)]
+        output = s.runs_dir / self.policy.name
+        return [interpolation(s, (base_of(s, parent), trained), method.scale, method.parts, output)]
 
     def has_result(self, s: Settings) -> bool:
         return checkpoint_of(s, self.policy) is not None
 
 
-def interpolation(s: Settings, trained: Path, scale: float, parts: str, output: Path) -> list[str]:
-    """Weights between the start model and a trained policy; scale 0 of the head is the start's head."""
+def interpolation(s: Settings, ends: tuple[Path, Path], scale: float, parts: str, output: Path) -> list[str]:
+    """Weights between two policies, the start of a training and its end; scale 0 of the head is the start's head."""
+    base, trained = ends
     flags = {
         "checkpoint": trained,
-        "base": s.preset.start,
+        "base": base,
         "adapter_scale": scale,
         "parts": parts,
         "output": output,

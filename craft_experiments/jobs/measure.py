@@ -8,7 +8,7 @@ from pathlib import Path
 
 from craft_experiments.jobs.base import PolicyJob, as_words, data_root, program
 from craft_experiments.jobs.policies import expected_checkpoint
-from craft_experiments.presets import Demonstrations
+from craft_experiments.preset import Demonstrations
 from craft_experiments.records import RETENTION, record_path
 from craft_experiments.settings import Settings
 from prismatic.evidence.checks import read_object

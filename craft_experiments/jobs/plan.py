@@ -12,7 +12,8 @@ from craft_experiments.jobs.interpolate import Interpolate
 from craft_experiments.jobs.measure import Measure
 from craft_experiments.jobs.policies import parent_of
 from craft_experiments.jobs.train import Train
-from craft_experiments.presets import Demonstrations
+from craft_experiments.preset import Demonstrations
+from craft_experiments.sequence import before, remembered, trained_on
 from craft_experiments.settings import Settings
 from craft_experiments.tables import Table, table
 
@@ -33,9 +34,9 @@ def wanted_table(s: Settings, name: str) -> Table:
 
 
 def plan(s: Settings, wanted: Table) -> dict[str, Job]:
-    """All jobs of a table by name, predecessors first, the first seed of everything before the second."""
+    """All jobs of a table by name, predecessors first, the first seed of everything of a rank before the second."""
     jobs: dict[str, Job] = {}
-    for request in sorted(wanted.requests, key=lambda r: r.cell.seed):
+    for request in sorted(wanted.requests, key=lambda r: (r.rank, r.cell.seed)):
         _add_request(s, jobs, request)
     return jobs
 
@@ -58,8 +59,10 @@ def _add_policy(s: Settings, jobs: dict[str, Job], cell: Cell) -> tuple[str, ...
         return ()
     if role is Role.INTERPOLATED:
         return _add(jobs, Interpolate(cell, after=_add_policy(s, jobs, parent_of(s, cell))))
-    data = tuple(name for suite in cell.suites for name in _add_data(s, jobs, s.preset.demonstrations(suite)))
-    return _add(jobs, Train(cell, after=data))
+    read = (*trained_on(s.preset, cell), *remembered(s.preset, cell))
+    data = tuple(name for found in read for name in _add_data(s, jobs, found))
+    earlier = before(s.preset, cell)
+    return _add(jobs, Train(cell, after=data + (() if earlier is None else _add_policy(s, jobs, earlier))))
 
 
 def _add_data(s: Settings, jobs: dict[str, Job], data: Demonstrations) -> tuple[str, ...]:

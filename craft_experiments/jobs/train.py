@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from craft_experiments.common_utils.terminal import say
-from craft_experiments.jobs.base import JobFailed, PolicyJob, as_words, program
-from craft_experiments.jobs.policies import checkpoint_of
+from craft_experiments.jobs.base import JobFailed, PolicyJob, as_words, data_root, program
+from craft_experiments.jobs.policies import base_of, checkpoint_of, steps_of
 from craft_experiments.records import METRICS, TRAINING, State, read_record, record_path, set_states, write_record
+from craft_experiments.sequence import before, remembered, trained_on
 from craft_experiments.settings import Settings
 from prismatic.evidence.failure_codes import FailureCode
 from prismatic.evidence.results import read_jsonl
@@ -30,17 +31,18 @@ class Train(PolicyJob):
 
     def commands(self, s: Settings) -> list[list[str]]:
         p, cell = s.preset, self.policy
+        data = trained_on(p, cell)
         flags = {
-            "config_file_path": p.start,
-            "data_root_dir": p.data_root_dir,
-            "dataset_name": ",".join(p.dataset(suite) for suite in cell.suites),
+            "config_file_path": base_of(s, cell),
+            "data_root_dir": data_root(s, data[0]),
+            "dataset_name": ",".join(found.dataset for found in data),
             "run_root_dir": s.runs_dir,
             "run_id_override": cell.name,
             "use_proprio": True,
             "num_images_in_input": s.num_images,
             "batch_size": p.batch_size,
             "learning_rate": p.learning_rate,
-            "max_steps": p.max_steps * len(cell.suites),
+            "max_steps": steps_of(s, cell),
             "save_freq": p.save_freq * len(cell.suites),
             "seed": cell.seed,
             "resume": "auto",
@@ -52,6 +54,8 @@ class Train(PolicyJob):
         if s.vlm_path:
             flags["vlm_path"] = s.vlm_path
         flags |= cell.method.train
+        if old := remembered(p, cell):
+            flags[cell.method.memory_flag] = ",".join(str(Path(data_root(s, found), found.dataset)) for found in old)
         launcher = [s.python]
         if p.num_gpus >= 1:
             launcher = [s.torchrun, "--standalone", "--nnodes", "1", "--nproc-per-node", str(p.num_gpus)]
@@ -63,6 +67,15 @@ class Train(PolicyJob):
                 *s.extra_train,
             ]
         ]
+
+    def flags(self, s: Settings) -> dict[str, str]:
+        """What the plan makes itself, policies and demonstrations, is known by its name: it may be made again."""
+        p, cell, found = s.preset, self.policy, super().flags(s)
+        if before(p, cell) is not None:
+            found["config_file_path"] = base_of(s, cell).name
+        if old := remembered(p, cell):
+            found[cell.method.memory_flag] = ",".join(data.name for data in old)
+        return found
 
     def record(self, s: Settings) -> Path:
         return record_path(s.records_dir, self.policy.name, TRAINING)

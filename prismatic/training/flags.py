@@ -216,7 +216,7 @@ class CRaFTFlags:
         "given",
     )
     craft_memory_data: str | None = flag(
-        None, f"data-set folder of the memory `data`: images, state, instructions; {PLACE}"
+        None, f"data-set folders of the memory `data`, comma separated: images, state, instructions; {PLACE}"
     )
     craft_memory_instructions: str | None = flag(
         None, "text file, one a line; None: those the start checkpoint records"

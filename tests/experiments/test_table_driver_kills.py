@@ -53,7 +53,7 @@ class Run:
         """Tables, states and records, without seconds and without the names of the folders."""
         names = ("table1_results*.log", "table1_formatted*.md", "table1.csv", "table1_pairs.csv")
         found = {path.name: path.read_text() for name in names for path in (self.folder / "out").glob(name)}
-        records = self.folder / "work" / "tiny" / "records"
+        records = self.folder / "work" / "tiny-archive" / "records"
         found["manifest"] = json.loads((records / "manifest.json").read_text())
         for path in records.glob("*/*.json.gz"):
             text = gzip.decompress(path.read_bytes()).decode().replace(str(self.folder), "FOLDER")
@@ -87,7 +87,8 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 1800) -> Non
 def test_ten_kills_leave_no_trace(tmp_path, slots):
     rng = random.Random(int(slots))
     variables = stub_programs.install(tmp_path) | {
-        "PRESET": "tiny", "SUITES": "libero_goal libero_object", "SEEDS": "0", "MAX_STEPS": "8", "SAVE_FREQ": "2",
+        "PRESET": "tiny-archive", "SUITES": "libero_goal libero_object", "SEEDS": "0", "MAX_STEPS": "8",
+        "SAVE_FREQ": "2",
         "NUM_TRIALS": "3", "SLOTS": slots, "STUB_HASHED": "1", "STUB_SLEEP": "0.01",
     }  # fmt: skip
     runs = {}
@@ -127,14 +128,15 @@ def test_kills_of_real_programs(tmp_path):
     rng = random.Random(3)
     variables = {
         "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MUJOCO_GL": "osmesa",
-        "PRESET": "tiny", "METHODS": "craft", "CONTROLS": "False", "SUITES": "libero_spatial", "TASK_IDS": "9",
+        "PRESET": "tiny-archive", "METHODS": "craft", "CONTROLS": "False", "SUITES": "libero_spatial", "TASK_IDS": "9",
         "SEEDS": "0", "CONFIG_FILE_PATH": "pretrained_models/tiny-libero-object", "DATA_ROOT_DIR": "datasets/rlds",
         "DATASET_SUFFIX": "_scripted_no_noops", "COLLECT_DEMOS": "False", "MAX_STEPS": "6", "SAVE_FREQ": "2",
         "BATCH_SIZE": "2", "NUM_TRIALS": "1", "NUM_WORKERS": "0",
     }  # fmt: skip
     whole, killed = Run(tmp_path / "whole", variables), Run(tmp_path / "killed", variables)
     whole.finish()
-    folder = tmp_path / "killed" / "work" / "tiny" / "records"  # not all of work: its folders come and go meanwhile
+    # Not all of work: its folders come and go meanwhile.
+    folder = tmp_path / "killed" / "work" / "tiny-archive" / "records"
     records = lambda: len(list(folder.glob("*/*.json.gz")))  # noqa: E731
     # A moment is a number of lines that the programs print: few of them fall into the first job that is missing, and
     # None lets that job end, so that later ones are killed as well.

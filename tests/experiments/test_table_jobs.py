@@ -177,7 +177,7 @@ def test_center_crop_is_the_paper_presets_and_can_be_replaced():
 
 def test_a_policy_acts_in_the_units_it_learned_the_suite_in(tmp_path):
     """The start from its own demonstrations of the suite, where it has some; a fine-tuned policy from the target's."""
-    s, jobs = table_in(tmp_path)
+    s, jobs = table_in(tmp_path, preset="tiny-archive")
 
     def units(name):
         command = jobs[name].commands(s)[-1]
@@ -206,7 +206,10 @@ def test_demonstrations_are_collected_before_they_are_read(tmp_path, name):
             assert [jobs[after].data.task_ids for after in job.after] == [command[command.index("--task_ids") + 1]]
         elif "--data_root_dir" in command:
             root, names = (command[command.index(flag) + 1] for flag in ("--data_root_dir", "--dataset_name"))
-            assert {folder.parent for folder in made} == {Path(root, part) for part in names.split(",")}
+            places = [Path(root, part) for part in names.split(",")]
+            for flag in ("--craft_memory_data", "--replay_data"):
+                places += map(Path, command[command.index(flag) + 1].split(",") if flag in command else ())
+            assert {folder.parent for folder in made} == set(places)
         else:
             continue
         read[job.name] = made
@@ -302,6 +305,7 @@ def test_single_jobs_keep_the_states(tmp_path):
     standard, perturbed = (f"evaluate/craft--goal--seed0/{kind}@libero_goal" for kind in ("standard", "perturbed"))
     assert job(standard, STUB_NO_FINAL_LINE="libero_goal") == (1, {"state": "failed", "code": "PARSE_FAILED"})
     assert job(standard)[0] == 0
+    assert job("evaluate/craft--goal--seed0/start_tasks@libero_object")[0] == 0
     assert job(perturbed) == (0, {"state": "evaluated"})
     calls = (tmp_path / "calls").read_text().splitlines()
     assert job(perturbed)[0] == 0 and (tmp_path / "calls").read_text().splitlines() == calls

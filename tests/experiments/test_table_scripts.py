@@ -15,7 +15,7 @@ from craft_experiments.settings import FOLDERS, RunConfig
 
 REPO = Path(__file__).parents[2]
 EXPERIMENTS = REPO / "craft_experiments"
-TABLES = ("table1", "table2", "table3", "table4", "retention")
+TABLES = ("table1", "table2", "table3", "table4", "retention", "keep")
 SHELL = [p for room in ("craft_experiments", "requirements") for p in sorted((REPO / room).rglob("*.sh"))]
 POWERSHELL = sorted(EXPERIMENTS.rglob("*.ps1"))
 GRAMMAR = tree_sitter.Language(tree_sitter_powershell.language())

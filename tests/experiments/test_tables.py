@@ -9,6 +9,7 @@ import pytest
 from craft_experiments.cells import Kind, Role
 from craft_experiments.jobs.evaluate import Evaluate
 from craft_experiments.jobs.train import Train
+from craft_experiments.keep_cells import BENCH
 from craft_experiments.presets import PRESETS
 from craft_experiments.records import settings_of
 from craft_experiments.settings import RunConfig, resolve
@@ -17,8 +18,11 @@ from craft_experiments.tables import TABLES, methods_of, table
 BOTH = pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
 
 
+RECTANGULAR = [name for name in TABLES if name != BENCH]
+
+
 def requests(preset):
-    return [request for name in TABLES for request in table(name, preset).requests]
+    return [request for name in RECTANGULAR for request in table(name, preset).requests]
 
 
 def settings(**flags):
@@ -49,7 +53,7 @@ def test_evaluations_of_a_cell_differ(preset):
 
 
 @BOTH
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", RECTANGULAR)
 def test_every_table_has_controls_and_a_perturbed_column_for_every_standard_one(preset, name):
     found = table(name, preset)
     controls = {method.key for method in found.methods if method.control}
@@ -74,6 +78,7 @@ def test_methods_can_be_chosen_and_controls_stay():
 def test_a_budget_equal_to_crafts_own_is_no_second_method():
     preset = PRESETS["tiny"]
     trained = [m for m in methods_of(preset).values() if m.role is Role.TRAINED and not m.key.endswith("_joint")]
+    trained = [m for m in trained if not (m.memory or m.parent)]  # these differ by data, or by where they begin
     for first, second in itertools.combinations(trained, 2):
         assert first.train != second.train, (first.key, second.key)
     budgets = [m.train["craft_retention_budget"] for m in trained if m.key == "craft" or "craft_budget" in m.key]
@@ -87,7 +92,7 @@ def test_all_demonstrations_are_the_run_of_table_1():
     }
     assert "plain--spatial--seed0" in shared
     limits = {r.cell.shots for r in table("table3", preset).requests if not r.cell.method.control}
-    assert limits == {1, 5, 10, None}
+    assert limits == {5, None}
 
 
 def test_the_joint_policy_takes_as_many_steps_as_the_single_ones_together():

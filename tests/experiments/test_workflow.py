@@ -19,8 +19,8 @@ pytest.importorskip("snakemake", reason="needs snakemake (pip install .[workflow
 REPO = Path(__file__).parents[2]
 SNAKEFILE = REPO / "craft_experiments" / "workflow" / "Snakefile"
 SETTINGS = {
-    "preset": "tiny", "suites": "libero_goal libero_10", "seeds": "0", "methods": "plain craft", "controls": "False",
-    "max_steps": "8", "save_freq": "2", "num_trials": "4", "learning_rate": "5e-4",
+    "preset": "tiny-archive", "suites": "libero_goal libero_10", "seeds": "0", "methods": "plain craft",
+    "controls": "False", "max_steps": "8", "save_freq": "2", "num_trials": "4", "learning_rate": "5e-4",
 }  # fmt: skip
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ class Table:
 
     @property
     def records(self) -> Path:
-        return self.folder / "work" / "tiny" / "records"
+        return self.folder / "work" / "tiny-archive" / "records"
 
     def manifest(self) -> dict:
         return json.loads((self.records / "manifest.json").read_text())

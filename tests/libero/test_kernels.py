@@ -12,7 +12,7 @@ import pytest
 
 from craft_experiments import runner
 from craft_experiments.jobs.collect import Collect
-from craft_experiments.presets import Demonstrations
+from craft_experiments.preset import Demonstrations
 from experiments.robot.libero import collect_workers
 from experiments.robot.libero.collect_settings import CollectSettings
 from experiments.robot.libero.collect_workers import Share

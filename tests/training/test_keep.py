@@ -203,6 +203,19 @@ def test_an_instruction_that_the_data_show_is_asked_on_their_images_alone(make, 
     assert [memory.name for memory in make(**keep(**flags)).retention.memories] == ["data"]
 
 
+def test_a_memory_of_data_sets_side_by_side_shows_all_of_them(make):
+    old = Path(TestReplay.OLD_DATA)
+    folders = [str(old), str(old.with_name("libero_spatial_scripted_no_noops"))]
+    flags = {"craft_memory": "data", "craft_memory_data": ",".join(folders)}
+    alone = [make(**keep(**flags | {"craft_memory_data": folder})).retention.memories[0] for folder in folders]
+    both = make(**keep(**flags)).retention.memories[0]
+    assert both.shown() == alone[0].shown() | alone[1].shown() and len(both.shown()) > len(alone[0].shown())
+    assert both.dataset.group_sizes == [size for memory in alone for size in memory.dataset.group_sizes]
+    assert list(both.dataset.data_set_names) == [Path(folder).name for folder in folders]
+    with pytest.raises(ValueError, match="found several folders, expected folders side by side"):
+        make(**keep(**flags | {"craft_memory_data": f"{folders[0]},{MEMORIES['data']['craft_memory_data']}"}))
+
+
 @pytest.mark.parametrize(("memory", "more"), [("data", {"ema_decay": 0.9}), ("both", {})])
 def test_resumed_equals_uninterrupted(make, memory, more):
     flags = keep(max_steps=5, save_freq=3, craft_every=2, grad_accumulation_steps=2, **more, **MEMORIES[memory])
