@@ -10,7 +10,7 @@ import numpy as np
 from craft_vla.policy import Observation, Policy
 from craft_vla.serving.limits import Limits
 from prismatic.evidence.hashes import content_hash
-from prismatic.vla.datasets.registry import DataSetConfig, LiberoStandardization, get_data_set_config
+from prismatic.training.recorded_convention import recorded_convention
 
 PROTOCOL_VERSION = 1
 """Of these metadata. It grows when a client that reads them must change."""
@@ -23,23 +23,9 @@ _SIMULATOR_GRIPPER = "-1 = open, +1 = close"
 _OWN = "of the training data, as their standardize returned them"
 
 
-def data_set_of(policy: Policy) -> DataSetConfig | None:
-    """The registered configuration of the data whose statistics the policy uses; None for data that have none here.
-
-    Where a file of the user's registered the data for training, a name that is LIBERO's here says nothing.
-    """
-    try:
-        config = get_data_set_config(policy.unnorm_key)
-    except KeyError:
-        return None
-    own = (policy.metadata.get("training") or {}).get("data_set_file")
-    return None if own and isinstance(config.standardize, LiberoStandardization) else config
-
-
 def is_libero(policy: Policy) -> bool:
-    """Whether the policy's data are registered in LIBERO's conventions, which say what the gripper's numbers mean."""
-    config = data_set_of(policy)
-    return config is not None and isinstance(config.standardize, LiberoStandardization)
+    """Whether the policy's actions are in LIBERO's convention, which says what the gripper's numbers mean."""
+    return bool((recorded_convention(policy.metadata, policy.unnorm_key) or {}).get("libero"))
 
 
 def describe(policy: Policy, limits: Limits, as_simulator: bool) -> dict[str, Any]:
@@ -48,7 +34,8 @@ def describe(policy: Policy, limits: Limits, as_simulator: bool) -> dict[str, An
     as_simulator: actions are sent in the simulator's convention. Reads the checkpoint's files and asks the policy a few
     times, to know its latency.
     """
-    manifest, spec, config = policy.metadata, policy.action_spec, data_set_of(policy)
+    manifest, spec = policy.metadata, policy.action_spec
+    convention = recorded_convention(manifest, policy.unnorm_key) or {}
     libero, size = is_libero(policy), policy.image_spec.size
     gripper = (_SIMULATOR_GRIPPER if as_simulator else _DATA_GRIPPER) if libero else _OWN
     alone, together = latency_ms(policy, 1), latency_ms(policy, limits.max_batch)
@@ -59,7 +46,7 @@ def describe(policy: Policy, limits: Limits, as_simulator: bool) -> dict[str, An
             "chunk": spec.chunk_len,
             "units": _LIBERO_ACTIONS if libero else _OWN,
             "gripper": gripper,
-            "control_hz": None if config is None else config.control_hz,
+            "control_hz": convention.get("control_hz"),
         },
         "cameras": [{"name": name, "resized_to": [size, size]} for name in policy.cameras],
         "state": {

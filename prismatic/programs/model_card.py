@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from prismatic.training.model_card import write_card
 
         check_folder(folder, "CHECKPOINT")
-        print(write_card(folder, [read_results(place, folder) for place in args.results], manifest))
+        places = [place for word in args.results for place in word.split(",")]
+        print(write_card(folder, [read_results(place, folder) for place in places], manifest))
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

@@ -55,6 +55,7 @@ _MANIFEST_FIELDS: dict[str, tuple[str, type[Any]]] = {
 _OPTIONAL_FIELDS: dict[str, tuple[str, type[Any]]] = {
     "base": _OBJECT,
     "cameras": _OBJECT,
+    "conventions": _OBJECT,
     "datasets": _OBJECT,
     "instructions": _OBJECT,
     "interpolation": _OBJECT,
@@ -113,6 +114,10 @@ def _check_manifest(manifest: dict[str, Any], file: Path) -> None:
     for name, cameras in (manifest.get("cameras") or {}).items():
         if not isinstance(cameras, list) or not all(isinstance(camera, str) for camera in cameras):
             raise CheckpointError(f"{file}: cameras: {str(name)[:80]} is {str(cameras)[:80]!r}, expected names")
+    for name, found in (manifest.get("conventions") or {}).items():
+        if not isinstance(found, dict) or type(found.get("libero")) is not bool:
+            raise CheckpointError(f"{file}: conventions: {str(name)[:80]} is {str(found)[:80]!r}, expected a libero")
+        check_numbers({"control_hz": found.get("control_hz")}, str(file), _LARGEST_SIZE)
     if not is_file_name(manifest["file_suffix"]):
         raise CheckpointError(f"{file}: file_suffix is {manifest['file_suffix']!r}, expected a part of a file's name")
     sizes = {name: manifest[name] for name in ("action_head", "action_spec", "image_spec", "num_images")}

@@ -73,6 +73,7 @@ from prismatic.training.training_setup import TrainingSetup
 from prismatic.training.training_state import TrainingState, training_state_files
 from prismatic.training.vlm_folder import load_vlm
 from prismatic.vla.action_spec import ActionSpec
+from prismatic.vla.datasets.registry import convention_of
 
 
 def checkpoint_path(cfg: FinetuneConfig, step: int | None = None) -> Path:
@@ -253,6 +254,7 @@ def _manifest(cfg: FinetuneConfig, setup: TrainingSetup, state: TrainingState, s
         "action_head": setup.model.action_head.config,
         "datasets": setup.dataset_metadata,
         "cameras": setup.dataset.cameras,
+        "conventions": {name: convention_of(name) for name in setup.dataset.data_set_names},
         "instructions": setup.instructions,
         "craft": None if state.retention is None else _retention_record(state, base),
         "training": cfg.to_dict(),

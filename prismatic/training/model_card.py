@@ -25,6 +25,7 @@ from prismatic.model_files import read_json
 from prismatic.training.card_results import Results, results_section
 from prismatic.training.checkpoint_folder import CARD, LARGEST_CARD, MANIFEST
 from prismatic.training.checkpoint_folder import CARD_END as END
+from prismatic.training.recorded_convention import recorded_convention
 from prismatic.training.shortest_command import shortest_command
 from prismatic.vla.datasets.registry import expand_data_set_names
 
@@ -146,7 +147,8 @@ def _use(manifest: Mapping[str, Any], statistics: Mapping[str, Any]) -> list[str
     names = cameras if isinstance(cameras, list) else ["image", "wrist_image"]
     count = manifest.get("num_images")
     names = [str(name) for name in names][: count if is_integer(count) else None]
-    options = f", unnorm_key={_python(keys[0])}" if len(keys) > 1 else ""
+    trained = [key for key in _trained_on(_object(manifest.get("training"))) if key in keys]
+    options = f", unnorm_key={_python((trained or keys)[0])}" if len(keys) > 1 else ""
     is_adapter = manifest.get("tuning") == "lora" and not manifest.get("merge") and not manifest.get(_EXPORTED)
     options += ', base="START_FOLDER"' if is_adapter else ""
     images = "{" + ", ".join(f"{_python(name)}: image_{n}" for n, name in enumerate(names, start=1)) + "}"
@@ -171,8 +173,7 @@ def _actions(manifest: Mapping[str, Any], training: Mapping[str, Any], statistic
         f"with {markdown_code(spec.get('normalization'))} in training and returned in the units of the data.",
         "",
     ]
-    # A name that begins like this has LIBERO's configuration unless a file of the user's gave it another.
-    libero = [name for name in statistics if name.startswith("libero_") and not training.get("data_set_file")]
+    libero = [name for name in statistics if (recorded_convention(manifest, name) or {}).get("libero") is True]
     others = [name for name in statistics if name not in libero]
     for names, words in ((libero, _LIBERO), (others, _OWN)):
         if names:

@@ -130,6 +130,13 @@ def test_initial_states_are_read_and_nothing_is_asked_or_left_behind(stand, kind
     assert list(stand.home.iterdir()) == []
 
 
+def test_triton_comes_before_the_renderers_library(stand):
+    """The other way round is a segmentation fault, with CUDA builds of torch."""
+    (stand.package.parents[1] / "triton.py").write_text("import sys\nassert 'libero.libero.envs' not in sys.modules")
+    stand.write("envs/__init__.py", "import sys\nassert 'triton' in sys.modules")
+    assert stand.run().returncode == 0
+
+
 @pytest.mark.parametrize("kind", ["evil", "objects"])
 def test_a_pickle_that_runs_code_is_not_opened_whatever_the_package_asks_for(stand, kind):
     assert "initial states of task 0: expected an array of numbers" in stand.refusal(kind)

@@ -25,7 +25,6 @@ from experiments.robot.libero.controls import to_simulator_actions
 from experiments.robot.serve import ServeConfig, prepare
 from prismatic.command_line import parse
 from prismatic.evidence.hashes import content_hash
-from prismatic.vla.datasets.registry import DataSetConfig, LiberoStandardization, get_data_set_config
 
 ROOT = Path(__file__).parents[2]
 START = str(ROOT / "pretrained_models" / "tiny-libero-object")
@@ -110,13 +109,13 @@ def test_a_name_that_a_file_registered_for_training_says_nothing_here(policy, mo
     assert "standardize" in said["gripper"] and said["control_hz"] is None
 
 
-def test_data_of_ones_own_say_nothing_of_a_gripper(policy, monkeypatch):
-    own = DataSetConfig(lambda actions, state: (actions, state), get_data_set_config("libero_").keys, (True,) * 7)
-    monkeypatch.setattr("craft_vla.serving.metadata.get_data_set_config", lambda name: own)
+@pytest.mark.parametrize("libero", [True, False])
+def test_the_recorded_convention_counts_and_not_the_name(policy, monkeypatch, libero):
+    monkeypatch.setitem(policy.metadata, "conventions", {KEY: {"libero": libero, "control_hz": 15.0}})
     said = describe(policy, limits(max_batch=1), as_simulator=False)
-    assert said["actions"]["gripper"] == said["state"]["layout"] == said["actions"]["units"]
-    assert "standardize" in said["actions"]["gripper"] and said["actions"]["control_hz"] is None
-    assert not isinstance(own.standardize, LiberoStandardization)
+    assert said["actions"]["control_hz"] == 15.0
+    for text in (said["actions"]["gripper"], said["state"]["layout"], said["actions"]["units"]):
+        assert ("standardize" in text) is not libero
 
 
 def test_budget_and_drift_come_from_a_constrained_training():

@@ -221,6 +221,19 @@ def test_what_cannot_be_compared_is_said(folder, tmp_path):
     assert "whether the records are of these weights could not be checked" in (folder / CARD).read_text()
 
 
+def test_folders_may_be_separated_by_commas_and_the_use_names_the_new_tasks_statistics(folder, tmp_path):
+    statistics, manifest = (json.loads((folder / name).read_text()) for name in ("dataset_statistics.json", MANIFEST))
+    trained = manifest["training"]["dataset_name"]
+    write_json(folder / "dataset_statistics.json", {"a_start": statistics[trained]} | statistics)
+    places = [results(tmp_path / name, folder, {("libero_spatial", 9): "s"}) for name in ("a", "b")]
+    main([str(folder), "--results", ",".join(map(str, places))])
+    text = (folder / CARD).read_text()
+    assert [row[0] for row in tables(text)[2][1:]] == ["a", "b"] and f"unnorm_key='{trained}'" in text.replace('"', "'")
+    write_json(folder / MANIFEST, manifest | {"conventions": {trained: {"libero": False, "control_hz": None}}})
+    main([str(folder)])
+    assert "1 is open" not in (folder / CARD).read_text().split("`a_start`")[-1]
+
+
 def test_other_mistakes_are_one_line(folder, tmp_path, capsys):
     assert "no/such" in code_and_line(capsys, "no/such")
     assert "episodes.jsonl" in code_and_line(capsys, folder, "--results", tmp_path / "none")
@@ -389,6 +402,8 @@ def test_an_export_has_a_card_of_its_own_that_keeps_hash_and_licence(make_traine
     assert tables((export / CARD).read_text())[2][1][:6] == ["new", "libero_spatial", "1", "2", "3", "66.7 %"]
     assert (checkpoint_fingerprint(str(export)), contents_of({"config_file_path": str(export)})) == before
     trainer.save()
+    recorded = json.loads((trainer.setup.run_dir / MANIFEST).read_text())
+    assert recorded["conventions"] == {name: {"libero": True, "control_hz": 20.0} for name in recorded["cameras"]}
     for folder in (export, trainer.setup.run_dir):
         kept = (folder / CARD).read_text()
         assert front(kept)["license"] == ("mit" if folder == export else "unknown")

@@ -8,6 +8,7 @@ from prismatic.vla.datasets.registry import (
     alternative_name,
     expand_data_set_names,
     get_data_set_config,
+    libero_config,
     load_data_set_file,
     register_data_set,
     register_mixture,
@@ -120,3 +121,14 @@ def test_source_keys_are_checked(change):
 def test_alternative_name_is_an_involution():
     assert alternative_name("libero_goal") == "libero_goal_no_noops"
     assert alternative_name("libero_goal_no_noops") == "libero_goal"
+
+
+def test_cameras_of_ones_own_in_liberos_conventions():
+    config = libero_config(cameras=("scene", "hand"))
+    assert config.standardize == get_data_set_config("libero_").standardize
+    assert [keys.cameras for keys in config.keys] == [
+        ("scene", "hand"),
+        ("observation.images.scene", "observation.images.hand"),
+        ("scene", "hand"),
+        ("obs/scene", "obs/hand"),
+    ]

@@ -90,6 +90,10 @@ def import_libero() -> None:
     use_configuration(folder)
     choose_gl()
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+    with contextlib.suppress(ImportError, OSError):
+        # CUDA builds of torch load it when they like. After OSMesa, which comes with mujoco, its LLVM is the second one
+        # of the process: a segmentation fault.
+        importlib.import_module("triton")
     try:
         with quiet(), no_robosuite_log(), _no_questions(folder):
             import libero.libero.envs  # noqa: F401

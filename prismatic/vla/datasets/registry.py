@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -104,14 +106,27 @@ _LIBERO = DataSetConfig(
 )
 
 
-def libero_config(opens: float = -1.0, closes: float = 1.0) -> DataSetConfig:
-    """LIBERO's conventions but for the gripper, whose stored commands are these: 1 and 0 for converted data sets.
+def libero_config(opens: float = -1.0, closes: float = 1.0, cameras: Sequence[str] = ()) -> DataSetConfig:
+    """LIBERO's conventions, with other names or another gripper.
+
+    Args:
+        opens, closes: stored commands of the gripper: 1 and 0 for converted data sets.
+        cameras: names in the order of the model's images, without what a format puts before all of them, such as
+            LeRobot's `observation.images.`. Empty: LIBERO's.
 
     Raises ValueError for equal or infinite commands.
     """
     if opens == closes or not all(abs(value) < float("inf") for value in (opens, closes)):
         raise ValueError(f"libero_config: opens is {opens}, closes is {closes}, expected two different numbers")
-    return replace(_LIBERO, standardize=LiberoStandardization(float(opens), float(closes)))
+    found = replace(_LIBERO, standardize=LiberoStandardization(float(opens), float(closes)))
+    if not cameras:
+        return found
+    return replace(found, keys=tuple(dict.fromkeys(_renamed(keys, cameras) for keys in found.keys)))
+
+
+def _renamed(keys: SourceKeys, cameras: Sequence[str]) -> SourceKeys:
+    before = re.sub("[^./]*$", "", keys.cameras[0])
+    return replace(keys, cameras=tuple(before + camera for camera in cameras))
 
 
 _REGISTERED: dict[str, DataSetConfig] = {}
@@ -120,10 +135,19 @@ _REGISTERED: dict[str, DataSetConfig] = {}
 def register_data_set(name: str, config: DataSetConfig) -> None:
     """Say how data set `name` is read; ValueError when it is known with another configuration.
 
-    For data in LIBERO's conventions under another name: `register_data_set(name, get_data_set_config("libero_"))`.
+    For data in LIBERO's conventions under another name: `register_data_set(name, libero_config())`.
     """
     if _REGISTERED.setdefault(name, config) != config:
         raise ValueError(f"data set {name!r} is registered with another configuration")
+
+
+def convention_of(name: str) -> dict[str, Any]:
+    """What checkpoints record of a data set's configuration. KeyError for one that is not registered.
+
+    `libero`: whether actions and states are in LIBERO's convention; `control_hz`, or None.
+    """
+    config = get_data_set_config(name)
+    return {"libero": isinstance(config.standardize, LiberoStandardization), "control_hz": config.control_hz}
 
 
 def register_mixture(name: str, weights: Mapping[str, float]) -> None:
