@@ -286,3 +286,12 @@ def test_commands_and_their_mistakes_are_seen(monkeypatch):
     for command in (found[1], ["prismatic.training.memory", "--no_such", "1"], ["craft-finetune", "--max_step", "2"]):
         with monkeypatch.context() as patch, pytest.raises((SystemExit, command_line.UsageError)):
             parse(command, patch)
+
+
+def test_the_start_page_names_every_command():
+    scripts = re.search(
+        r"\[project.scripts\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.DOTALL
+    )
+    section = text_of("docs/index.md").split("## All commands")[1].split("\n## ")[0]
+    named = re.findall(r"`(craft-[\w-]+)`", section)
+    assert sorted(named) == sorted(line.split(" = ")[0] for line in scripts[1].splitlines())
