@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from prismatic.command_line import nearest
 from prismatic.vla.action_spec import ActionSpec
 from prismatic.vla.datasets.source import SourceKeys
 
@@ -197,7 +198,8 @@ def get_data_set_config(name: str) -> DataSetConfig:
         return _LIBERO
     raise KeyError(
         f"data set {name!r} has no registered standardisation, expected a name that starts with 'libero_' or one given "
-        "to prismatic.vla.datasets.registry.register_data_set (--data_set_file, docs/datasets.md)"
+        f"to prismatic.vla.datasets.registry.register_data_set (--data_set_file, docs/datasets.md)"
+        + nearest(name, set(_REGISTERED))
     )
 
 
