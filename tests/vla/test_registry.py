@@ -134,7 +134,8 @@ def test_cameras_of_ones_own_in_liberos_conventions():
     ]
 
 
-def test_a_slip_in_a_registered_name_is_named():
+def test_a_slip_in_a_registered_name_is_named(monkeypatch):
+    monkeypatch.setattr("prismatic.vla.datasets.registry._REGISTERED", {})
     register_data_set("bowl_of_the_lab", libero_config())
     with pytest.raises(KeyError, match="did you mean bowl_of_the_lab?"):
         get_data_set_config("bowl_of_the_lb")
