@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -69,8 +67,15 @@ def load_language_model_(model: PreTrainedModel, file: Path) -> None:
     the file, for one that cannot be read or is of another geometry; the model is then as it was.
     """
     with reading(file), _quiet_library():
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        found: Any = type(model).from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_kernels=False,
+            use_safetensors=True,
+            weights_only=True,
         )
     _compare(found.config, model.config, file)
     state, own = found.state_dict(), model.state_dict()
@@ -89,7 +94,15 @@ def load_packaged_tokenizer(file: Path, config: PretrainedConfig) -> PreTrainedT
     Raises CheckpointError, which names the file, for one that cannot be read or lacks one of these tokens.
     """
     with reading(file), _quiet_library():
-        read: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        read: Any = PreTrainedTokenizerFast.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_kernels=False,
+            use_safetensors=True,
+            weights_only=True,
+        )
         core = read.backend_tokenizer
     tokens = {role: core.id_to_token(getattr(config, f"{role}_id")) for role in ("bos_token", "eos_token", "pad_token")}
     if missing := [role for role, token in tokens.items() if token is None]:

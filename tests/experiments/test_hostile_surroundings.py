@@ -21,7 +21,7 @@ from craft_experiments.common_utils.terminal import say
 from craft_experiments.jobs.base import JobFailed
 from craft_experiments.jobs.evaluate import _outcome
 from craft_experiments.settings import RunConfig, resolve
-from craft_experiments.table_csv import _csv
+from craft_experiments.table_csv import csv_text
 from craft_experiments.table_formats import latex, latex_text, markdown
 from craft_experiments.table_grids import Grid, GridRow
 from prismatic.evidence.cells import csv_cell, markdown_cell, one_line
@@ -44,7 +44,7 @@ def test_a_text_stays_one_cell_of_a_markdown_table(text):
 
 @pytest.mark.parametrize("text", ["=HYPERLINK(1)", "+1+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1", "\r=1"])
 def test_no_text_of_a_csv_file_is_a_formula(text):
-    (row,) = csv.DictReader(io.StringIO(_csv([{"label": text, "mean": -0.5, "n": 3}])))
+    (row,) = csv.DictReader(io.StringIO(csv_text([{"label": text, "mean": -0.5, "n": 3}])))
     assert row == {"label": f"'{one_line(text)}", "mean": "-0.5", "n": "3"}
     assert csv_cell("plain = text") == "plain = text"
 
