@@ -50,7 +50,7 @@ class Run:
         return console.read_bytes().count(b"\n") if console.exists() else 0
 
     def outcome(self) -> dict[str, object]:
-        """Tables, states and records, without seconds and without the names of the folders."""
+        """Tables, states and records, without seconds, memory and the names of the folders."""
         names = ("table1_results*.log", "table1_formatted*.md", "table1.csv", "table1_pairs.csv")
         found = {path.name: path.read_text() for name in names for path in (self.folder / "out").glob(name)}
         records = self.folder / "work" / "tiny-archive" / "records"
@@ -59,6 +59,7 @@ class Run:
             text = gzip.decompress(path.read_bytes()).decode().replace(str(self.folder), "FOLDER")
             record = json.loads(text)
             assert record.pop("seconds") >= 0
+            record.get("metrics", {}).pop("Memory/Peak GiB", None)
             found[str(path.relative_to(records))] = record
         return found
 
