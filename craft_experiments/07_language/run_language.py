@@ -18,26 +18,22 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from english_texts import replayed_text
 
-from craft_experiments.common_utils.drift_runs import RunFailed
+from craft_experiments.common_utils.drift_runs import RunFailed, experiment
 from craft_experiments.jobs.base import Job, as_words
 from craft_experiments.runner import run_table
 from craft_experiments.settings import RunConfig, Settings, resolve
-from prismatic.command_line import bad_input_in_one_line, faults_in_one_line, flag, flag_like, parse_or_exit
+from prismatic.command_line import flag, flag_like, parse_or_exit
 from prismatic.evidence.checks import read_object, read_text
 from prismatic.evidence.failure_codes import FailureCode
 from prismatic.evidence.files import write_json, write_text
 from prismatic.evidence.results import read_jsonl
-from prismatic.output_folder import held
 from prismatic.training.config import FinetuneConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,16 +99,7 @@ def main() -> None:
     """Run what is missing, then write the report."""
     cfg = parse_or_exit(LanguageConfig, __doc__)
     os.chdir(ROOT)
-    program = os.path.basename(sys.argv[0])
-    with bad_input_in_one_line(program):
-        wanted = rows(cfg)
-        with ExitStack() as folders:
-            folders.enter_context(held(Path(cfg.results_dir), "--results_dir"))
-            folders.enter_context(held(Path(cfg.work_dir), "--work_dir"))
-            with faults_in_one_line(program, (RunFailed,)):
-                run_missing(cfg, wanted)
-    if code := subprocess.run([sys.executable, str(REPORT), cfg.results_dir], check=False).returncode:
-        sys.exit(code)  # it has said why
+    experiment(cfg, rows, lambda wanted: run_missing(cfg, wanted), REPORT)
 
 
 def rows(cfg: LanguageConfig) -> list[Row]:

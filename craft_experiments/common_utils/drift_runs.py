@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 from craft_experiments.jobs.base import Job
 from craft_experiments.runner import run_table
@@ -108,7 +108,16 @@ def command(cfg: DriftConfig, cell: Cell) -> list[str]:
     return ["vla-scripts/finetune.py", *words, *cell.flags]
 
 
+class Folders(Protocol):
+    """Flags of a program with records."""
+
+    results_dir: str
+    work_dir: str
+
+
 AnyConfig = TypeVar("AnyConfig", bound=DriftConfig)
+AnyFolders = TypeVar("AnyFolders", bound=Folders)
+Plan = TypeVar("Plan")
 
 
 def run_experiment(
@@ -118,18 +127,23 @@ def run_experiment(
     report: Path,
     compact: bool = False,
 ) -> None:
-    """`run_missing` for a program, then the script `report` on the records.
+    """`run_missing` for a program, then the script `report` on the records; as `experiment`."""
+    experiment(cfg, cells_of, lambda cells: run_missing(cfg, cells, kept, compact), report)
+
+
+def experiment(cfg: AnyFolders, plan: Callable[[AnyFolders], Plan], run: Callable[[Plan], None], report: Path) -> None:
+    """A program that plans, runs and then calls the script `report` on the records.
 
     The program is the only writer of both folders; what fails is said in one piece, and ends it.
     """
     program = os.path.basename(sys.argv[0])
     with bad_input_in_one_line(program):
-        cells = cells_of(cfg)
+        planned = plan(cfg)
         with ExitStack() as folders:
             folders.enter_context(held(Path(cfg.results_dir), "--results_dir"))
             folders.enter_context(held(Path(cfg.work_dir), "--work_dir"))
             with faults_in_one_line(program, (RunFailed,)):
-                run_missing(cfg, cells, kept, compact)
+                run(planned)
     if code := subprocess.run([sys.executable, str(report), cfg.results_dir], check=False).returncode:
         sys.exit(code)  # it has said why
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from craft_experiments.common_utils.plots import new_figure, save_figure
+from craft_experiments.common_utils.plots import new_figure
 from craft_experiments.figures.drawing import GREY, clean, legend_below, method_styles
-from craft_experiments.figures.write import save_pdf
+from craft_experiments.figures.write import save_or_remove
 from craft_experiments.keep_data import KeepData
 
 CAPTIONS = {
@@ -23,14 +23,9 @@ def write_keep_figures(data: KeepData, folder: Path) -> dict[str, tuple[Path, st
     """Draw what the records allow; name -> (PNG, caption). Figures without a point are removed."""
     written = {}
     for name, make in (("trade_off", trade_off), ("course", course), ("recovery", recovery)):
-        path, figure = folder / f"keep_{name}.png", make(data)
-        if figure is None:
-            for old in (path, path.with_suffix(".pdf")):
-                old.unlink(missing_ok=True)
-            continue
-        save_figure(figure, path)
-        save_pdf(figure, path.with_suffix(".pdf"))
-        written[name] = (path, CAPTIONS[name])
+        path = folder / f"keep_{name}.png"
+        if save_or_remove(make(data), path):
+            written[name] = (path, CAPTIONS[name])
     return written
 
 

@@ -48,15 +48,20 @@ def write_figures(data: TableData, folder: Path) -> dict[str, tuple[Path, str]]:
     written = {}
     for name, make, caption in makers:
         path = folder / f"{data.table.name}_{name}.png"
-        figure = make(data)
-        if figure is None:
-            for old in (path, path.with_suffix(".pdf")):
-                old.unlink(missing_ok=True)
-            continue
-        save_figure(figure, path)
-        save_pdf(figure, path.with_suffix(".pdf"))
-        written[name] = (path, caption)
+        if save_or_remove(make(data), path):
+            written[name] = (path, caption)
     return written
+
+
+def save_or_remove(figure: Any, path: Path) -> bool:
+    """Save as PNG and PDF, or for None remove what earlier records gave; whether there is a figure."""
+    if figure is None:
+        for old in (path, path.with_suffix(".pdf")):
+            old.unlink(missing_ok=True)
+        return False
+    save_figure(figure, path)
+    save_pdf(figure, path.with_suffix(".pdf"))
+    return True
 
 
 def save_pdf(figure: Any, path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging
 
 from prismatic.command_line import is_installed
 from prismatic.model_files import CheckpointError, MissingFileError, reading, regular_file
+from prismatic.models.quiet_library import quiet_library
 
 _COMPARED = (
     "model_type",
@@ -66,7 +64,7 @@ def load_language_model_(model: PreTrainedModel, file: Path) -> None:
     model: with `config`, as `AutoModelForCausalLM.from_config` makes it, in fp32. Raises CheckpointError, which names
     the file, for one that cannot be read or is of another geometry; the model is then as it was.
     """
-    with reading(file), _quiet_library():
+    with reading(file), quiet_library():
         found: Any = type(model).from_pretrained(
             file.parent,
             gguf_file=file.name,
@@ -93,7 +91,7 @@ def load_packaged_tokenizer(file: Path, config: PretrainedConfig) -> PreTrainedT
 
     Raises CheckpointError, which names the file, for one that cannot be read or lacks one of these tokens.
     """
-    with reading(file), _quiet_library():
+    with reading(file), quiet_library():
         read: Any = PreTrainedTokenizerFast.from_pretrained(
             file.parent,
             gguf_file=file.name,
@@ -126,14 +124,3 @@ def _compare(found: PretrainedConfig, expected: PretrainedConfig, file: Path) ->
 def _facts(config: PretrainedConfig) -> dict[str, Any]:
     values = config.to_dict()
     return {name: (values | (values.get("rope_parameters") or {})).get(name) for name in _COMPARED}
-
-
-@contextmanager
-def _quiet_library() -> Iterator[None]:
-    """Without the library's advice on tokenizers."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from prismatic.evidence.checks import check_collection
 from prismatic.evidence.hashes import sha256_of
@@ -33,6 +31,7 @@ from prismatic.model_files import (
     weight_files,
 )
 from prismatic.models.action_heads import ActionHeadConfig
+from prismatic.models.quiet_library import quiet_library
 from prismatic.models.vla_policy import VLAPolicyModel
 from prismatic.training.checkpoint_folder import MANIFEST
 from prismatic.vla.action_spec import ActionSpec
@@ -210,7 +209,7 @@ def load_vla(path: Path, num_images: int | None = None, new: Collection[str] = (
     if num_images is not None:
         config.num_images_in_input = num_images
     vla: OpenVLAForActionPrediction
-    with reading(path), _quiet_library():
+    with reading(path), quiet_library():
         vla, report = OpenVLAForActionPrediction.from_pretrained(
             path,
             config=config,
@@ -229,17 +228,6 @@ def load_vla(path: Path, num_images: int | None = None, new: Collection[str] = (
         files = " and ".join(file.name for file in weight_files(path)[:2])
         raise CheckpointError(f"{path}: the weights in {files} do not fit config.json: {'; '.join(problems)}")
     return vla
-
-
-@contextmanager
-def _quiet_library() -> Iterator[None]:
-    """Without the library's own account of keys that do not fit: what is wrong is said once, by us."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _check_header(file: Path) -> None:
