@@ -349,10 +349,15 @@ def is_installed(package: str) -> bool:
 
 
 def nearest(word: str, known: Sequence[str] | set[str], prefix: str = "") -> str:
-    """`; did you mean ...?` for the known word that is most like this one, or nothing."""
+    """`; did you mean ...?` for the known word that is most like this one or has it as initials (lr), or nothing."""
     lower = {name.lower(): name for name in known}
     found = difflib.get_close_matches(word.lower(), list(lower), n=1, cutoff=0.6)
+    found = found or [name for name in lower if "_" in name and _initials(name) == word.lower()]
     return f"; did you mean {prefix}{lower[found[0]]}?" if found else ""
+
+
+def _initials(name: str) -> str:
+    return "".join(part[:1] for part in name.split("_"))
 
 
 def one_of(choices: Sequence[str], word: str) -> str:

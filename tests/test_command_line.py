@@ -42,6 +42,7 @@ class Config:
     text: str = ""
     note: str | None = flag(None, "a note", is_name=True)
     count: int = flag(3, "how many", at_least=1)
+    batch_size: int = flag(1, "at once", at_least=1)
     share: float = flag(0.5, "of all", more_than=0, less_than=1)
     budget: float | None = flag(None, "or unlimited", more_than=0, infinite=True)
     on: bool = False
@@ -101,6 +102,7 @@ def test_numbers_in_their_range(count, share):
         (["--note", ".."], "--note is '..', expected a name"),
         (["--text", "a\0b"], "--text: found a NUL character"),
         (["--cuont", "1"], "--cuont: no such flag; did you mean --count?"),
+        (["--bs", "1"], "--bs: no such flag; did you mean --batch_size?"),
         (["--co", "1"], "--co: no such flag"),
         (["--count"], "--count: found no value"),
         (["--text", "--count", "2"], "--text: found no value"),
