@@ -210,8 +210,8 @@ def test_command_line_on_recorded_runs(tmp_path, capsys):
     episodes.write_text(episodes.read_text().replace('"render_mode": "lazy"', '"render_mode": "published"'))
     assert main([a, b, "--output", str(tmp_path / "c.json")]) == 0
     data = json.loads((tmp_path / "c.json").read_text())
-    assert (data["pairs"], data["only_a"], data["only_b"], data["distinguishable"]) == (10, 1, 1, False)
-    assert data["pairs_for_2_points"] == 3923 and data["unpaired"] == []
+    assert (data["pairs"], data["only_a"], data["only_b"], data["distinguishable"]) == (10, 3, 2, False)
+    assert data["pairs_for_2_points"] == 9809 and data["unpaired"] == []
     shown = capsys.readouterr().out
     assert main([a, b, "--output", str(tmp_path / "c.md")]) == 0
     assert (tmp_path / "c.md").read_text() == shown
