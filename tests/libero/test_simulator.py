@@ -6,10 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from experiments.robot.libero import simulator
+from experiments.robot.libero.culling import outside_view
 from experiments.robot.libero.modes import RenderMode, ResetMode
 from experiments.robot.libero.simulator import LiberoEnv, idle_action, quat_to_axis_angle
 from experiments.robot.libero.tasks import SUITE_MAX_STEPS, UnknownSuiteError, load_task, max_episode_steps
@@ -19,6 +24,26 @@ CAMERA_FIELDS = ("image", "wrist_image")
 
 
 # -- without the simulator ------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(20, 120), st.floats(0.01, 2))
+def test_what_a_camera_can_see_is_never_outside_its_view(seed, degrees, radius):
+    rng = np.random.default_rng(seed)
+    rotation, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    centre, position = rng.normal(size=(2, 3))
+    model = SimpleNamespace(geom_rbound=np.array([radius, 0.0]), cam_fovy=np.array([degrees]))
+    data = SimpleNamespace(
+        geom_xpos=np.stack([centre, centre]), cam_xpos=position[None], cam_xmat=rotation.reshape(1, 9)
+    )
+    sphere, plane = outside_view(model, data, 0)
+    directions = rng.normal(size=(2000, 3))
+    points = centre + radius * rng.random((2000, 1)) * directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    x, y, depth = ((points - position) @ rotation * [1, 1, -1]).T
+    reach = depth * np.tan(np.deg2rad(degrees) / 2)
+    can_be_seen = ((depth > 0) & (np.abs(x) <= reach) & (np.abs(y) <= reach)).any()
+    assert not plane and not (sphere and can_be_seen)
+    behind = ((centre - position) @ rotation)[2] > 1.1 * radius + 0.01
+    assert sphere or not behind
 
 
 def test_axis_angle_is_not_folded_to_the_upper_hemisphere():
@@ -338,17 +363,33 @@ def _difference(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.abs(first.astype(int) - second).mean())
 
 
+def _nothing_is_outside(model, data, camera):
+    return np.zeros(model.ngeom, dtype=bool)
+
+
 @pytest.mark.simulator
 @pytest.mark.slow
-def test_a_second_environment_renders_like_the_first():
+def test_a_second_environment_renders_like_the_first_also_when_it_draws_what_lies_outside_the_view(monkeypatch):
     task = load_task("libero_object", 0)
-    images = []
-    for _ in range(2):
+    seen, left_out = [], 0
+    for rule in (outside_view, _nothing_is_outside):
+        monkeypatch.setattr(simulator, "outside_view", rule)
         env = LiberoEnv(task, image_size=48, render_mode=RenderMode.LAZY, reset_mode=ResetMode.SOFT)
         env.reset(task.init_states[0], seed=0)
-        images.append(env.observe().image)
+        images = []
+        for direction in (0.0, 0.9, -0.9):
+            for _ in range(12):
+                env.step(np.array([direction, -direction, -direction, direction, 0.5, direction, 1.0]))
+            observation = env.observe()
+            images += [observation.image, observation.wrist_image]
+            model, data = env.sim.model._model, env.sim.data._data
+            left_out += rule(model, data, env.sim.model.camera_name2id("robot0_eye_in_hand")).sum()
+        groups = env.sim.model._model.geom_group.copy()
         env.close()
-    np.testing.assert_array_equal(images[0], images[1])
+        seen.append([*images, groups])
+    assert left_out > 0
+    for first, second in zip(*seen, strict=True):
+        np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.simulator

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.robot.libero.culling import HIDDEN_GROUP, hidden, outside_view
 from experiments.robot.libero.libero_package import control_env_class, package_version
 from experiments.robot.libero.modes import RenderMode, ResetMode
 from experiments.robot.libero.scene_sampling import SceneSampler
@@ -306,7 +307,9 @@ class LiberoEnv:
         camera = sim.model.camera_name2id(name)
         self._context.gl_ctx.make_current()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context.con)
-        self._context.render(self.image_size, self.image_size, camera_id=camera)
+        model = sim.model._model
+        with hidden(model, outside_view(model, sim.data._data, camera)):
+            self._context.render(self.image_size, self.image_size, camera_id=camera)
         return _rotate180(self._context.read_pixels(self.image_size, self.image_size))
 
     def _new_context(self, sim: Any) -> Any:
@@ -315,7 +318,7 @@ class LiberoEnv:
 
         sim.model.vis.quality.offsamples = 0  # read when the context is built
         context = MjRenderContextOffscreen(sim, device_id=-1)
-        context.vopt.geomgroup[0] = 0  # collision shapes
+        context.vopt.geomgroup[HIDDEN_GROUP] = 0
         context.vopt.geomgroup[1] = 1
         context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         return context
