@@ -1,9 +1,9 @@
 """A client's message -> `craft_vla.Observation`: cameras, state and instruction under the names that clients use.
 
-    cameras      `observation/NAME`, `NAME`, or NAME in a map `images` (`observation/images`); or, by order,
-                 OpenVLA-OFT's `full_image` and the keys with `wrist` in them
-    state        `observation/state`, `state`
-    instruction  `prompt`, `instruction`
+    cameras      `observation/NAME`, `NAME`, or NAME in a map `images` (`observation/images`); LeRobot's
+                 `observation.images.NAME`; or, by order, OpenVLA-OFT's `full_image` and the keys with `wrist` in them
+    state        `observation/state`, `observation.state`, `state`
+    instruction  `prompt`, `instruction`, LeRobot's `task`
 
 Names are those of the metadata. A key that nothing reads is refused: it may be a camera with a slip in its name.
 """
@@ -21,7 +21,9 @@ MAX_PIXELS = 1 << 22
 """Of one image: 2048 x 2048."""
 MAX_CHARACTERS = 4000
 """Of an instruction."""
-_PREFIX = "observation/"
+_PREFIXES = ("observation/", "observation.images.", "observation.")
+"""Of openpi's and LeRobot's names; the longer of two that fit comes first."""
+_INSTRUCTIONS = ("prompt", "instruction", "task")
 _FIRST = "full_image"
 
 
@@ -53,10 +55,10 @@ def read_observation(message: Any, cameras: Sequence[str], unnorm_key: str) -> d
 
 
 def _flat(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The values by name without `observation/`, those of `images` among them."""
+    """The values by name without their prefix, those of `images` among them."""
     found: dict[str, Any] = {}
     for key, value in message.items():
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(next((prefix for prefix in _PREFIXES if key.startswith(prefix)), ""))
         inner = value if name == "images" and isinstance(value, Mapping) else {name: value}
         for each, content in inner.items():
             if not isinstance(each, str) or each in found:
@@ -86,9 +88,10 @@ def _images(values: dict[str, Any], cameras: Sequence[str]) -> dict[str, np.ndar
 
 
 def _instruction(values: dict[str, Any]) -> str:
-    given = [name for name in ("prompt", "instruction") if name in values]
+    given = [name for name in _INSTRUCTIONS if name in values]
     if len(given) != 1:
-        raise MessageError(f"instruction: found {' and '.join(given) or 'none'}, expected prompt or instruction")
+        found, expected = " and ".join(given) or "none", " or ".join(_INSTRUCTIONS)
+        raise MessageError(f"instruction: found {found}, expected {expected}")
     text = values.pop(given[0])
     if not isinstance(text, str):
         raise MessageError(f"{given[0]} is {type(text).__name__}, expected text")

@@ -15,6 +15,12 @@ SPELLINGS = {
     "nested": {"images": {"wrist_image": WRIST, "image": FRONT}, "state": STATE, "prompt": "a"},
     "nested below": {"observation/images": {"wrist_image": WRIST, "image": FRONT}, "state": STATE, "prompt": "a"},
     "OpenVLA-OFT": {"full_image": FRONT, "wrist_image": WRIST, "state": STATE, "instruction": "a"},
+    "LeRobot": {
+        "observation.images.image": FRONT,
+        "observation.images.wrist_image": WRIST,
+        "observation.state": STATE,
+        "task": "a",
+    },
     "with its data set": {"image": FRONT, "wrist_image": WRIST, "state": STATE, "prompt": "a", "unnorm_key": "d"},
 }
 
@@ -49,6 +55,7 @@ def without(*names: str) -> dict:
         (without("wrist_image") | {"full_image": FRONT}, "found full_image, expected 2: image, wrist_image"),
         (GOOD | {"observation/image": FRONT}, "found 'image' twice"),
         (GOOD | {"images": {"image": FRONT}}, "found 'image' twice"),
+        (GOOD | {"observation.images.image": FRONT}, "found 'image' twice"),
         (GOOD | {"imge": FRONT}, "found imge, which this policy does not read, expected image, wrist_image, state"),
         (GOOD | {"prompt": "b"}, "instruction: found prompt and instruction"),
         (without("instruction"), "instruction: found none"),
