@@ -224,8 +224,10 @@ def places_end(port: int) -> bool:
 
 @pytest.fixture(scope="module")
 def hasty():
-    """Port of a server that waits for a fifth of a second, and 18 connections at most."""
-    with serving(FakePolicy(), limits(seconds_to_send=0.2, max_connections=2)) as number:
+    """Port of a server that waits for half a second, and 18 connections at most.
+
+    On a busy machine an honest client of these tests may be late by a tenth."""
+    with serving(FakePolicy(), limits(seconds_to_send=0.5, max_connections=2)) as number:
         yield number
 
 
@@ -292,7 +294,7 @@ def large(chunk: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["websocket", "act"])
 def test_a_client_that_takes_no_answers_is_ended(kind):
     servers = []
-    with serving(FakePolicy(), limits(seconds_to_send=0.2), shown=large, servers=servers) as port:
+    with serving(FakePolicy(), limits(seconds_to_send=2.0), shown=large, servers=servers) as port:
         with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as client:
             if kind == "websocket":
                 client.sendall(UPGRADE)
@@ -316,7 +318,7 @@ def test_a_client_that_takes_no_answers_is_ended(kind):
 def test_pauses_between_messages_and_pings_are_no_slowness(hasty):
     with robot(hasty) as (connection, _):
         for _ in range(4):
-            time.sleep(0.15)  # longer in all than a message may take
+            time.sleep(0.2)  # longer in all than a message may take
             assert connection.ping().wait(PATIENCE)
             assert ask(connection)[0, 0] == 3.0
 
@@ -390,13 +392,13 @@ def healthy(port: int, expected: int) -> str:
 
 def test_a_policy_that_hangs_is_told_until_it_goes_on():
     policy = FakePolicy()
-    with serving(policy, limits(seconds_to_answer=0.3)) as port, robot(port) as (connection, _):
+    with serving(policy, limits(seconds_to_answer=1.0)) as port, robot(port) as (connection, _):
         assert healthy(port, 200) == "OK\n"
         policy.go.clear()
         try:
             connection.send(openpi_message(1.0))
             assert "one batch for " in healthy(port, 503)
-            assert "no answer within 0.3 s" in connection.recv(PATIENCE)
+            assert "no answer within 1 s" in connection.recv(PATIENCE)
         finally:
             policy.go.set()
         assert healthy(port, 200) == "OK\n"
@@ -412,7 +414,7 @@ def test_a_worker_that_has_ended_is_told():
         def predict_many(self, observations):
             raise Ended
 
-    with serving(Mortal(), limits(seconds_to_answer=0.3)) as port, robot(port) as (connection, _):
+    with serving(Mortal(), limits(seconds_to_answer=1.0)) as port, robot(port) as (connection, _):
         assert healthy(port, 200) == "OK\n"
         connection.send(openpi_message(1.0))
         assert "has ended" in healthy(port, 503)

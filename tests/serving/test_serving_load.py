@@ -23,7 +23,7 @@ class Forgetful(Steady):
 
 
 def outcome(policy, requests: int = 160) -> serving_load.Client:
-    with serving(policy, limits(seconds_to_send=0.2)) as port:
+    with serving(policy, limits(seconds_to_send=0.5)) as port:
         client = serving_load.Client(port, 0)
         client.run(requests, multiprocessing.Value("i", 0))
     return client
