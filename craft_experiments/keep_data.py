@@ -20,9 +20,10 @@ from craft_experiments.keep_metrics import (
     final_success,
     forward_transfer,
 )
+from craft_experiments.origins import origin_lines
 from craft_experiments.preset import Bench, Preset
 from craft_experiments.records import RecordError, read_manifest
-from craft_experiments.settings import Settings
+from craft_experiments.settings import Settings, preset_of
 from craft_experiments.table_data import record_of
 from craft_experiments.table_measures import TAIL, training_metrics
 from craft_experiments.tables import Table, methods_of
@@ -40,7 +41,7 @@ class KeepData:
         trainings: cell -> record of its training.
         codes: cells that failed, with their code.
         missing: recorded jobs that are not there. wanted: their number in all.
-        hours: of all recorded programs together.
+        hours: of all recorded programs together. origins: lines of the page, see `origin_lines`.
     """
 
     preset: Preset
@@ -51,6 +52,7 @@ class KeepData:
     missing: tuple[str, ...]
     wanted: int
     hours: float = 0.0
+    origins: tuple[str, ...] = ()
 
     @property
     def bench(self) -> Bench:
@@ -74,6 +76,10 @@ class KeepData:
     def cell(self, method: Method, seed: int, stage: int) -> Cell:
         """The cell of a row after a stage; after stage 0 it is the start's."""
         return sequence_cell(self.preset, self.method("start") if stage == 0 else method, seed, stage)
+
+    def planned_seeds(self, method: Method) -> tuple[int, ...]:
+        """Seeds that a verdict on a row rests on: of a primary row all of the preset, whatever the table asks."""
+        return preset_of(self.preset.name, self.table.name).seeds if self.is_primary(method) else self.seeds(method)
 
     @cached_property
     def _known(self) -> dict[str, Method]:
@@ -230,6 +236,7 @@ def load_keep(s: Settings, table: Table) -> KeepData:
         missing=tuple(name for name in jobs if name not in records),
         wanted=len(jobs),
         hours=sum(float(record["seconds"]) for record in records.values()) / 3600,
+        origins=tuple(origin_lines(s, jobs, records)),
     )
 
 

@@ -23,6 +23,7 @@ from craft_experiments.keep_costs import relative_work
 from craft_experiments.keep_data import KeepData, load_keep, rate
 from craft_experiments.keep_metrics import steps_to_recover
 from craft_experiments.keep_verdicts import Difference, Verdict, verdicts
+from craft_experiments.keep_warnings import new_task_lines, start_lines
 from craft_experiments.settings import Settings
 from craft_experiments.table_csv import csv_text, pairs_text
 from craft_experiments.table_formats import latex, markdown
@@ -83,7 +84,7 @@ def write_keep_reports(s: Settings, table: Table) -> list[Path]:
 def page(s: Settings, data: KeepData, found: list[Verdict], figures: Mapping[str, str]) -> str:
     """The Markdown page. figures: name of the PNG -> caption."""
     lines = [f"# {data.table.title}", "", *_state(s, data), "## Hypotheses", ""]
-    lines += ["Asked and decided before: docs/experiments.md.", ""]
+    lines += ["Asked and decided before: docs/experiments.md.", "", *new_task_lines(data)]
     for verdict in found:
         lines += _verdict_lines(verdict)
     lines += ["## What is learned and what is kept", "", *markdown(value_grid(data, COLUMNS)), ""]
@@ -127,7 +128,8 @@ def _state(s: Settings, data: KeepData) -> list[str]:
         shown = ", ".join(f"`{name}`" for name in list(cells)[:6])
         more = f" and {len(cells) - 6} more" if len(cells) > 6 else ""
         lines += [f"**Not finished.** Records are missing of {len(cells)} cells: {shown}{more}.", ""]
-    return lines + [f"* Failed: `{cell}` ({code})." for cell, code in data.codes.items()] + [""] * bool(data.codes)
+    failed = [f"* Failed: `{cell}` ({code})." for cell, code in data.codes.items()]
+    return [*start_lines(data), *lines, *failed, *[""] * bool(failed)]
 
 
 # --- Hypotheses ---------------------------------------------------------------------------------------------------
@@ -349,6 +351,7 @@ def _provenance(s: Settings, data: KeepData) -> list[str]:
         "```",
         "",
         f"* {data.hours:.1f} hours of programs: the recorded seconds of all jobs, each with the cores of one slot.",
+        *data.origins,
         f"* Start `{s.preset.start}`, tasks {s.preset.start_task_ids.replace(',', ', ')} of {s.preset.start_suite}. "
         "New tasks: "
         + "; ".join(f"{task.name}: {task.suite} task {task.task_id}" for task in data.bench.new_tasks)

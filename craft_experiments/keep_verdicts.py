@@ -19,7 +19,7 @@ class Difference:
 
     Attributes:
         measure: `old`: old tasks after the last stage; `new`: new tasks, each at the end of its stage.
-        by_seed: seed -> difference. wanted: seeds the comparison rests on; complete when all are there.
+        by_seed: seed -> difference. planned: seeds the comparison rests on; complete when all are there.
         p: of the t test over seeds; None with fewer than two. two_sided: asks for any difference, else for one above
             `bound`. p_holm: adjusted within the primary family, None outside it or while that is incomplete.
         only_first, only_second, p_pairs: episodes that one of both solved, and McNemar's p of them. A description: it
@@ -30,7 +30,7 @@ class Difference:
     second: str
     measure: str
     by_seed: dict[int, float]
-    wanted: int
+    planned: tuple[int, ...]
     p: float | None
     flips: float | None
     only_first: int
@@ -41,9 +41,14 @@ class Difference:
     p_holm: float | None = None
 
     @property
+    def wanted(self) -> int:
+        """Number of planned seeds."""
+        return len(self.planned)
+
+    @property
     def complete(self) -> bool:
-        """Whether every seed is there."""
-        return len(self.by_seed) == self.wanted
+        """Whether every planned seed is there."""
+        return self.by_seed.keys() >= set(self.planned)
 
     @property
     def mean(self) -> float:
@@ -75,7 +80,7 @@ def compare_rows(
     values = [data.values.get(key, {}).get(measure, {}) for key in (first, second)]
     seeds = sorted(values[0].keys() & values[1].keys())
     found = {seed: values[0][seed] - values[1][seed] for seed in seeds}
-    wanted = [data.seeds(data.method(key)) for key in (first, second)]
+    planned = [data.planned_seeds(data.method(key)) for key in (first, second)]
     counts = sum((_pairs(data, (first, second), measure, seed) for seed in seeds), PairedCounts())
     known, two = list(found.values()), len(found) > 1
     return Difference(
@@ -83,7 +88,7 @@ def compare_rows(
         second=second,
         measure=measure,
         by_seed=found,
-        wanted=len(set(wanted[0]) & set(wanted[1])),
+        planned=tuple(seed for seed in planned[0] if seed in planned[1]),
         p=t_p(known, bound, two_sided) if two else None,
         flips=flip_p(known, bound) if two and not two_sided else None,
         only_first=counts.only_a,

@@ -1,12 +1,13 @@
 """What jobs leave behind: one compressed JSON file per training, evaluation and measurement, and the list of states.
 
-    {records_dir}/{cell}/training.json.gz     program, flags, content, seconds, metrics
-    {records_dir}/{cell}/{kind}@{suite}.json.gz   program, flags, content, seconds, rate, every episode
-    {records_dir}/{cell}/retention@{data}.json.gz   program, flags, content, seconds, what `measure_retention.py` found
+    {records_dir}/{cell}/training.json.gz     policy, start, data, metrics
+    {records_dir}/{cell}/{kind}@{suite}.json.gz   policy, versions, rate, every episode
+    {records_dir}/{cell}/retention@{data}.json.gz   what `measure_retention.py` found
     {records_dir}/manifest.json               cell -> state, failure code
 
-Tables and figures are made of these files alone. `content` holds the hashes of what the files and folders hold that
-flags name: where they lie does not count.
+Each has program, flags, content, processor and seconds as well. `policy` and `start` are hashes of weights, `data` of
+demonstrations, `content` of what the files and folders hold that flags name: where they lie does not count. Tables and
+figures are made of these files alone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ MAX_RECORD_BYTES = 1 << 28
 """Largest record, decompressed: a small file can hold gigabytes of zeros."""
 _LIMITS = replace(RECORD, characters=MAX_RECORD_BYTES)
 TRAINING, RETENTION = "training", "retention"
+MEMORY = "Memory/Peak GiB"
 METRICS = (
     "VLA Train/Loss",
     "VLA Train/Curr Action L1 Loss",
@@ -43,7 +45,7 @@ METRICS = (
     "CRaFT/Conflict Ratio",
     "CRaFT/Gate Open",
     "CRaFT/Out Of Reach",
-    "Memory/Peak GiB",
+    MEMORY,
 )
 # Where files are, how fast they are made and how often something is measured changes no result.
 _NO_SETTINGS = {

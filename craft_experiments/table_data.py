@@ -16,6 +16,7 @@ from craft_experiments.jobs.base import Job
 from craft_experiments.jobs.evaluate import Evaluate
 from craft_experiments.jobs.measure import Measure
 from craft_experiments.jobs.plan import plan
+from craft_experiments.origins import origin_lines
 from craft_experiments.records import RETENTION, RecordError, check_settings, read_manifest, read_record
 from craft_experiments.settings import Settings
 from craft_experiments.table_comparisons import Comparison, best_of, compare, with_holm
@@ -46,6 +47,7 @@ class TableData:
         metrics: cell -> logged values of its training.
         codes: cells that failed, with their code.
         complete, wanted: cells with all results, and cells of the table. seconds: of all records.
+        origins: lines of the page, see `origin_lines`.
     """
 
     table: Table
@@ -57,6 +59,7 @@ class TableData:
     complete: int
     wanted: int
     seconds: Mapping[str, float] = field(default_factory=dict)
+    origins: tuple[str, ...] = ()
 
     @property
     def competitors(self) -> tuple[Method, ...]:
@@ -148,6 +151,7 @@ def load(s: Settings, table: Table) -> TableData:
         complete=sum(jobs_of <= records.keys() for jobs_of in needed.values()),
         wanted=len(needed),
         seconds={name: float(record["seconds"]) for name, record in records.items()},
+        origins=tuple(origin_lines(s, jobs, records)),
     )
     return replace(data, values=_with_lost_success(data))
 

@@ -218,6 +218,7 @@ def _provenance(s: Settings, data: TableData) -> list[str]:
         f"* {data.complete} of {data.wanted} cells complete.",
         f"* {hours:.1f} hours of programs: the recorded seconds of {len(data.seconds)} trainings, evaluations and "
         "measurements, each with the cores of one slot. Tables share cells, and count them again.",
+        *data.origins,
         *_coverage(s.preset, data),
         *(f"* Failed: `{cell}` ({code})." for cell, code in data.codes.items()),
         "",

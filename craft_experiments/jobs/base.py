@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -114,7 +116,7 @@ class Job(ABC):
             word for word in words if word.endswith(".py") or word.startswith(("prismatic.", "experiments."))
         )
         flags = {"flags": self.flags(s), "content": dict(content)}
-        return {"cell": self.parts[0], "program": started, **flags, "seconds": seconds}
+        return {"cell": self.parts[0], "program": started, **flags, "processor": processor(), "seconds": seconds}
 
     def keep(self, s: Settings, record: Mapping[str, Any]) -> None:
         """Write the record."""
@@ -136,6 +138,15 @@ class PolicyJob(Job):
     @property
     def cell(self) -> Cell:
         return self.policy
+
+
+@cache
+def processor() -> str:
+    """What this machine's processor is called."""
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text(errors="replace").splitlines() if listed.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), "") or platform.processor() or platform.machine()
 
 
 def as_words(flags: Mapping[str, object]) -> list[str]:

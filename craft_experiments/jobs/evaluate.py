@@ -10,7 +10,7 @@ from typing import Any
 from craft_experiments.cells import PRO_SUFFIX, Cell, Evaluation, Kind, Role
 from craft_experiments.jobs.base import JobFailed, PolicyJob, as_words, data_root, program
 from craft_experiments.jobs.interpolate import interpolation
-from craft_experiments.jobs.policies import expected_checkpoint
+from craft_experiments.jobs.policies import expected_checkpoint, weights_of
 from craft_experiments.preset import Demonstrations, Preset
 from craft_experiments.records import CONTENT, contents_of, record_path
 from craft_experiments.settings import Settings
@@ -91,7 +91,9 @@ class Evaluate(PolicyJob):
         return contents_of(flags, [*CONTENT, *of_start])
 
     def finish(self, s: Settings, seconds: float, content: Mapping[str, str]) -> None:
-        self.keep(s, self.facts(s, seconds, content) | _outcome(self.folder(s)))
+        policy = self.flags(s).get("pretrained_checkpoint")
+        origin = {"policy": weights_of(Path(policy))} if policy else {}
+        self.keep(s, self.facts(s, seconds, content) | origin | _outcome(self.folder(s)))
 
 
 def _outcome(folder: Path) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def _outcome(folder: Path) -> dict[str, Any]:
     if abs(counted / len(episodes) - rate) > 1e-9:
         reason = f"{folder}: results.json has rate {rate}, episodes.jsonl {counted} of {len(episodes)}"
         raise JobFailed(FailureCode.PARSE_FAILED, reason)
-    return {"rate": rate, "episodes": episodes}
+    return {"versions": run.facts[0].get("versions", {}), "rate": rate, "episodes": episodes}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from craft_experiments.common_utils.log_parser import extract_checkpoint_path
 from craft_experiments.sequence import before
 from craft_experiments.settings import Settings
 from craft_experiments.tables import after_key, methods_of
+from prismatic.evidence.hashes import files_hash
+from prismatic.training.checkpoint_folder import TRAINING_STATE
 
 
 def parent_of(s: Settings, cell: Cell) -> Cell:
@@ -38,6 +40,13 @@ def checkpoint_of(s: Settings, cell: Cell) -> Path | None:
             folder = s.runs_dir / cell.name
             return folder if folder.is_dir() else None
     return None
+
+
+def weights_of(folder: Path | None) -> str | None:
+    """Hash of a policy's weights, the same wherever and whenever it was trained; None where there are none."""
+    files = sorted(folder.rglob("*.safetensors")) if folder is not None and folder.is_dir() else []
+    files = [file for file in files if TRAINING_STATE not in file.relative_to(folder).parts]  # type: ignore[arg-type]
+    return files_hash(folder, files) if folder is not None and files else None
 
 
 def steps_of(s: Settings, cell: Cell) -> int:

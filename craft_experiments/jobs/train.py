@@ -8,12 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from craft_experiments.cells import Role
 from craft_experiments.common_utils.terminal import say
 from craft_experiments.jobs.base import JobFailed, PolicyJob, as_words, data_root, program
-from craft_experiments.jobs.policies import base_of, checkpoint_of, steps_of
-from craft_experiments.records import METRICS, TRAINING, State, read_record, record_path, set_states, write_record
+from craft_experiments.jobs.policies import base_of, checkpoint_of, steps_of, weights_of
+from craft_experiments.records import (
+    MEMORY,
+    METRICS,
+    TRAINING,
+    State,
+    contents_of,
+    flags_in,
+    read_record,
+    record_path,
+    set_states,
+    write_record,
+)
 from craft_experiments.sequence import before, remembered, trained_on
 from craft_experiments.settings import Settings
+from prismatic.evidence.checks import read_object
 from prismatic.evidence.failure_codes import FailureCode
 from prismatic.evidence.results import read_jsonl
 
@@ -71,8 +84,11 @@ class Train(PolicyJob):
     def flags(self, s: Settings) -> dict[str, str]:
         """What the plan makes itself, policies and demonstrations, is known by its name: it may be made again."""
         p, cell, found = s.preset, self.policy, super().flags(s)
-        if before(p, cell) is not None:
-            found["config_file_path"] = base_of(s, cell).name
+        if (earlier := before(p, cell)) is not None:
+            # Not the newest checkpoint there is: while the earlier policy is trained again, that is of another step.
+            is_trained = earlier.method.role is Role.TRAINED
+            steps = f"--{Train(earlier).flags(s)['max_steps']}_chkpt" if is_trained else ""
+            found["config_file_path"] = earlier.name + steps
         if old := remembered(p, cell):
             found[cell.method.memory_flag] = ",".join(data.name for data in old)
         return found
@@ -103,8 +119,24 @@ class Train(PolicyJob):
             reason = f"stopped before its last step, at {checkpoint_of(s, cell)}; the same command continues it"
             raise JobFailed(FailureCode.TRAINING_FAILED, reason)
         metrics = _metrics(s.runs_dir / cell.name / "metrics.jsonl")
-        self.keep(s, self.facts(s, seconds, content) | {"metrics": metrics})
+        self.keep(s, self.facts(s, seconds, content) | self._origin(s) | {"metrics": metrics})
         set_states(s.records_dir, {cell.name: State.TRAINED})
+
+    def _origin(self, s: Settings) -> dict[str, Any]:
+        """Hashes of the policy, of the one it started from, and of the data: plans know these by name alone."""
+        manifest = s.runs_dir / self.policy.name / "data_manifest.json"
+        data = (
+            {name: str(facts["fingerprint"]) for name, facts in read_object(manifest).items()}
+            if manifest.is_file()
+            else {}
+        )
+        memory = contents_of(flags_in(self.commands(s)[0]), filter(None, [self.policy.method.memory_flag]))
+        found = {
+            "policy": weights_of(checkpoint_of(s, self.policy)),
+            "start": weights_of(base_of(s, self.policy)),
+            "data": data | memory,
+        }
+        return {name: value for name, value in found.items() if value}
 
     def keep(self, s: Settings, record: Mapping[str, Any]) -> None:
         """Write the record. One that is there stays, for evaluations of its policy are there as well.
@@ -114,11 +146,16 @@ class Train(PolicyJob):
         path = self.record(s)
         if not path.exists():
             write_record(path, record)
-        elif read_record(path)["metrics"] != record["metrics"]:
+        elif _learned(read_record(path)) != _learned(record):
             say(
                 f"{self.name}: trained again, and not as in {path}, which stays (demonstrations or processor are not "
                 f"the same). To measure everything on the new policy delete {path.parent}"
             )
+
+
+def _learned(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What two equal trainings have in common."""
+    return {name: values for name, values in record["metrics"].items() if name != MEMORY}
 
 
 def _metrics(path: Path) -> dict[str, list]:

@@ -26,7 +26,7 @@ from prismatic.training.faults import batches_of, explained_faults
 from prismatic.training.first_batch import write_first_batch
 from prismatic.training.frozen_weights import narrow_frozen_weights
 from prismatic.training.processes import product_dtype_of
-from prismatic.training.resumed_flags import check_resumed_flags
+from prismatic.training.resumed_flags import check_resumed_flags, check_same_start
 from prismatic.training.retention.craft import CRaFT
 from prismatic.training.retention.drift_monitor import DriftMonitor
 from prismatic.training.retention.landing import SAMPLES, Landing
@@ -214,8 +214,10 @@ class Trainer:
         folder = folder_to_resume(self.cfg, self.accelerator, say)
         if folder is None:
             return
-        recorded = read_json(folder / MANIFEST).get("training", {})
-        check_resumed_flags(self.cfg, recorded, folder, say if self.accelerator.is_main_process else lambda _: None)
+        manifest, base = read_json(folder / MANIFEST), self.setup.base
+        heard = say if self.accelerator.is_main_process else lambda _: None
+        check_resumed_flags(self.cfg, manifest.get("training", {}), folder, heard)
+        check_same_start(self.cfg, manifest.get("start"), None if base is None else base.sha256, folder)
         state, rank, world = self._state(), self.accelerator.process_index, self.accelerator.num_processes
         self.step = restore_training_state(folder, self.setup, state, rank)
         self._resumed_at = state.step, state.samples_seen

@@ -47,3 +47,22 @@ def check_resumed_flags(
     for name in changed:
         if name not in _FREE:
             say(f"Warning: --{name} is {now[name]} from here on, until the checkpoint it was {saved[name]}")
+
+
+def check_same_start(cfg: FinetuneConfig, saved: Any, sha256: str | None, folder: Path) -> None:
+    """Whether `--resume auto` continues a run from the start that is given now; another one asks for another run.
+
+    Args:
+        cfg: the flags. A checkpoint that they name is continued whatever it started from.
+        saved: `start` of its manifest. Nothing is compared where it records none.
+        sha256: of the weights of the present start; None for one without weights.
+        folder: the checkpoint that would be continued.
+
+    Raises ValueError when they differ.
+    """
+    before = saved.get("sha256") if isinstance(saved, dict) else None
+    if cfg.resume == "auto" and None not in (before, sha256) and before != sha256:
+        raise ValueError(
+            f"--config_file_path {cfg.config_file_path}: sha256 of its weights is {sha256}, but the interrupted run in "
+            f"{folder} started from {before}: give the new run another --run_id_override, or delete the old one"
+        )

@@ -11,7 +11,7 @@ that runs twice at the same time fails and says so in STUB_VIOLATIONS.
     STUB_<FAILURE>    suites for which COLLECT_FAILS, TRAIN_FAILS, NO_CHECKPOINT, STOPS_EARLY, EVAL_FAILS, CONSOLE_ONLY,
                       NO_FINAL_LINE or OTHER_EPISODES happens
     STUB_QUIET        no line per step or episode: the program outlives a driver that is killed
-    STUB_PROCESSOR    trainings on processors of another name have other losses
+    STUB_PROCESSOR    trainings on processors of another name have other losses and weights; memory always differs
     STUB_HASHED       outcomes depend on cell and seed; otherwise every fourth trial fails
 """
 
@@ -112,11 +112,12 @@ def train() -> None:
     for step in range(begin + save, last + 1, save):
         pause()
         with metrics.open("a") as stream:
-            loss = chance(name, step, *os.environ.get("STUB_PROCESSOR", "").split())
-            stream.write(json.dumps({"step": step, "VLA Train/Loss": loss}) + "\n")
+            processor = os.environ.get("STUB_PROCESSOR", "")
+            values = {"VLA Train/Loss": chance(name, step, processor), "Memory/Peak GiB": time.time_ns() % 997 / 100}
+            stream.write(json.dumps({"step": step, **values}) + "\n")
         progress(f"step {step}")
         if not happens("NO_CHECKPOINT", suite):
-            folder_at_once(root / f"{name}--{step}_chkpt", "weights", f"{name} {step}\n")
+            folder_at_once(root / f"{name}--{step}_chkpt", "model.safetensors", f"{name} {step} {processor}\n")
         if happens("STOPS_EARLY", suite):
             break
     lock.close()
@@ -152,6 +153,7 @@ def evaluate() -> None:
     lines = [f"Task suite: {suite}", *(f"Success: {row['status'] == 'success'}" for row in done.values())]
     rate = won / len(done)
     facts = {} if happens("NO_FINAL_LINE", suite) else {"overall": {"success_rate": rate, "trials": len(done)}}
+    facts["versions"] = {"simulator": "1"}
     (folder / "results.json").write_text(json.dumps(facts) + "\n")
     if facts:
         lines += [f"Total episodes: {len(done)}", f"Total successes: {won}"]

@@ -15,7 +15,7 @@ from craft_experiments.keep_costs import estimate, job_seconds, relative_work
 from craft_experiments.keep_data import load_keep
 from craft_experiments.keep_reports import write_keep_reports
 from craft_experiments.keep_verdicts import compare_rows, verdicts
-from craft_experiments.records import set_states
+from craft_experiments.records import read_record, set_states, write_record
 from craft_experiments.settings import RunConfig, preset_of, resolve
 from craft_experiments.tables import table
 from prismatic.evidence.failure_codes import FailureCode
@@ -70,6 +70,18 @@ def test_a_record_does_not_say_where_policies_and_demonstrations_lie(tmp_path):
         if job.kind == "train":
             found = [set(job.flags(s).items()), set(again[name].flags(moved).items())]
             assert {flag for flag, _ in found[0] ^ found[1]} <= {"run_root_dir", "data_root_dir"}
+
+
+def test_a_record_does_not_depend_on_how_far_the_first_training_is(tmp_path):
+    """It is made again on a fresh machine, while the second one's record is there."""
+    s, jobs = jobs_of(tmp_path)
+    for key, ending in (("keep_none", "--800_chkpt"), ("plain_after_interpolate_0.5", "")):
+        job = jobs[f"train/{key}--near+far--seed0"]
+        first = f"{key.removeprefix('plain_after_')}--near--seed0"
+        for step in ("", "--400_chkpt"):
+            if step:
+                (s.runs_dir / f"{first}{step}").mkdir(parents=True)
+            assert job.flags(s)["config_file_path"] == first + ending
 
 
 def test_interpolation_goes_back_after_each_task(tmp_path):
@@ -247,6 +259,63 @@ def test_a_comparison_of_two_seeds_has_no_part_in_the_correction(whole):
     _, _, data = whole
     found = compare_rows(data, "keep_data_1", "replay_1", "old", two_sided=True)
     assert (found.wanted, found.complete, found.p_holm, found.flips) == (2, True, None, None)
+
+
+def test_fewer_seeds_than_planned_leave_everything_open(tmp_path):
+    s, wanted = bench(tmp_path, seeds="0,1,2")
+    fill(s, wanted)
+    found = verdicts(load_keep(s, wanted))
+    assert [verdict.decision for verdict in found] == ["open"] * 3
+    assert all((d.wanted, len(d.by_seed)) == (5, 3) for d in found[0].differences)
+
+
+def page_of(folder, monkeypatch, rate, skip=()):
+    monkeypatch.setattr("craft_experiments.keep_reports.write_keep_figures", lambda data, folder: {})
+    s, wanted = bench(folder)
+    fill(s, wanted, rate, skip)
+    write_keep_reports(s, wanted)
+    return s, (s.results_dir / "keep.md").read_text(encoding="utf-8")
+
+
+def test_a_weak_start_and_new_tasks_that_nobody_learns_are_said_first(tmp_path, monkeypatch, whole):
+    def rate(key, stage, kind):
+        weak = {"start": 0.5, "start_grey": 1.0}
+        return weak.get(key, rates(key, stage, kind)) if kind is Kind.START_TASKS else 0.1
+
+    _, page = page_of(tmp_path, monkeypatch, rate)
+    head = page.split("## Hypotheses")[0]
+    assert "**The start solves 50 % of its own episodes**, less than 80 %" in head
+    assert "**The start hardly looks**: with grey images it solves 40 of 40 episodes" in head
+    assert "**Plain fine-tuning solves 10 % of the new tasks**, less than 20 %" in page.split("### H4")[0]
+    s, wanted, _ = whole
+    write_keep_reports(s, wanted)
+    good = (s.results_dir / "keep.md").read_text(encoding="utf-8")
+    assert not any(said in good for said in ("The start solves", "hardly looks", "Plain fine-tuning solves"))
+
+
+def test_records_of_two_policies_are_told_apart(tmp_path, monkeypatch):
+    s, wanted = bench(tmp_path, methods="plain", seeds="0")
+    fill(s, wanted)
+    policies = {
+        "plain--near--seed0/training": {"policy": "a", "processor": "one"},
+        "plain--near--seed0/new@near": {"policy": "b"},  # evaluated after A was trained again
+        "plain--near--seed0/new@near--step400": {"policy": "c"},  # another step is another policy
+        "plain--near+far--seed0/training": {"policy": "d", "start": "b"},
+        "plain--near+far--seed0/new@far": {"policy": "d", "versions": {"mujoco": "3"}},
+    }
+    for name, changed in policies.items():
+        path = s.records_dir / f"{name}.json.gz"
+        write_record(path, read_record(path) | changed)
+    told = load_keep(s, wanted).origins
+    others = [line for line in told if "Of another policy" in line]
+    assert [line.split("`")[1] for line in others] == [
+        "evaluate/plain--near--seed0/new@near",
+        "train/plain--near+far--seed0",
+    ]
+    assert (
+        any(line.startswith("* Made on ") and "one" in line for line in told)
+        and told[-1] == "* Evaluated with mujoco 3."
+    )
 
 
 def test_the_report_is_the_same_bytes_again_and_its_csv_parses(whole):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import stub_programs
 
+from craft_experiments.records import read_record
+
 REPO = Path(__file__).parents[2]
 DRIVER = REPO / "craft_experiments" / "01_main_results" / "run_table1_experiments.sh"
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -173,6 +175,13 @@ def test_the_record_of_a_training_stays_with_its_evaluations(drive, processor):
     assert done.returncode == 0 and stages(calls) == ["train libero_goal_no_noops", "evaluate libero_goal_swap"]
     assert training.read_bytes() == before
     assert (f"trained again, and not as in {training}, which stays" in done.stdout) == bool(processor)
+    names = ("training", "standard@libero_goal", "perturbed@libero_goal")
+    first, same, again = (read_record(training.with_name(f"{name}.json.gz"))["policy"] for name in names)
+    assert first == same and (again == first) == (not processor)
+    page = next(drive.work.parent.rglob("table1.md")).read_text()
+    told = "* **Of another policy** than the one whose training is recorded, which was made again and differs: "
+    assert (f"{told}`evaluate/craft--goal--seed0/perturbed@libero_goal`." in page) == bool(processor)
+    assert page.count(told) == bool(processor) and "* Evaluated with simulator 1." in page
 
 
 def test_a_log_that_contradicts_the_episodes_is_no_result(drive):

@@ -41,8 +41,8 @@ def product(s, job: Job) -> tuple[str, Path] | None:
     if job.kind == "collect":
         return "data", Path(data_root(s, job.data), job.data.dataset, "1.0.0", "dataset_info.json")
     if job.kind == "train":
-        return "policy", s.runs_dir / f"{job.cell.name}--{s.preset.max_steps}_chkpt" / "weights"
-    return ("policy", s.runs_dir / job.cell.name / "weights") if job.kind == "interpolate" else None
+        return "policy", s.runs_dir / f"{job.cell.name}--{s.preset.max_steps}_chkpt" / "model.safetensors"
+    return ("policy", s.runs_dir / job.cell.name / "model.safetensors") if job.kind == "interpolate" else None
 
 
 def make_everything(s, jobs) -> None:

@@ -77,6 +77,22 @@ def test_continuing_another_run_is_no_licence_for_this_folder(make_trainer, tmp_
     assert make_trainer("c", **other).step == 1
 
 
+def test_a_run_goes_on_from_its_own_start(make_trainer, tmp_path):
+    """A run id that was used with another start would else give that start's policy under the new one's name."""
+    starts = []
+    for seed in (1, 2):
+        make_trainer(f"start{seed}", max_steps=1, seed=seed).fit()
+        starts.append(str(tmp_path / "runs" / f"start{seed}--1_chkpt"))
+    make_trainer("run", max_steps=1, config_file_path=starts[0]).fit()
+    before = contents(tmp_path / "runs")
+    with pytest.raises(ValueError, match="start2--1_chkpt: sha256 .*run--1_chkpt started from .*--run_id_override"):
+        make_trainer("run", max_steps=2, config_file_path=starts[1], resume="auto")
+    assert contents(tmp_path / "runs") == before
+    moved = shutil.copytree(starts[0], tmp_path / "moved")
+    assert make_trainer("run", max_steps=2, config_file_path=str(moved), resume="auto").step == 1
+    assert make_trainer("run", max_steps=2, config_file_path=starts[1], resume=True).step == 1
+
+
 def test_a_run_has_one_writer(make_trainer, tmp_path, held_elsewhere, monkeypatch):
     folder, removed = tmp_path / "runs" / "run", []
     with monkeypatch.context() as patch, held_elsewhere(folder):
