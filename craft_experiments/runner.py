@@ -124,7 +124,8 @@ def _run(s: Settings, job: Job, command: list[str], lock: int) -> None:
     environment = fixed_kernels() | os.environ  # what the user set wins
     environment |= {"PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     if s.slots > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // s.slots)))
+        for name in ("OMP_NUM_THREADS", "LP_NUM_THREADS"):  # numerical libraries, software renderer
+            environment.setdefault(name, str(max(1, (os.cpu_count() or 1) // s.slots)))
     environment |= job.environment
     # The program inherits the lock of its job: if this one is killed, the next driver waits until the program is over.
     inherited = (lock,) if os.name == "posix" else ()  # Windows knows no such thing
