@@ -111,7 +111,8 @@ def _outcome(folder: Path) -> dict[str, Any]:
     if abs(counted / len(episodes) - rate) > 1e-9:
         reason = f"{folder}: results.json has rate {rate}, episodes.jsonl {counted} of {len(episodes)}"
         raise JobFailed(FailureCode.PARSE_FAILED, reason)
-    return {"versions": run.facts[0].get("versions", {}), "rate": rate, "episodes": episodes}
+    versions = run.facts[0].get("versions")
+    return ({"versions": versions} if versions else {}) | {"rate": rate, "episodes": episodes}
 
 
 @dataclass(frozen=True)
