@@ -91,8 +91,9 @@ class Evaluate(PolicyJob):
         return contents_of(flags, [*CONTENT, *of_start])
 
     def finish(self, s: Settings, seconds: float, content: Mapping[str, str]) -> None:
-        policy = self.flags(s).get("pretrained_checkpoint")
-        origin = {"policy": weights_of(Path(policy))} if policy else {}
+        checkpoint = self.flags(s).get("pretrained_checkpoint")
+        policy = weights_of(Path(checkpoint)) if checkpoint else None  # a replay has none
+        origin = {} if policy is None else {"policy": policy}
         self.keep(s, self.facts(s, seconds, content) | origin | _outcome(self.folder(s)))
 
 

@@ -44,9 +44,11 @@ def checkpoint_of(s: Settings, cell: Cell) -> Path | None:
 
 def weights_of(folder: Path | None) -> str | None:
     """Hash of a policy's weights, the same wherever and whenever it was trained; None where there are none."""
-    files = sorted(folder.rglob("*.safetensors")) if folder is not None and folder.is_dir() else []
-    files = [file for file in files if TRAINING_STATE not in file.relative_to(folder).parts]  # type: ignore[arg-type]
-    return files_hash(folder, files) if folder is not None and files else None
+    if folder is None or not folder.is_dir():
+        return None
+    found = sorted(folder.rglob("*.safetensors"))
+    files = [file for file in found if TRAINING_STATE not in file.relative_to(folder).parts]
+    return files_hash(folder, files) if files else None
 
 
 def steps_of(s: Settings, cell: Cell) -> int:

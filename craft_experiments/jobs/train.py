@@ -125,11 +125,8 @@ class Train(PolicyJob):
     def _origin(self, s: Settings) -> dict[str, Any]:
         """Hashes of the policy, of the one it started from, and of the data: plans know these by name alone."""
         manifest = s.runs_dir / self.policy.name / "data_manifest.json"
-        data = (
-            {name: str(facts["fingerprint"]) for name, facts in read_object(manifest).items()}
-            if manifest.is_file()
-            else {}
-        )
+        trained = read_object(manifest) if manifest.is_file() else {}
+        data = {name: str(facts["fingerprint"]) for name, facts in trained.items()}
         memory = contents_of(flags_in(self.commands(s)[0]), filter(None, [self.policy.method.memory_flag]))
         found = {
             "policy": weights_of(checkpoint_of(s, self.policy)),

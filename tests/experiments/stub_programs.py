@@ -109,6 +109,8 @@ def train() -> None:
     metrics, begin = root / name / "metrics.jsonl", max(saved, default=0)
     rows = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
     metrics.write_text("".join(rows[: begin // save]))
+    data = {flag("dataset_name"): {"fingerprint": "all of them"}}
+    (root / name / "data_manifest.json").write_text(json.dumps(data))
     for step in range(begin + save, last + 1, save):
         pause()
         with metrics.open("a") as stream:

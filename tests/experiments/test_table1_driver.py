@@ -177,6 +177,7 @@ def test_the_record_of_a_training_stays_with_its_evaluations(drive, processor):
     assert (f"trained again, and not as in {training}, which stays" in done.stdout) == bool(processor)
     names = ("training", "standard@libero_goal", "perturbed@libero_goal")
     first, same, again = (read_record(training.with_name(f"{name}.json.gz"))["policy"] for name in names)
+    assert read_record(training)["data"] == {"libero_goal_no_noops": "all of them"}
     assert first == same and (again == first) == (not processor)
     page = next(drive.work.parent.rglob("table1.md")).read_text()
     told = "* **Of another policy** than the one whose training is recorded, which was made again and differs: "
