@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -41,7 +41,7 @@ class KeepData:
         trainings: cell -> record of its training.
         codes: cells that failed, with their code.
         missing: recorded jobs that are not there. wanted: their number in all.
-        hours: of all recorded programs together. origins: lines of the page, see `origin_lines`.
+        seconds: of all recorded programs together, see `_time`. origins: lines of the page, see `origin_lines`.
     """
 
     preset: Preset
@@ -51,7 +51,7 @@ class KeepData:
     codes: Mapping[str, str]
     missing: tuple[str, ...]
     wanted: int
-    hours: float = 0.0
+    seconds: float | None = None
     origins: tuple[str, ...] = ()
 
     @property
@@ -144,7 +144,7 @@ class KeepData:
         gave_up = [metrics.series("CRaFT/Out Of Reach")[1] for metrics in series]
         found_peaks = [peak for peak in peaks if peak is not None]
         return {
-            "seconds": sum(float(record["seconds"]) for record in known),
+            "time": _time(self.preset, known),
             "drift": max((drift for drift in drifts if drift is not None), default=None),
             "memory": max(found_peaks, default=None),
             "out_of_reach": max((float(flags[-1]) for flags in gave_up if flags), default=None),
@@ -235,9 +235,15 @@ def load_keep(s: Settings, table: Table) -> KeepData:
         codes=codes,
         missing=tuple(name for name in jobs if name not in records),
         wanted=len(jobs),
-        hours=sum(float(record["seconds"]) for record in records.values()) / 3600,
+        seconds=_time(s.preset, records.values()),
         origins=tuple(origin_lines(s, jobs, records)),
     )
+
+
+def _time(preset: Preset, records: Iterable[Mapping[str, Any]]) -> float | None:
+    """Seconds of processor, which do not depend on what else runs; with GPUs on the clock. None: one is unknown."""
+    found = [record.get("seconds" if preset.num_gpus else "processor_seconds") for record in records]
+    return None if None in found else sum(map(float, filter(None, found)))
 
 
 def _outcomes(

@@ -109,7 +109,7 @@ _LIBERO_TEXT = (
 _MATRIX_TEXT = "Percent, mean over seeds: after each stage (row), in each task (column). Stage 0 is the start."
 _COST_TEXT = (
     "Both stages together. Work: products of an optimizer step as a multiple of plain fine-tuning's (docs/IDEA.md, "
-    "section 7). Time: recorded seconds, also as a ratio to plain of the same seed; two programs ran at a time. "
+    "section 7). Time: seconds of processor, with GPUs on the clock; also as a ratio to plain of the same seed. "
     "Memory: largest resident size. Drift: mean of the last quarter of the steps, of the worse stage. Out of reach: "
     "seeds in which the budget was so at the end of a stage. Of an interrupted program: seconds of its last start."
 )
@@ -214,11 +214,11 @@ def matrix_grid(data: KeepData) -> Grid:
 
 def cost_grid(data: KeepData) -> Grid:
     """Work, time and memory of a row."""
-    plain = data.values.get("plain", {}).get("seconds", {})
+    plain = data.values.get("plain", {}).get("time", {})
     rows = []
     for method in data.rows():
         values = data.values.get(method.key, {})
-        seconds, memory = values.get("seconds", {}), values.get("memory", {})
+        seconds, memory = values.get("time", {}), values.get("memory", {})
         ratios = [seconds[seed] / plain[seed] for seed in sorted(seconds) if plain.get(seed)]
         work = relative_work(method)
         cells = (
@@ -342,6 +342,13 @@ def _test_row(verdict: Verdict, found: Difference) -> dict[str, object]:
     }
 
 
+def _compute(data: KeepData) -> list[str]:
+    if data.seconds is None:
+        return []
+    kind = "on the clock" if data.preset.num_gpus else "of one core"
+    return [f"* {data.seconds / 3600:.1f} hours {kind}: all recorded trainings and evaluations together."]
+
+
 def _provenance(s: Settings, data: KeepData) -> list[str]:
     return [
         "## How it was made",
@@ -350,7 +357,7 @@ def _provenance(s: Settings, data: KeepData) -> list[str]:
         shlex.join(run_command(s, data.table)),
         "```",
         "",
-        f"* {data.hours:.1f} hours of programs: the recorded seconds of all jobs, each with the cores of one slot.",
+        *_compute(data),
         *data.origins,
         f"* Start `{s.preset.start}`, tasks {s.preset.start_task_ids.replace(',', ', ')} of {s.preset.start_suite}. "
         "New tasks: "

@@ -5,9 +5,9 @@
     {records_dir}/{cell}/retention@{data}.json.gz   what `measure_retention.py` found
     {records_dir}/manifest.json               cell -> state, failure code
 
-Each has program, flags, content, processor and seconds as well. `policy` and `start` are hashes of weights, `data` of
-demonstrations, `content` of what the files and folders hold that flags name: where they lie does not count. Tables and
-figures are made of these files alone.
+Each has program, flags, content, processor, seconds and processor_seconds as well. `policy` and `start` are hashes of
+weights, `data` of demonstrations, `content` of what the files and folders hold that flags name: where they lie does not
+count. Tables and figures are made of these files alone.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ METRICS = (
     "CRaFT/Out Of Reach",
     MEMORY,
 )
+_SECONDS = ("seconds", "processor_seconds")
 # Where files are, how fast they are made and how often something is measured changes no result.
 _NO_SETTINGS = {
     "craft_log_freq",
@@ -141,12 +142,12 @@ def _check_record(path: Path, record: Mapping[str, Any]) -> None:
             {"command": list, "flags": dict, "content": dict, "metrics": dict, "episodes": list, RETENTION: dict},
             str(path),
         )
-        check_fields(record, {"rate": (int, float), "seconds": (int, float)}, str(path))
+        check_fields(record, {"rate": (int, float)} | dict.fromkeys(_SECONDS, (int, float)), str(path))
     except ValueError as error:
         raise RecordError(str(error)) from None
-    rate, seconds = record.get("rate", 0), record.get("seconds", 0)
-    if not (is_number(rate) and 0 <= rate <= 1 and is_number(seconds) and seconds >= 0):
-        raise RecordError(f"{path}: found rate {rate!r} and seconds {seconds!r}, expected a rate in [0, 1] and >= 0")
+    rate, seconds = record.get("rate", 0), [record.get(name, 0) for name in _SECONDS]
+    if not (is_number(rate) and 0 <= rate <= 1 and all(is_number(value) and value >= 0 for value in seconds)):
+        raise RecordError(f"{path}: found rate {rate!r} and seconds {seconds!r:.60}, expected 0 to 1 and >= 0")
     for row in record.get("episodes", ()):
         if not isinstance(row, list) or len(row) < 3 or not all(map(is_count, row[:3])) or row[2] > 1:
             raise RecordError(f"{path}: episodes: found {row!r:.60}, expected [task, initial state, 0 or 1, steps]")

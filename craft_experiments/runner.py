@@ -103,10 +103,12 @@ def run_job(s: Settings, job: Job) -> None:
             return
         job.begin(s)
         begun, content = time.monotonic(), job.content(s)
-        for command in job.commands(s):
-            _run(s, job, command, descriptor)
+        used = [_run(s, job, command, descriptor) for command in job.commands(s)]
+        spent = {"seconds": round(time.monotonic() - begun, 1)}
+        if all(seconds is not None for seconds in used):
+            spent["processor_seconds"] = round(sum(filter(None, used)), 1)
         try:
-            job.finish(s, round(time.monotonic() - begun, 1), content)
+            job.finish(s, spent, content)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"what {job.name} left cannot be read: {type(error).__name__}: {error}"
             raise JobFailed(FailureCode.PARSE_FAILED, reason) from error
@@ -116,8 +118,16 @@ def run_job(s: Settings, job: Job) -> None:
 # --- Programs -----------------------------------------------------------------------------------------------------
 
 
-def _run(s: Settings, job: Job, command: list[str], lock: int) -> None:
-    """Run one program with its output in the log and on the terminal. JobFailed when it does not end with 0."""
+def _run(s: Settings, job: Job, command: list[str], lock: int) -> float | None:
+    """Run one program with its output in the log and on the terminal.
+
+    Returns:
+        Seconds of processor that it and its own programs used, which do not depend on what else runs; None where the
+        system does not say (Windows).
+
+    Raises:
+        JobFailed: it does not end with 0.
+    """
     log = job.log(s)
     log.parent.mkdir(parents=True, exist_ok=True)
     say(f"{job.name}: {shlex.join(portable(command))}")
@@ -140,19 +150,25 @@ def _run(s: Settings, job: Job, command: list[str], lock: int) -> None:
         except OSError as error:  # no such program
             stream.write(f"{error}\n".encode())
             raise JobFailed(job.failure, f"{command[0]}: {error.strerror}") from error
-        _copy(process, stream, prefix)
+        used = _copy(process, stream, prefix)
     if process.returncode != 0:
         raise JobFailed(job.failure, f"exit code {process.returncode}, see {log}")
+    return used
 
 
-def _copy(process: subprocess.Popen[bytes], stream: BinaryIO, prefix: bytes) -> None:
-    """Everything a program prints, to the log and to the terminal, until it ends."""
+def _copy(process: subprocess.Popen[bytes], stream: BinaryIO, prefix: bytes) -> float | None:
+    """Everything a program prints, to the log and to the terminal, until it ends. Returns its seconds of processor."""
     assert process.stdout is not None  # it was started with a pipe
     with process:
         for line in process.stdout:
             stream.write(line)
             stream.flush()
             echo(prefix + line)
+        if os.name != "posix":
+            return None
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return usage.ru_utime + usage.ru_stime
 
 
 def _python_path() -> str:

@@ -290,13 +290,13 @@ class LanguageRun(Job):
     def log(self, s: Settings) -> Path:
         return s.work_dir / "logs" / f"{self.row.name}.log"
 
-    def finish(self, s: Settings, seconds: float, content: Mapping[str, str]) -> None:
+    def finish(self, s: Settings, spent: Mapping[str, float], content: Mapping[str, str]) -> None:
         cfg, name = self.cfg, self.row.name
         steps = read_jsonl(s.work_dir / name / "metrics.jsonl", finite=False)
         if len(steps) != cfg.max_steps:
             raise ValueError(f"metrics.jsonl has {len(steps)} steps, expected {cfg.max_steps}")
         before, after = (read_object(Path(measured(cfg, each))) for each in ("start", name))
-        write_json(self.record(s), record(cfg, self.row, steps, (before, after)) | {"seconds": seconds}, indent=1)
+        write_json(self.record(s), record(cfg, self.row, steps, (before, after)) | dict(spent), indent=1)
         shutil.rmtree(_checkpoint(cfg, name, cfg.max_steps), ignore_errors=True)
 
 

@@ -208,7 +208,7 @@ class DriftRun(Job):
     def log(self, s: Settings) -> Path:
         return s.work_dir / "logs" / f"{self.run.name}.log"
 
-    def finish(self, s: Settings, seconds: float, content: Mapping[str, str]) -> None:
+    def finish(self, s: Settings, spent: Mapping[str, float], content: Mapping[str, str]) -> None:
         steps = read_jsonl(s.work_dir / self.run.name / "metrics.jsonl", finite=False)
         if len(steps) != self.cfg.max_steps:
             raise ValueError(f"metrics.jsonl has {len(steps)} steps, expected {self.cfg.max_steps}")

@@ -101,22 +101,23 @@ class Job(ABC):
         """What has to be so before its first program starts."""
         return
 
-    def finish(self, s: Settings, seconds: float, content: Mapping[str, str]) -> None:
-        """Check what its programs left and write the record. `content`: as it was before they started.
+    def finish(self, s: Settings, spent: Mapping[str, float], content: Mapping[str, str]) -> None:
+        """Check what its programs left and write the record. `content`: as it was before they started. `spent`:
+        `seconds` on the clock and, where the system counts them, `processor_seconds`.
 
         Raises:
             JobFailed: something is missing. OSError, ValueError, KeyError, TypeError: it cannot be read.
         """
         return
 
-    def facts(self, s: Settings, seconds: float, content: Mapping[str, str]) -> dict[str, Any]:
+    def facts(self, s: Settings, spent: Mapping[str, float], content: Mapping[str, str]) -> dict[str, Any]:
         """What every record holds."""
         words = portable(self.commands(s)[-1])
         started = next(
             word for word in words if word.endswith(".py") or word.startswith(("prismatic.", "experiments."))
         )
         flags = {"flags": self.flags(s), "content": dict(content)}
-        return {"cell": self.parts[0], "program": started, **flags, "processor": processor(), "seconds": seconds}
+        return {"cell": self.parts[0], "program": started, **flags, "processor": processor(), **spent}
 
     def keep(self, s: Settings, record: Mapping[str, Any]) -> None:
         """Write the record."""

@@ -90,11 +90,11 @@ class Evaluate(PolicyJob):
         of_start = ["pretrained_checkpoint"] if self.policy.method.role is Role.START else []
         return contents_of(flags, [*CONTENT, *of_start])
 
-    def finish(self, s: Settings, seconds: float, content: Mapping[str, str]) -> None:
+    def finish(self, s: Settings, spent: Mapping[str, float], content: Mapping[str, str]) -> None:
         checkpoint = self.flags(s).get("pretrained_checkpoint")
         policy = weights_of(Path(checkpoint)) if checkpoint else None  # a replay has none
         origin = {} if policy is None else {"policy": policy}
-        self.keep(s, self.facts(s, seconds, content) | origin | _outcome(self.folder(s)))
+        self.keep(s, self.facts(s, spent, content) | origin | _outcome(self.folder(s)))
 
 
 def _outcome(folder: Path) -> dict[str, Any]:

@@ -51,6 +51,6 @@ class Measure(PolicyJob):
     def begin(self, s: Settings) -> None:
         self.file(s).unlink(missing_ok=True)  # of a run killed before its record was written
 
-    def finish(self, s: Settings, seconds: float, content: Mapping[str, str]) -> None:
+    def finish(self, s: Settings, spent: Mapping[str, float], content: Mapping[str, str]) -> None:
         measured = read_object(self.file(s), finite=False)
-        self.keep(s, self.facts(s, seconds, content) | {RETENTION: measured})
+        self.keep(s, self.facts(s, spent, content) | {RETENTION: measured})

@@ -111,7 +111,7 @@ class Train(PolicyJob):
     def begin(self, s: Settings) -> None:
         set_states(s.records_dir, {self.policy.name: State.TRAINING})
 
-    def finish(self, s: Settings, seconds: float, content: Mapping[str, str]) -> None:
+    def finish(self, s: Settings, spent: Mapping[str, float], content: Mapping[str, str]) -> None:
         cell = self.policy
         if checkpoint_of(s, cell) is None:
             raise JobFailed(FailureCode.NO_CHECKPOINT, f"no {cell.name}--<step>_chkpt in {s.runs_dir}")
@@ -119,7 +119,7 @@ class Train(PolicyJob):
             reason = f"stopped before its last step, at {checkpoint_of(s, cell)}; the same command continues it"
             raise JobFailed(FailureCode.TRAINING_FAILED, reason)
         metrics = _metrics(s.runs_dir / cell.name / "metrics.jsonl")
-        self.keep(s, self.facts(s, seconds, content) | self._origin(s) | {"metrics": metrics})
+        self.keep(s, self.facts(s, spent, content) | self._origin(s) | {"metrics": metrics})
         set_states(s.records_dir, {cell.name: State.TRAINED})
 
     def _origin(self, s: Settings) -> dict[str, Any]:

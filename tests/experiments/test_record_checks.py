@@ -183,6 +183,8 @@ def test_merge_names_the_file_and_writes_nothing(tmp_path, capsys, file, content
         {"rate": "0.5"},
         {"rate": float("nan")},
         {"seconds": -1},
+        {"processor_seconds": -1},
+        {"processor_seconds": "3"},
         {"episodes": [[0, 1, 2, 3]]},
         {"episodes": [["0", 1, 1, 3]]},
         {"metrics": []},

@@ -99,7 +99,7 @@ def test_jobs_record_what_their_start_holds(folder, tmp_path):
     trained, start = requests[Role.TRAINED], requests[Role.START]
     of_start = Evaluate(start.cell, start.evaluations[0])
     for job, flag in ((Train(trained.cell), "config_file_path"), (of_start, "pretrained_checkpoint")):
-        made = job.facts(s, 1.0, job.content(s))
+        made = job.facts(s, {"seconds": 1.0}, job.content(s))
         assert made["content"].keys() == {flag} and agrees(made, **job.flags(s))
         (folder / "weights").write_bytes(flag.encode())
         assert not agrees(made, **job.flags(s))

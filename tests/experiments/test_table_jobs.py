@@ -17,6 +17,7 @@ from craft_experiments import records
 from craft_experiments.graph import place
 from craft_experiments.jobs.base import Job, data_root, portable
 from craft_experiments.jobs.plan import missing, plan, wanted_table, with_followers
+from craft_experiments.runner import run_job
 from craft_experiments.settings import RunConfig, resolve
 from craft_experiments.tables import TABLES
 
@@ -53,7 +54,7 @@ def make_everything(s, jobs) -> None:
             path.write_text("{}")
     for job in jobs.values():
         if job.record(s) is not None:
-            records.write_record(job.record(s), job.facts(s, 1.0, job.content(s)))
+            records.write_record(job.record(s), job.facts(s, {"seconds": 1.0}, job.content(s)))
 
 
 def delete(s, job: Job) -> None:
@@ -309,6 +310,32 @@ def test_single_jobs_keep_the_states(tmp_path):
     assert job(perturbed) == (0, {"state": "evaluated"})
     calls = (tmp_path / "calls").read_text().splitlines()
     assert job(perturbed)[0] == 0 and (tmp_path / "calls").read_text().splitlines() == calls
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the system does not count them")
+def test_seconds_of_processor_are_those_of_a_program_and_its_own_programs(tmp_path):
+    """0.3 s each, whatever this process does meanwhile."""
+    work = "import time\nwhile time.process_time() < 0.3: pass\n"
+    both = work + f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {work!r}], check=True)"
+
+    class Work(Job):
+        kind, parts = "work", ("a",)
+        spent: dict = {}  # noqa: RUF012
+
+        def commands(self, s):
+            return [[sys.executable, "-c", both]]
+
+        def content(self, s):
+            return {}
+
+        def finish(self, s, spent, content):
+            self.spent.update(spent)
+
+    busy = threading.Thread(target=lambda: [sum(range(10**6)) for _ in range(100)])
+    busy.start()
+    run_job(resolve(RunConfig(work_dir=str(tmp_path)), "retention"), Work())
+    busy.join()
+    assert 0.6 <= Work.spent["processor_seconds"] <= Work.spent["seconds"] + 0.2
 
 
 def test_an_unknown_job_is_an_error():

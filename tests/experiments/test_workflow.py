@@ -65,7 +65,7 @@ class Table:
         found = {path.name: path.read_text() for path in (self.folder / "out").glob("table1_[!m]*")}
         for path in self.records.glob("*/*.json.gz"):
             text = gzip.decompress(path.read_bytes()).decode().replace(str(self.folder), "FOLDER")
-            found[str(path.relative_to(self.records))] = json.loads(text) | {"seconds": 0}
+            found[str(path.relative_to(self.records))] = json.loads(text) | {"seconds": 0, "processor_seconds": 0}
         return found | {"manifest": self.manifest()}
 
 
