@@ -116,6 +116,7 @@ TINY = Preset(
         "noise_fraction": 0.5,
         "image_size": 96,
         "jpeg_quality": 75,
+        "max_attempts": 12,  # with the default of 4 two starts of twenty had none that succeeded
         "seed": 0,
     },
     start_collect={"init_noise_mm": 50},
