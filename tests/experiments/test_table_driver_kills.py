@@ -124,8 +124,7 @@ def test_ten_kills_leave_no_trace(tmp_path, slots):
 @pytest.mark.slow
 @pytest.mark.simulator
 def test_kills_of_real_programs(tmp_path):
-    """Training and simulator as they are, at the smallest scale there is; half as many kills, as each costs a start."""
-    kills = KILLS // 2
+    """Training and simulator as they are, at the smallest scale there is; few kills, as each costs a start."""
     rng = random.Random(3)
     variables = {
         "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MUJOCO_GL": "osmesa",
@@ -141,8 +140,8 @@ def test_kills_of_real_programs(tmp_path):
     records = lambda: len(list(folder.glob("*/*.json.gz")))  # noqa: E731
     # A moment is a number of lines that the programs print: few of them fall into the first job that is missing, and
     # None lets that job end, so that later ones are killed as well.
-    moments = [*(rng.randint(1, 8) for _ in range(kills - 2)), None, None]
-    groups = [True, False, True, False, True]
+    moments = [rng.randint(1, 8), None, None]
+    groups = [True, False, True]
     rng.shuffle(moments)
     rng.shuffle(groups)
     done = []
