@@ -212,7 +212,7 @@ def test_measures_are_means_over_tasks_of_the_right_stage(whole):
     assert values["final"][0] == pytest.approx((4 * 0.7 + 2 * 0.6) / 6)
     # Old tasks: .85 - .7 in both later stages; near: nothing lost.
     assert values["backward"][0] == pytest.approx(4 * 0.15 / 5)
-    assert (values["time"][0], values["memory"][0]) == (1100, 0.7)
+    assert (values["time"][0], values["memory"][0]) == (1080, 0.7)
     assert (values["drift"][0], values["out_of_reach"]) == (0.03, {0: 0, 1: 0, 2: 1, 3: 0, 4: 0})
     assert set(data.values["frozen"]["old"]) == {0, 1} and "forward" not in data.values["interpolate_0.5"]
 
