@@ -63,7 +63,8 @@ def trained(monkeypatch, tmp_path):
 def test_only_steps_that_measured_are_recorded_and_a_recorded_cell_is_not_run_again(cfg, trained, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     cells = [Cell("a, b", 0.1, 0, ("--extra", "1")), Cell("a, b", float("inf"), 1)]
-    run_missing(cfg, [*cells, cells[0]], (DRIFT, "CRaFT/Out Of Reach"))
+    one_by_one = replace(cfg, slots=1)  # two at a time may end together, and nothing is said between them
+    run_missing(one_by_one, [*cells, cells[0]], (DRIFT, "CRaFT/Out Of Reach"))
     first, second = read_runs(Path(cfg.results_dir))
     assert (first["measured_steps"], first[DRIFT], first["CRaFT/Out Of Reach"]) == (
         [0, 4],
