@@ -74,7 +74,7 @@ class LanguageConfig:
     start: str = "smollm2-135m"
     start_steps: int = flag(100, "optimizer steps of the start's head", at_least=1)
     max_steps: int = flag_like(FinetuneConfig, "max_steps", 200)
-    learning_rate: float = flag_like(FinetuneConfig, "learning_rate", 2e-4)
+    learning_rate: float = flag_like(FinetuneConfig, "learning_rate", 5e-4)
     batch_size: int = flag_like(FinetuneConfig, "batch_size", 4)
     budgets: tuple[float, ...] = flag((0.3, 0.1, 0.03), "relative squared drift of C_AQ", more_than=0)
     seeds: tuple[int, ...] = flag((0, 1, 2), "of the trainings, with commas between", at_least=0)
