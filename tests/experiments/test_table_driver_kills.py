@@ -58,7 +58,7 @@ class Run:
         for path in records.glob("*/*.json.gz"):
             text = gzip.decompress(path.read_bytes()).decode().replace(str(self.folder), "FOLDER")
             record = json.loads(text)
-            assert record.pop("seconds") >= 0 < record.pop("processor_seconds")
+            assert record.pop("seconds") >= 0 <= record.pop("processor_seconds")  # a stand-in may round to 0
             record.get("metrics", {}).pop("Memory/Peak GiB", None)
             found[str(path.relative_to(records))] = record
         return found
