@@ -132,7 +132,7 @@ TINY = Preset(
         changes={
             "max_steps": 800,
             "save_freq": 400,
-            "learning_rate": 5e-4,  # by pilots (docs/experiments.md): at 3.5e-4 plain learns task B in 13 of 40 episodes
+            "learning_rate": 5e-4,  # by pilots (docs/experiments.md): at 3.5e-4 plain learns B in 13 of 40 episodes
             "seeds": (0, 1, 2, 3, 4),
             "num_trials": 40,
             "pro_trials": 20,
